@@ -1,0 +1,36 @@
+# The first target to run makes a virtual environment with pinned packages; after that it costs nothing.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo setup test test-fast lint bench
+
+demo: $(READY)
+	$(PY) -m lslm_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+setup: $(READY)
+
+# Two processes suit two cores; a file's tests share what they compile.
+test: $(READY)
+	$(PY) -m pytest -q -n 2 --dist loadfile
+
+test-fast: $(READY)
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+bench: $(READY)
+	set -e; for script in benchmarks/*.py; do $(PY) $$script; done
+
+$(READY): pyproject.toml constraints/py311.txt constraints/py312.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "lslm_jax needs Python 3.11 or newer, and $(PYTHON) is not; try: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): one to four minutes, once"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+	  --constraint constraints/$$($(PY) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
+	@touch $@

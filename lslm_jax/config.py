@@ -1,0 +1,302 @@
+"""Every setting of a run, as frozen, typed dataclasses. Defaults live here and nowhere else.
+
+The string under a field is its documentation; `--config.help` prints it. `config_loading.py` reads files and flags into
+a Config, `config_checks.py` refuses impossible ones. None of the three imports anything slow, so that a mistake is told
+before jax or tensorflow start.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The Transformer. A family is a set of values (`models/presets.py`), not a branch in the code."""
+
+    num_layers: int = 12
+    """Transformer blocks, L."""
+    d_model: int = 768
+    """Width of the residual stream, D."""
+    num_heads: int = 12
+    """Query heads, H."""
+    num_kv_heads: int = 0
+    """Key and value heads, K; fewer than num_heads is grouped-query attention. 0: as many as num_heads."""
+    head_dim: int = 0
+    """Width of one head, C. 0: d_model / num_heads."""
+    d_ff: int = 0
+    """Width of the MLP, F. 0: 4 * d_model."""
+    vocab_size: int = 0
+    """Tokens of the vocabulary, V. 0: as many as the tokenizer has."""
+    max_length: int = 1024
+    """Longest sequence: the size of a learned position table, and the limit of generation."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """How a token knows its place: a learned table (GPT) or rotations of query and key (Llama)."""
+    rope_theta: float = 10_000.0
+    """Base wavelength of the rotary positions."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before each sub-layer and at the end."""
+    norm_eps: float = 1e-5
+    """Added to the variance before its root."""
+    activation: Literal["gelu", "gelu_exact", "relu", "relu2", "silu"] = "gelu"
+    """Non-linearity of the MLP; `gelu` is the tanh approximation, `relu2` the squared ReLU."""
+    gated: bool = False
+    """Whether the MLP multiplies the activation with a second projection (SwiGLU is silu, gated)."""
+    bias: bool = True
+    """Whether projections and LayerNorm have biases."""
+    tie_embeddings: bool = True
+    """Whether the output layer is the embedding transposed."""
+    qk_norm: bool = False
+    """Whether each head's query and key are RMS-normalised before their product."""
+    window: int = 0
+    """Sliding-window attention: a token sees itself and the window - 1 tokens before it. 0: all before it."""
+    logit_softcap: float = 0.0
+    """Squash output logits smoothly into (-cap, cap). 0: off."""
+    dropout: float = 0.0
+    """Rate of dropout on embeddings and on each sub-layer's output, in training."""
+    scale_residual_init: bool = True
+    """Whether projections into the residual stream start smaller by sqrt(2 L), as in GPT-2; all others N(0, 0.02)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and matrix products. Parameters are always float32."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention kernel: `xla` anywhere, `cudnn` on GPUs, `splash` on TPUs, `auto` the fastest that is correct."""
+    scan_layers: bool = True
+    """Whether one compiled block is scanned over the layers; False unrolls them: slower to compile, at times faster."""
+    remat: Literal["none", "full", "dots", "save_attention"] = "none"
+    """What the backward pass recomputes: nothing, blocks, all but matrix products, or all but these and attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where documents come from. `DataConfig` is one; a mixture is several."""
+
+    source: Literal["files", "tfds", "shards", "synthetic"] = "files"
+    """Files, a TFDS data set, token shards prepared before (in data.dir), or random tokens for benchmarks."""
+    files: tuple[str, ...] = ()
+    """Files, directories or globs, local or gs://, perhaps .gz: .jsonl .tsv .csv .parquet; anything else is text."""
+    tfds: str = ""
+    """TFDS data set, as `lm1b` or `c4/en:3.0.1`."""
+    data_dir: str = ""
+    """Where TFDS keeps its data. Empty: TFDS's own default."""
+    split: str = "train"
+    """TFDS split to train on, with TFDS's slicing (`train[:90%]`)."""
+    text_key: str = "text"
+    """Field, column or TFDS feature that holds the text; tab- or comma-separated files name it in their header."""
+    document: Literal["file", "line"] = "file"
+    """What one document is in a plain text file."""
+    valid_files: tuple[str, ...] = ()
+    """Files held out for validation."""
+    valid_fraction: float = 0.0
+    """Share of the documents held out, chosen by a hash of their text; of a single text file, its end."""
+    valid_split: str = ""
+    """TFDS split to validate on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSource(Source):
+    """One source of a mixture."""
+
+    name: str
+    """What it is called in the data directory and in metrics."""
+    weight: float = 1.0
+    """Its share of the rows, relative to the other weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Source):
+    """What is trained on, and how documents become rows."""
+
+    mixture: tuple[MixtureSource, ...] = ()
+    """Several sources, mixed by weight, in place of the one above; written in the config file."""
+    dir: str = ""
+    """Where the prepared shards are or will be. Empty: WORKDIR/data."""
+    seq_len: int = 1024
+    """Tokens a row, T."""
+    packing: Literal["stream", "bins", "pad"] = "stream"
+    """`stream`: document after document, cut at row ends; `bins`: pieces packed whole into rows; `pad`: one a row."""
+    mask_documents: bool = True
+    """Whether attention is kept within each document of a row."""
+    max_documents: int = 0
+    """Read at most so many documents of each source. 0: all."""
+    shard_tokens: int = 1 << 26
+    """Tokens in one shard file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+    """What is done to text before anything else sees it. Every dropped document is counted by reason."""
+
+    unicode: Literal["none", "NFC", "NFD", "NFKC", "NFKD"] = "NFC"
+    """Unicode normalisation form."""
+    control: Literal["keep", "strip"] = "strip"
+    """What becomes of control characters other than tab and newline."""
+    whitespace: Literal["keep", "trim", "collapse"] = "keep"
+    """`trim`: no blanks at line ends or around the document; `collapse`: also single spaces, at most one empty line."""
+    min_chars: int = 1
+    """Shorter documents are dropped."""
+    max_chars: int = 0
+    """Longer documents are dropped. 0: no limit."""
+    bad_utf8: Literal["strict", "replace", "skip"] = "strict"
+    """On undecodable bytes: stop with their place, put U+FFFD there, or drop the document."""
+    deduplicate: Literal["none", "exact", "near"] = "exact"
+    """Drop documents equal to an earlier one, or also the near ones (MinHash: 0.8 of their word 5-grams in common)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The vocabulary."""
+
+    kind: Literal["sentencepiece", "bytes", "huggingface"] = "sentencepiece"
+    """SentencePiece, one token a UTF-8 byte, or a Hugging Face tokenizer.json."""
+    path: str = ""
+    """A .model or tokenizer.json to use. Empty: train a SentencePiece vocabulary on the training documents."""
+    model: Literal["unigram", "bpe"] = "bpe"
+    """Algorithm of a trained vocabulary."""
+    vocab_size: int = 8192
+    """Size of a trained vocabulary."""
+    byte_fallback: bool = True
+    """Whether characters outside the vocabulary are spelt in bytes, so that every text survives the round trip."""
+    sample_bytes: int = 100_000_000
+    """Text the vocabulary is trained on, drawn over the source's files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    steps: int = 10_000
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Rows in one global batch, B."""
+    accumulate: int = 1
+    """Parts that a batch is worked through in, to save memory; the result is the same."""
+    loss_chunk: int = 0
+    """Tokens whose logits exist at once on a device. 0: 512 on CPU, 8192 elsewhere."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser in the loss (PaLM uses 1e-4)."""
+    label_smoothing: float = 0.0
+    """Probability spread evenly over the vocabulary in the targets."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which evaluation then uses. 0: off."""
+    init_from: str = ""
+    """Run directory whose latest weights a fresh run starts from. Empty: random weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How weights move."""
+
+    name: Literal["sgd", "adam", "adamw", "adafactor", "lion", "muon"] = "adamw"
+    """Optimizer, all from optax. `adam` has no weight decay; `muon` treats what is not a matrix with adamw."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "rsqrt", "wsd"] = "cosine"
+    """Shape after the warm-up. `rsqrt`: reciprocal square root; `wsd`: flat, then linear over the last fifth."""
+    warmup_steps: int = 100
+    """Steps of linear rise from 0."""
+    final_ratio: float = 0.1
+    """Learning rate at the end, relative to the peak (linear, cosine, wsd)."""
+    b1: float = 0.9
+    """Decay of the first moment; the momentum of sgd and muon."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    nesterov: bool = False
+    """Whether momentum looks ahead (sgd, adam, adamw, muon)."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only: no biases, norms or positions."""
+    clip: float = 1.0
+    """Largest global norm of the gradient. 0: no clipping."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the first moment is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each axis has. One axis may be -1: all that are left."""
+
+    data: int = -1
+    """Rows are split, weights are copied."""
+    fsdp: int = 1
+    """Rows, weights and optimizer state are split; weights are gathered layer by layer."""
+    tensor: int = 1
+    """Heads, MLP width and vocabulary are split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is saved, when, and kept how long. The last step is always saved."""
+
+    every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """How many of the latest are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept for ever. 0: none."""
+    best: str = ""
+    """Evaluation metric whose lowest value's checkpoint is kept too, as `eval/loss`. Empty: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation during training, on the held-out documents."""
+
+    every: int = 1000
+    """Steps between evaluations; one is always run at the end. 0: only that one."""
+    batches: int = 0
+    """Batches of one evaluation. 0: the whole set, each document exactly once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How text is continued; also the samples shown at each evaluation."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts of the samples drawn at each evaluation. Empty: no samples."""
+    max_tokens: int = 128
+    """Tokens to generate at most."""
+    temperature: float = 1.0
+    """Divides the logits. 0: always the likeliest token."""
+    top_k: int = 0
+    """Draw among the k likeliest tokens. 0: all."""
+    top_p: float = 1.0
+    """Draw among the fewest tokens that hold this much probability."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Divides (or multiplies, below 0) the logits of tokens seen before."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is recorded."""
+
+    every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Whether TensorBoard events are written too (needs tensorflow and clu)."""
+    timing: bool = True
+    """Whether metrics.jsonl holds wall-clock figures. False: equal runs write equal bytes."""
+    profile: tuple[int, ...] = ()
+    """First and last step of a profiler trace, written to WORKDIR/profile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    seed: int = 0
+    """Seed of initial weights, data order, dropout and sampling."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -1,0 +1,171 @@
+"""Refuses a config that cannot work, in one line that names the keys and what would do."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lslm_jax.config import Config, DataConfig, MixtureSource, ModelConfig, Source
+from lslm_jax.errors import ConfigError
+
+
+def validate(config: Config) -> Config:
+    """Returns the config with derived sizes filled in.
+
+    Raises:
+      ConfigError: the first impossible value or combination. What depends on the number of devices is checked by
+        `sharding.make_mesh`, what depends on the vocabulary by `resolve_vocabulary`.
+    """
+    for message in _problems(config):
+        raise ConfigError(message)
+    return replace(config, model=fill_sizes(config.model))
+
+
+def fill_sizes(model: ModelConfig) -> ModelConfig:
+    """Replaces the zeros that mean "derived from the others" by their values."""
+    return replace(
+        model,
+        num_kv_heads=model.num_kv_heads or model.num_heads,
+        head_dim=model.head_dim or model.d_model // model.num_heads,
+        d_ff=model.d_ff or 4 * model.d_model,
+    )
+
+
+def resolve_vocabulary(model: ModelConfig, tokens: int) -> ModelConfig:
+    """Sets the vocabulary for a tokenizer of `tokens` ids.
+
+    Raises:
+      ConfigError: model.vocab_size was given and is too small for the tokenizer.
+    """
+    if model.vocab_size and model.vocab_size < tokens:
+        raise ConfigError(f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {tokens} tokens")
+    return replace(model, vocab_size=model.vocab_size or tokens)
+
+
+def _problems(config: Config) -> Iterator[str]:
+    yield from _out_of_range(config)
+    yield from _model_problems(config.model)
+    yield from _data_problems(config.data)
+    yield from _run_problems(config)
+    yield from _mesh_problems(config)
+
+
+_POSITIVE = (
+    "model.num_layers model.d_model model.num_heads model.max_length model.rope_theta model.norm_eps data.seq_len "
+    "data.shard_tokens tokenizer.vocab_size tokenizer.sample_bytes train.steps train.batch_size train.accumulate "
+    "optimizer.learning_rate optimizer.eps checkpoint.every checkpoint.keep log.every generate.max_tokens "
+    "generate.repetition_penalty"
+).split()
+_NOT_NEGATIVE = (
+    "seed model.num_kv_heads model.head_dim model.d_ff model.vocab_size model.window model.logit_softcap "
+    "data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss optimizer.warmup_steps "
+    "optimizer.weight_decay optimizer.clip checkpoint.keep_every eval.every eval.batches generate.temperature "
+    "generate.top_k"
+).split()
+_BELOW_ONE = (
+    "model.dropout data.valid_fraction train.label_smoothing train.ema optimizer.b1 optimizer.b2 generate.min_p"
+).split()
+
+
+def _out_of_range(config: Config) -> Iterator[str]:
+    def value(key: str) -> float:
+        section, _, name = key.rpartition(".")
+        return getattr(getattr(config, section) if section else config, name)
+
+    yield from (f"{key} must be positive, got {value(key)}" for key in _POSITIVE if not value(key) > 0)
+    yield from (f"{key} must not be negative, got {value(key)}" for key in _NOT_NEGATIVE if not value(key) >= 0)
+    yield from (f"{key} must be in [0, 1), got {value(key)}" for key in _BELOW_ONE if not 0 <= value(key) < 1)
+    for key in ("generate.top_p", "optimizer.final_ratio"):
+        if not 0 <= value(key) <= 1:
+            yield f"{key} must be in [0, 1], got {value(key)}"
+
+
+def _model_problems(model: ModelConfig) -> Iterator[str]:
+    if not model.head_dim and model.d_model % model.num_heads:
+        yield (
+            f"model.d_model={model.d_model} is not divisible by model.num_heads={model.num_heads}: "
+            f"set model.head_dim or use d_model={_round(model.d_model, model.num_heads)}"
+        )
+    full = fill_sizes(model)
+    if full.num_heads % full.num_kv_heads:
+        yield f"model.num_heads={full.num_heads} is not divisible by model.num_kv_heads={full.num_kv_heads}"
+    if full.positions == "rotary" and full.head_dim % 2:
+        yield f"rotary positions need an even head width, got {full.head_dim} (model.head_dim)"
+    if full.attention == "cudnn" and full.dtype != "bfloat16":
+        yield "model.attention=cudnn needs model.dtype=bfloat16"
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    for source in data.mixture or (data,):
+        yield from _source_problems(source)
+    names = [source.name for source in data.mixture]
+    if len(set(names)) < len(names):
+        yield f"data.mixture names must differ, got {', '.join(names)}"
+    if data.packing != "stream" and not data.mask_documents:
+        yield f"data.packing={data.packing} needs data.mask_documents=true: several pieces or padding share a row"
+
+
+def _source_problems(source: Source) -> Iterator[str]:
+    where = f"data.mixture source {source.name}:" if isinstance(source, MixtureSource) else "data:"
+    if source.source == "files" and not source.files:
+        yield f"{where} source=files needs files"
+    if source.source == "tfds" and not source.tfds:
+        yield f"{where} source=tfds needs tfds, the data set's name"
+    if source.source == "shards" and isinstance(source, DataConfig) and not source.dir:
+        yield f"{where} source=shards needs data.dir, where they were prepared"
+    if isinstance(source, MixtureSource):
+        if source.source in ("shards", "synthetic"):
+            yield f"{where} source={source.source} cannot be part of a mixture"
+        if not source.weight > 0:
+            yield f"{where} weight must be positive, got {source.weight}"
+        if not source.name.isidentifier() or source.name in ("train", "valid"):
+            yield f"{where} the name must be a plain word other than train and valid"
+    ways = [name for name in ("valid_files", "valid_fraction", "valid_split") if getattr(source, name)]
+    if len(ways) > 1:
+        yield f"{where} {' and '.join(ways)} exclude each other: validation is held out in one way"
+    if (source.valid_split and source.source != "tfds") or (source.valid_files and source.source != "files"):
+        yield f"{where} {ways[0]} does not go with source={source.source}"
+
+
+def _run_problems(config: Config) -> Iterator[str]:
+    train, data = config.train, config.data
+    if data.seq_len > config.model.max_length:
+        yield f"data.seq_len={data.seq_len} is longer than model.max_length={config.model.max_length}"
+    if train.batch_size % train.accumulate:
+        yield (
+            f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}: "
+            f"use {_round(train.batch_size, train.accumulate)}"
+        )
+    if config.optimizer.nesterov and config.optimizer.name in ("adafactor", "lion"):
+        yield f"optimizer.nesterov does not go with optimizer.name={config.optimizer.name}"
+    if config.checkpoint.best and not config.checkpoint.best.startswith("eval/"):
+        yield f"checkpoint.best wants an evaluation metric, as eval/loss, got {config.checkpoint.best!r}"
+    if "" in config.generate.stop:
+        yield "generate.stop holds an empty string, which would end every text at once"
+    profile = config.log.profile
+    if profile and (len(profile) != 2 or not 0 <= profile[0] <= profile[1]):
+        yield f"log.profile wants a first and a last step, as 100,105, got {','.join(map(str, profile))}"
+
+
+def _mesh_problems(config: Config) -> Iterator[str]:
+    mesh, model = config.mesh, fill_sizes(config.model)
+    axes = dataclasses.asdict(mesh)
+    if sum(size == -1 for size in axes.values()) > 1:
+        yield "only one mesh axis may be -1"
+    yield from (
+        f"mesh.{name} must be positive or -1, got {size}" for name, size in axes.items() if size < 1 and size != -1
+    )
+    split = [
+        ("model.num_heads", model.num_heads, "tensor"),
+        ("model.num_kv_heads", model.num_kv_heads, "tensor"),
+        ("model.d_ff", model.d_ff, "tensor"),
+        ("model.d_model", model.d_model, "fsdp"),
+    ]
+    for key, size, axis in split:
+        if axes[axis] > 0 and size % axes[axis]:
+            yield f"{key}={size} is not divisible by mesh.{axis}={axes[axis]}: use {_round(size, axes[axis])}"
+
+
+def _round(size: int, divisor: int) -> str:
+    """The multiples of `divisor` around `size`, as a suggestion."""
+    below = size // divisor * divisor
+    return f"{below} or {below + divisor}" if below else str(divisor)

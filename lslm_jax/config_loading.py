@@ -1,0 +1,294 @@
+"""From a config file and `--config.KEY=VALUE` flags to a typed Config, and from a Config to JSON and back."""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from lslm_jax import config as schema
+from lslm_jax.config import Config
+from lslm_jax.errors import ConfigError, InputMissing, LslmError
+
+
+def load(spec: str) -> Config:
+    """Reads `FILE` or `FILE:argument`.
+
+    A Python file defines `get_config()`, or `get_config(argument)` if it takes one; it is code and is executed. A
+    .json file holds nested keys and is never executed. The argument `smoke` shrinks any config to seconds.
+
+    Raises:
+      InputMissing: there is no such file.
+      ConfigError: the file does not yield a well-typed Config.
+    """
+    name, _, argument = spec.partition(":") if not pathlib.Path(spec).exists() else (spec, "", "")
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise InputMissing(f"config file {name} does not exist")
+    if path.suffix == ".json":
+        config = _read_json(path)
+    else:
+        config = _run_python(path, "" if argument == "smoke" else argument)
+    if argument == "smoke":
+        return smoke(config)
+    if argument and path.suffix == ".json":
+        raise ConfigError(f"{name} takes no argument but smoke, got {argument!r}")
+    return config
+
+
+def _read_json(path: pathlib.Path) -> Config:
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    return from_dict(tree)
+
+
+def _run_python(path: pathlib.Path, argument: str) -> Config:
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # the suffix is .py or nothing, which importlib can load
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_config = module.get_config
+        takes_argument = bool(inspect.signature(get_config).parameters)
+        if argument and not takes_argument:
+            raise ConfigError(f"{path} takes no argument but smoke, got {argument!r}")
+        config = get_config(argument) if takes_argument else get_config()
+    except LslmError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        if isinstance(error, AttributeError) and error.obj is module:
+            raise ConfigError(f"{path} defines no get_config()") from error
+        raise ConfigError(f"{_place_of(error, path)}: {_explain(error)}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not a Config")
+    return from_dict(to_dict(config))
+
+
+def _place_of(error: Exception, path: pathlib.Path) -> str:
+    """File and line of an error in a config file: where it does not parse, or the last of its lines that ran."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    place, frame = str(path), error.__traceback__
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == str(path):
+            place = f"{path}:{frame.tb_lineno}"
+        frame = frame.tb_next
+    return place
+
+
+def _explain(error: Exception) -> str:
+    """The error in one line, with the nearest field where a config class got a keyword that it does not have."""
+    match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if match is None:
+        message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        return f"{type(error).__name__}: {message}"
+    name, key = match.groups()
+    fields = [field.name for field in dataclasses.fields(getattr(schema, name))]
+    return f"{name} has no field {key!r}{_nearest(key, fields)}"
+
+
+def override(config: Config, assignments: Sequence[tuple[str, str]]) -> Config:
+    """Returns the config with each dotted key, as `train.steps`, set to the value that its text spells.
+
+    Raises:
+      ConfigError: an unknown key, or a text that is not of the key's type.
+    """
+    for key, text in assignments:
+        config = _set(config, key, key.split("."), text)
+    return config
+
+
+def _set(node: Any, key: str, path: list[str], text: str) -> Any:
+    hints = get_type_hints(type(node))
+    name, *rest = path
+    if not rest and dataclasses.is_dataclass(hints.get(name)):
+        raise ConfigError(
+            f"--config.{key} is a section: set one of its keys, as {key}.{next(iter(get_type_hints(hints[name])))}"
+        )
+    if name not in hints or bool(rest) != dataclasses.is_dataclass(hints[name]):
+        raise ConfigError(f"unknown key --config.{key}{_nearest(key, [entry.key for entry in describe()])}")
+    value = _set(getattr(node, name), key, rest, text) if rest else _parse(text, hints[name], key)
+    return replace(node, **{name: value})
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    """Says which known key was meant, judged by the whole dotted name and by its last part."""
+    last = key.rsplit(".", 1)[-1]
+    by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    whole = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    part = difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6)
+    if part and (not whole or last == part[0]):
+        return f"; did you mean {by_last[part[0]]}?"
+    return f"; did you mean {whole[0]}?" if whole else "; --config.help lists all"
+
+
+_WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    """The value that a flag's text spells, of the type that the field declares."""
+    if get_origin(hint) is tuple:
+        kind = get_args(hint)[0]
+        if dataclasses.is_dataclass(kind):
+            raise ConfigError(f"{key} cannot be set by a flag: write it in the config file")
+        return tuple(_parse(part.strip(), kind, key) for part in text.split(",") if part.strip())
+    try:
+        if hint is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if hint in (int, float):
+            return hint(text)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{key} wants {_WANTED[hint]}, got {text!r}") from error
+    return _typed(text, hint, key)
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    """Checks a value from Python or JSON against a field's type. Lists become tuples, whole numbers floats."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, key)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            choices = ", ".join(map(str, get_args(hint)))
+            raise ConfigError(f"{key} wants one of {choices}; got {value!r}")
+        return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{key} wants a list, got {value!r}")
+        return tuple(_typed(item, get_args(hint)[0], key) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{key} wants {_WANTED[hint]}, got {value!r}")
+    return value
+
+
+def _build(kind: Any, tree: Any, key: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{key or 'the config'} wants nested keys, got {tree!r}")
+    hints = get_type_hints(kind)
+    prefix = f"{key}." if key else ""
+    for name in tree:
+        if name not in hints:
+            raise ConfigError(f"unknown key {prefix}{name}{_nearest(name, list(hints))}")
+    required = [field.name for field in dataclasses.fields(kind) if _is_required(field) and field.name not in tree]
+    if required:
+        raise ConfigError(f"{prefix}{required[0]} is missing")
+    return kind(**{name: _typed(value, hints[name], prefix + name) for name, value in tree.items()})
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, as written to config.json."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """The typed config of nested plain values; missing keys take their defaults.
+
+    Raises:
+      ConfigError: an unknown key or a value of the wrong type.
+    """
+    return _build(Config, tree, "")
+
+
+def to_json(config: Config) -> str:
+    """The whole config as indented JSON."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def digest(config: Any) -> str:
+    """Sha256 of a config or one of its sections: equal settings, equal digest."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+
+
+class Entry(NamedTuple):
+    """One line of `--config.help`."""
+
+    key: str
+    type: str
+    default: str
+    doc: str
+
+
+def describe() -> Iterator[Entry]:
+    """Every key with its type, default and documentation, in the order of config.py."""
+    docs = _field_docs()
+    return _describe(Config, "", docs)
+
+
+def _describe(kind: Any, prefix: str, docs: Mapping[tuple[str, str], str]) -> Iterator[Entry]:
+    hints = get_type_hints(kind)
+    owners = {name: owner.__name__ for owner in reversed(kind.__mro__) for name in inspect.get_annotations(owner)}
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _describe(hint, f"{prefix}{field.name}.", docs)
+        else:
+            yield Entry(prefix + field.name, _spell(hint), repr(field.default), docs[owners[field.name], field.name])
+
+
+def _spell(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"{_spell(get_args(hint)[0])}, ..."
+    return hint.__name__
+
+
+def _field_docs() -> dict[tuple[str, str], str]:
+    """Maps (class, field) to the string under the field, which Python itself does not keep."""
+    docs = {}
+    classes = [node for node in ast.parse(inspect.getsource(schema)).body if isinstance(node, ast.ClassDef)]
+    for node in classes:
+        for field, below in itertools.pairwise(node.body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                    docs[node.name, name] = doc
+    return docs
+
+
+def smoke(config: Config) -> Config:
+    """Shrinks any run to seconds on one core: same family, same data source, same code paths, tiny sizes."""
+    model, train = config.model, config.train
+    heads = 4 if model.num_heads % 4 == 0 else 2
+    accumulate = min(train.accumulate, 2)
+    grouped = model.num_kv_heads not in (0, model.num_heads)
+    return replace(
+        config,
+        model=replace(
+            model,
+            num_layers=2,
+            d_model=64,
+            num_heads=heads,
+            num_kv_heads=heads // 2 if grouped else 0,
+            head_dim=0,
+            d_ff=128,
+            vocab_size=0,
+            max_length=128,
+            window=min(model.window, 16),
+            dtype="float32",
+            attention="auto",
+        ),
+        data=replace(config.data, seq_len=64, max_documents=config.data.max_documents or 300),
+        tokenizer=replace(config.tokenizer, vocab_size=512, sample_bytes=1_000_000),
+        train=replace(train, steps=20, batch_size=8 * accumulate, accumulate=accumulate),
+        optimizer=replace(config.optimizer, warmup_steps=2),
+        mesh=replace(config.mesh, data=-1, fsdp=1, tensor=1),
+        checkpoint=replace(config.checkpoint, every=10),
+        eval=replace(config.eval, every=10, batches=2),
+        generate=replace(config.generate, max_tokens=16),
+        log=replace(config.log, every=1),
+    )

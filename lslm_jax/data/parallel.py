@@ -1,0 +1,183 @@
+"""Raw documents -> cleaned, hashed and tokenised ones: on every core, in order, in bounded memory.
+
+Workers are started afresh (threads of jax or tensorflow make forking unsafe) and import neither of the two. What comes
+out does not depend on how many there are.
+"""
+
+import collections
+import itertools
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from lslm_jax.config import CleanConfig
+from lslm_jax.data import clean
+from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data.sources import Document, Split
+from lslm_jax.errors import LslmError
+
+_BLOCK_CHARS = 1 << 20
+_BLOCK_DOCUMENTS = 4096
+
+
+class Task(NamedTuple):
+    """How one stream of documents is treated.
+
+    Attributes:
+      split: where its documents belong.
+      valid_fraction: share of them that belongs to `valid` instead.
+      done: per split, raw documents that need no ids, since an earlier process wrote them.
+    """
+
+    split: Split
+    valid_fraction: float
+    done: dict[Split, int]
+
+
+class Block(NamedTuple):
+    """Consecutive documents of a stream: which stream, the raw index of the first, and they themselves."""
+
+    stream: int
+    start: int
+    documents: list[Document]
+
+
+class Result(NamedTuple):
+    """What became of one document: dropped, or these ids of that many UTF-8 bytes for this split."""
+
+    dropped: str | None = None
+    split: Split = "train"
+    digest: bytes = b""
+    signature: np.ndarray | None = None
+    ids: np.ndarray | None = None
+    num_bytes: int = 0
+
+
+def blocks(stream: int, documents: Iterable[Document]) -> Iterator[Block]:
+    """Documents of a stream, grouped so that a block is worth sending to another process."""
+    block: list[Document] = []
+    size = start = 0
+    for document in documents:
+        block.append(document)
+        size += len(document.text)
+        if size >= _BLOCK_CHARS or len(block) >= _BLOCK_DOCUMENTS:
+            yield Block(stream, start, block)
+            start, size, block = start + len(block), 0, []
+    if block:
+        yield Block(stream, start, block)
+
+
+def is_held_out(document: Document, digest: bytes, valid_fraction: float) -> bool:
+    """Whether a document of the training source belongs to validation: by its place, or by the digest of its text."""
+    return clean.is_valid(digest, valid_fraction) if document.held_out is None else document.held_out
+
+
+class Worker:
+    """Does everything that can be done to a document without knowing the others."""
+
+    def __init__(self, tokenizer: epath.Path, config: CleanConfig, tasks: list[Task]):
+        """Loads the tokenizer; `tasks` has one entry a stream."""
+        self._tokenizer = tokenizers.load(tokenizer)
+        self._config = config
+        self._tasks = tasks
+
+    def __call__(self, block: Block) -> list[Result]:
+        """Results of the block's documents, in order."""
+        task = self._tasks[block.stream]
+        texts = [self._clean(document) for document in block.documents]
+        results = [self._judge(*pair, task) for pair in zip(block.documents, texts, strict=True)]
+        new = [
+            i for i, result in enumerate(results) if not result.dropped and block.start + i >= task.done[result.split]
+        ]
+        for i, ids in zip(new, self._tokenizer.encode_batch([texts[i] or "" for i in new]), strict=True):
+            results[i] = results[i]._replace(ids=ids)
+        return results
+
+    def _clean(self, document: Document) -> str | None:
+        decoded = clean.decode(document.text, self._config.bad_utf8, document.origin)
+        return None if decoded is None else clean.clean_text(decoded, self._config)
+
+    def _judge(self, document: Document, text: str | None, task: Task) -> Result:
+        dropped = "bad_utf8" if text is None else clean.reason(text, self._config)
+        if text is None or dropped:
+            return Result(dropped)
+        digest = clean.digest(text)
+        signature = clean.signature(text) if self._config.deduplicate == "near" else None
+        split = "valid" if is_held_out(document, digest, task.valid_fraction) else task.split
+        return Result(None, split, digest, signature, None, len(text.encode()))
+
+
+def process(
+    blocks: Iterator[Block], tokenizer: epath.Path, config: CleanConfig, tasks: list[Task], workers: int
+) -> Generator[tuple[int, int, list[Result]], None, None]:
+    """Stream, raw index of the first document, and results of each block, in the order of the blocks.
+
+    Args:
+      blocks: of all streams.
+      tokenizer: file to load it from.
+      config: how documents are cleaned.
+      tasks: one for each stream.
+      workers: processes; with 1, or where there is but one block, the work is done in this one.
+
+    Raises:
+      DataError: a document is undecodable and `clean.bad_utf8` is strict.
+      LslmError: a worker was killed.
+    """
+    first = list(itertools.islice(blocks, 2))
+    blocks = itertools.chain(first, blocks)
+    if workers == 1 or len(first) < 2:
+        worker = Worker(tokenizer, config, tasks)
+        for block in blocks:
+            yield block.stream, block.start, worker(block)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start, (tokenizer, config, tasks))
+    try:
+        yield from _in_order(pool, blocks, 2 * workers)
+    except BrokenProcessPool as error:
+        raise LslmError("a process of prepare was killed, perhaps for want of memory; run again to go on") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, blocks: Iterator[Block], in_flight: int
+) -> Iterator[tuple[int, int, list[Result]]]:
+    pending: collections.deque = collections.deque()
+    for block in itertools.chain(blocks, [None] * in_flight):
+        if block:
+            pending.append((block.stream, block.start, pool.submit(_work, block)))
+        if pending and (not block or len(pending) >= in_flight):
+            stream, start, future = pending.popleft()
+            yield stream, start, future.result()
+
+
+_worker: Worker  # of a worker process; set once, when it starts
+
+
+def _start(tokenizer: epath.Path, config: CleanConfig, tasks: list[Task]) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to deal with
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = Worker(tokenizer, config, tasks)
+
+
+def _exit_with_parent() -> None:
+    """A parent that was killed cannot tell its workers; they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _work(block: Block) -> list[Result]:
+    return _worker(block)

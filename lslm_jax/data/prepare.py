@@ -1,0 +1,297 @@
+"""Raw text -> cleaned documents -> vocabulary -> token shards, once.
+
+    DIR/tokenizer.model             (or tokenizer.json, bytes.json)
+    DIR/train/  DIR/valid/          shards; of a mixture DIR/NAME/train/, DIR/NAME/valid/
+    DIR/manifest.json               what was prepared from what, and how; written last
+
+Until the manifest is there, unfinished.json holds the settings and inputs, and a killed run goes on after its last
+whole shard: it reads, cleans and compares the documents before it again, but does not tokenise them.
+"""
+
+import collections
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import os
+import platform
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+
+from lslm_jax import __version__
+from lslm_jax.config import Config, Source
+from lslm_jax.data import atomic, clean, parallel, records, sources
+from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data.shards import ShardWriter
+from lslm_jax.data.sources import Document, Split
+from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
+
+_MANIFEST = "manifest.json"
+_UNFINISHED = "unfinished.json"
+_SAMPLE_SEED = 0
+_LOG_SECONDS = 2.0
+
+Log = Callable[[str], None]
+
+
+def prepare(config: Config, directory: epath.Path, log: Log, workers: int = 0) -> dict[str, Any]:
+    """Prepares what `config.data` names, goes on with it, or finds it done.
+
+    It may start processes, which import the main module anew: a script that calls this does so under
+    `if __name__ == "__main__":`.
+
+    Args:
+      config: `data`, `clean` and `tokenizer` are read.
+      directory: where the shards are or will be.
+      log: told of progress about every two seconds.
+      workers: processes. 0: as many as there are cores for this one.
+
+    Returns:
+      `documents`, `tokens` and `bytes` kept, `dropped` by reason, `vocab_size`, `shards`, the same figures for each of
+      `splits`, whether all was there already (`skipped`), and `seconds`.
+
+    Raises:
+      ConfigError: impossible settings, or others than the directory was prepared with.
+      InputMissing: there is nothing to read, or nothing to train on.
+      DataError: a document or a file is bad, or an input is not what it was.
+      SaveError: the directory cannot be written.
+    """
+    started = time.monotonic()
+    if config.data.source == "synthetic" and not config.data.mixture:
+        return _summary({"splits": {}, "dropped": {}, "tokenizer": {"vocab_size": 0}}, True, started)
+    manifest = records.read(directory / _MANIFEST)
+    if config.data.source == "shards" and not config.data.mixture:
+        if not manifest:
+            raise InputMissing(f"data.source=shards, but {directory} holds no prepared data (no {_MANIFEST})")
+        return _summary(manifest, True, started)
+    named = records.named_sources(config)
+    if manifest:
+        records.check(manifest, config, named, directory, finished=True)
+        return _summary(manifest, True, started)
+    record = _begin(config, named, directory, log)
+    manifest = record | _write(config, named, directory, record["tokenizer"], log, workers or _num_cores())
+    atomic.write_json(directory / _MANIFEST, manifest)
+    (directory / _UNFINISHED).unlink()
+    return _summary(manifest, False, started)
+
+
+def _begin(config: Config, named: dict[str, Source], directory: epath.Path, log: Log) -> dict[str, Any]:
+    """Puts on record what is about to be prepared, or checks that a killed run was about the same."""
+    record = records.read(directory / _UNFINISHED)
+    if any(any(directory.joinpath(*place).glob("tokens-*.bin")) for place in _places(named)):
+        if not record:
+            raise DataError(f"{directory} holds shards but no record of their origin: choose another data.dir")
+        records.check(record, config, named, directory, finished=False)
+        return record
+    record = {
+        "version": records.VERSION,
+        "settings": records.settings(config, named),
+        "given_tokenizer": records.given_sha256(config),
+        "inputs": {name: sources.fingerprint(source) for name, source in named.items()},
+    }
+    with atomic.saving(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    if not atomic.is_remote(directory) and not os.access(directory, os.W_OK):
+        raise SaveError(f"{directory} is not writable by uid {os.getuid()}")
+    record["tokenizer"] = _vocabulary(config, named, directory, log)
+    atomic.write_json(directory / _UNFINISHED, record)
+    return record
+
+
+# The vocabulary.
+
+
+def _vocabulary(config: Config, named: dict[str, Source], directory: epath.Path, log: Log) -> dict[str, Any]:
+    """Puts the tokenizer into the directory; returns its file name there and its ids."""
+    tokenizer = _tokenizer(config, named, directory, log)
+    ids = {key: getattr(tokenizer, key) for key in ("kind", "sha256", "vocab_size", "pad_id", "bos_id", "eos_id")}
+    return ids | {"file": tokenizer.save(directory)}
+
+
+def _tokenizer(config: Config, named: dict[str, Source], directory: epath.Path, log: Log) -> tokenizers.Tokenizer:
+    settings = config.tokenizer
+    if settings.kind == "bytes":
+        return tokenizers.Bytes()
+    if settings.path:
+        tokenizer = tokenizers.load(epath.Path(settings.path))
+        if tokenizer.kind != settings.kind:
+            raise ConfigError(f"tokenizer.kind={settings.kind}, but {settings.path} is of kind {tokenizer.kind}")
+        return tokenizer
+    if settings.kind == "huggingface":
+        raise ConfigError("tokenizer.path is empty: kind=huggingface needs a tokenizer.json")
+    size, most = settings.vocab_size, settings.sample_bytes / 1e6
+    log(f"prepare: training a vocabulary of {size:,} on {most:,.1f} MB of text at most")
+    return tokenizers.train(_training_texts(config, named), settings)
+
+
+def _training_texts(config: Config, named: dict[str, Source]) -> Iterator[str]:
+    dropped: collections.Counter[str] = collections.Counter()
+    weights = {name: getattr(source, "weight", 1.0) for name, source in named.items()}
+    whole = config.tokenizer.sample_bytes / sum(weights.values())
+    texts = itertools.chain.from_iterable(
+        _sample(config, source, int(weights[name] * whole), dropped) for name, source in named.items()
+    )
+    first = next(texts, None)
+    if first is None:
+        raise InputMissing(_nothing(named, dropped))
+    return itertools.chain([first], texts)
+
+
+def _sample(config: Config, source: Source, num_bytes: int, dropped: collections.Counter[str]) -> Iterator[str]:
+    def read(document: Document) -> str | None:
+        text = clean.decode(document.text, config.clean.bad_utf8, document.origin)
+        why = "bad_utf8"
+        if text is not None:
+            text = clean.clean_text(text, config.clean)
+            held_out = parallel.is_held_out(document, clean.digest(text), source.valid_fraction)
+            why = clean.reason(text, config.clean) or ("held out" if held_out else None)
+        dropped.update([why] if why else [])
+        return None if why else text
+
+    return sources.sample(source, num_bytes, _SAMPLE_SEED, read, config.data.max_documents)
+
+
+# The shards.
+
+
+def _write(
+    config: Config, named: dict[str, Source], directory: epath.Path, tokenizer: dict[str, Any], log: Log, workers: int
+) -> dict[str, Any]:
+    """Writes all shards; returns the manifest's account of them."""
+    places = _places(named)
+    size, shard_tokens = tokenizer["vocab_size"], config.data.shard_tokens
+    writers = {place: ShardWriter(directory.joinpath(*place), size, shard_tokens) for place in places}
+    streams = _streams(named)
+    blocks = itertools.chain.from_iterable(
+        parallel.blocks(i, sources.documents(named[name], split, config.data.max_documents))
+        for i, (name, split) in enumerate(streams)
+    )
+    tasks = [
+        parallel.Task(
+            split=split,
+            valid_fraction=named[name].valid_fraction,
+            done={to: writers[name, to].cursor for to in _splits(named[name])},
+        )
+        for name, split in streams
+    ]
+    results = parallel.process(blocks, directory / tokenizer["file"], config.clean, tasks, workers)
+    with contextlib.closing(results):  # whatever goes wrong here, the worker processes end
+        kept, dropped = _fill(results, [name for name, _ in streams], writers, config.clean.deduplicate, log)
+    for place in places:
+        if not kept[place]:
+            _refuse_empty(place, named, dropped)
+    splits = {"/".join(filter(None, place)): _finish(writers[place], directory.joinpath(*place)) for place in places}
+    return {"splits": splits, "dropped": dict(sorted(dropped.items())), "versions": _versions()}
+
+
+def _places(named: dict[str, Source]) -> list[tuple[str, Split]]:
+    """What is written, by source and split; also the path below the directory."""
+    return [(name, split) for name, source in named.items() for split in _splits(source)]
+
+
+def _splits(source: Source) -> list[Split]:
+    return ["train", "valid"] if source.valid_files or source.valid_split or source.valid_fraction else ["train"]
+
+
+def _streams(named: dict[str, Source]) -> list[tuple[str, Split]]:
+    """What is read, in order. Held-out files come first: a document that is in them too is then not trained on."""
+    valid: list[tuple[str, Split]] = [(name, "valid") for name, s in named.items() if s.valid_files or s.valid_split]
+    return valid + [(name, "train") for name in named]
+
+
+def _fill(
+    results: Iterator[tuple[int, int, list[parallel.Result]]],
+    names: list[str],
+    writers: dict[tuple[str, Split], ShardWriter],
+    deduplicate: str,
+    log: Log,
+) -> tuple[collections.Counter[tuple[str, Split]], collections.Counter[str]]:
+    """Gives each document to its writer, unless it was seen before; returns what was kept where, and dropped why."""
+    memory = None if deduplicate == "none" else clean.Deduplicator(near=deduplicate == "near")
+    kept: collections.Counter[tuple[str, Split]] = collections.Counter()
+    dropped: collections.Counter[str] = collections.Counter()
+    progress = _Progress(log)
+    for stream, start, documents in results:
+        for index, document in enumerate(documents, start):
+            why = document.dropped or (memory and memory.seen(document.digest, document.signature))
+            if why:
+                dropped[why] += 1
+                continue
+            place = names[stream], document.split
+            kept[place] += 1
+            if document.ids is not None:
+                writers[place].add(document.ids, document.num_bytes, index + 1)
+                progress.tokens += len(document.ids)
+        progress.documents += len(documents)
+        progress.tell()
+    return kept, dropped
+
+
+class _Progress:
+    """Tells how far the work is, every two seconds."""
+
+    def __init__(self, log: Log):
+        self._log = log
+        self._started = self._told = time.monotonic()
+        self.documents = self.tokens = 0
+
+    def tell(self) -> None:
+        now = time.monotonic()
+        if now - self._told < _LOG_SECONDS:
+            return
+        self._told = now
+        speed = self.tokens / (now - self._started)
+        self._log(
+            f"prepare: {self.documents:,} documents, {self.tokens / 1e6:.1f} M tokens, {speed / 1e6:.2f} M tokens/s"
+        )
+
+
+def _finish(writer: ShardWriter, directory: epath.Path) -> dict[str, Any]:
+    manifest = writer.finish()
+    figures = {key: manifest[key] for key in ("documents", "tokens", "bytes")}
+    digest = hashlib.sha256((directory / _MANIFEST).read_bytes()).hexdigest()
+    return figures | {"shards": len(manifest["shards"]), "manifest_sha256": digest}
+
+
+def _nothing(named: dict[str, Source], dropped: collections.Counter[str]) -> str:
+    what = ", ".join(" ".join(source.files) or source.tfds for source in named.values())
+    reasons = ", ".join(f"{count:,} {why}" for why, count in sorted(dropped.items()))
+    return f"nothing to train on in {what}; dropped: {reasons or 'none'}"
+
+
+def _refuse_empty(place: tuple[str, Split], named: dict[str, Source], dropped: collections.Counter[str]) -> None:
+    name, split = place
+    if split == "train":
+        raise InputMissing(_nothing({name: named[name]}, dropped))
+    if fraction := named[name].valid_fraction:
+        raise InputMissing(f"no document falls into data.valid_fraction={fraction}; set a larger one, or 0")
+    raise InputMissing("nothing to validate on: every held-out document is empty or was dropped")
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _versions() -> dict[str, str]:
+    """Of what the result may depend on."""
+    versions = {"lslm_jax": __version__, "python": platform.python_version(), "unicode": unicodedata.unidata_version}
+    for package in ("numpy", "sentencepiece", "tokenizers", "datasketch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _summary(manifest: dict[str, Any], skipped: bool, started: float) -> dict[str, Any]:
+    splits = manifest["splits"]
+    totals = {key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "bytes", "shards")}
+    return totals | {
+        "dropped": manifest["dropped"],
+        "vocab_size": manifest["tokenizer"]["vocab_size"],
+        "splits": splits,
+        "skipped": skipped,
+        "seconds": round(time.monotonic() - started, 3),
+    }

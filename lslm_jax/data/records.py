@@ -1,0 +1,100 @@
+"""What was prepared, from what, and how: the record that tells whether two preparations are the same."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from typing import Any
+
+from etils import epath
+
+from lslm_jax.config import Config, Source
+from lslm_jax.data import atomic, sources
+from lslm_jax.errors import ConfigError, DataError
+
+VERSION = 1
+_SOURCE_KEYS = {
+    "files": ("source", "files", "text_key", "document", "valid_files", "valid_fraction"),
+    "tfds": ("source", "tfds", "split", "text_key", "valid_split", "valid_fraction"),
+}
+_TRAINED_KEYS = ("model", "vocab_size", "byte_fallback", "sample_bytes")
+
+
+def read(path: epath.Path) -> dict[str, Any] | None:
+    """A record; None where there is none.
+
+    Raises:
+      DataError: it is damaged, or of another version of this program.
+    """
+    if not path.exists():
+        return None
+    record = atomic.read_json(path)
+    if record.get("version") != VERSION:
+        raise DataError(f"{path} is not a record of version {VERSION}; remove {path.parent} and prepare again")
+    return record
+
+
+def named_sources(config: Config) -> dict[str, Source]:
+    """The source, named "", or those of a mixture."""
+    mixture = config.data.mixture
+    named: dict[str, Source] = {source.name: source for source in mixture} if mixture else {"": config.data}
+    if len(named) < len(mixture) or (mixture and not all(re.fullmatch(r"\w[\w.-]*", name) for name in named)):
+        names = ", ".join(source.name for source in mixture)
+        raise ConfigError(f"data.mixture: names must differ and be letters, digits, '-', '_' or '.'; they are: {names}")
+    for name, source in named.items():
+        _check_source(f"data.mixture {name}" if name else "data", source)
+    return named
+
+
+def _check_source(where: str, source: Source) -> None:
+    if source.source not in _SOURCE_KEYS:
+        raise ConfigError(f"{where}: source={source.source} cannot be mixed; files and tfds can")
+    held_out = [key for key in ("valid_files", "valid_fraction", "valid_split") if getattr(source, key)]
+    if len(held_out) > 1:
+        raise ConfigError(f"{where}: {' and '.join(held_out)} exclude each other; set one of them")
+    if held_out and held_out[0] not in _SOURCE_KEYS[source.source]:
+        raise ConfigError(f"{where}: {held_out[0]} does not go with source={source.source}")
+
+
+def settings(config: Config, named: dict[str, Source]) -> dict[str, Any]:
+    """Every setting that the shards' content depends on, by key, as JSON gives it back."""
+    trains = _trains_vocabulary(config)
+    found: dict[str, Any] = {"data.max_documents": config.data.max_documents}
+    for name, source in named.items():
+        prefix = f"data.mixture.{name}" if name else "data"
+        keys = _SOURCE_KEYS[source.source] + (("weight",) if name and trains else ())
+        found |= {f"{prefix}.{key}": getattr(source, key) for key in keys}
+    found |= {f"clean.{key}": value for key, value in dataclasses.asdict(config.clean).items()}
+    found["tokenizer.kind"] = config.tokenizer.kind
+    if trains:
+        found |= {f"tokenizer.{key}": getattr(config.tokenizer, key) for key in _TRAINED_KEYS}
+    return json.loads(json.dumps(found))
+
+
+def _trains_vocabulary(config: Config) -> bool:
+    return config.tokenizer.kind == "sentencepiece" and not config.tokenizer.path
+
+
+def given_sha256(config: Config) -> str:
+    """Of the tokenizer file in the config; empty where there is none."""
+    if config.tokenizer.kind == "bytes" or not config.tokenizer.path:
+        return ""
+    path = epath.Path(config.tokenizer.path)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def check(
+    record: dict[str, Any], config: Config, named: dict[str, Source], directory: epath.Path, finished: bool
+) -> None:
+    """Compares settings and inputs with those on record; where all is finished, inputs may be gone."""
+    remedy = f"choose another data.dir, or remove {directory}"
+    before, now = record["settings"], settings(config, named)
+    for key in before | now:
+        if (old := before.get(key)) != (new := now.get(key)):
+            raise ConfigError(f"{directory} was prepared with {key}={json.dumps(old)}, not {json.dumps(new)}: {remedy}")
+    given = given_sha256(config)
+    if given and given != record["given_tokenizer"]:
+        raise ConfigError(f"{directory} was prepared with another tokenizer than {config.tokenizer.path}: {remedy}")
+    for name, source in named.items():
+        if what := sources.changed(source, record["inputs"][name], missing_ok=finished):
+            raise DataError(f"the input has changed since {directory} was prepared: {what}; {remedy}")

@@ -1,0 +1,344 @@
+"""Text to ids and back: SentencePiece, bytes, or a Hugging Face tokenizer.json.
+
+Ids never include special ones unless a caller adds them, and no text can spell one: text is data.
+"""
+
+import abc
+import functools
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from etils import epath
+
+from lslm_jax.config import TokenizerConfig
+from lslm_jax.data import atomic
+from lslm_jax.errors import ConfigError, DataError, InputMissing
+
+_BYTES_FILE = "bytes.json"
+_BYTES = {"kind": "bytes", "pad_id": 0, "bos_id": 1, "eos_id": 2, "first_byte": 3}
+_SPACE_MARK = "\u2581"  # how SentencePiece writes a space
+_SENTENCE_CHARS = 4096
+_WELL_KNOWN = {
+    "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]", "<|endoftext|>"),
+    "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]"),
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"),
+}
+
+
+class Tokenizer(abc.ABC):
+    """A vocabulary.
+
+    Attributes:
+      kind: which of the three.
+      vocab_size: ids are below it.
+      pad_id, bos_id, eos_id: special ids; where the vocabulary lacks one, another stands in for it.
+      sha256: of the file that defines it.
+    """
+
+    kind: Literal["sentencepiece", "bytes", "huggingface"]
+    _file: str
+
+    def __init__(self, content: bytes, vocab_size: int, pad_id: int | None, bos_id: int | None, eos_id: int | None):
+        self._content = content
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.vocab_size = vocab_size
+        known = [id for id in (bos_id, eos_id) if id is not None]
+        if not known:
+            raise ConfigError("no token begins or ends a text (such as <s>, </s> or <|endoftext|>)")
+        self.bos_id, self.eos_id = known[0], known[-1]
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int32 [n], without special ids."""
+        return self.encode_batch([text])[0]
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text, int32 [n], without special ids."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text that ids spell; special ids are dropped, and bytes that are not UTF-8 become U+FFFD."""
+
+    @abc.abstractmethod
+    def piece(self, id: int) -> str:
+        """How the vocabulary writes one id, for people to read."""
+
+    def save(self, directory: epath.Path) -> str:
+        """Writes the file that `load` reads, and returns its name.
+
+        Raises:
+          SaveError: the directory cannot be written.
+        """
+        _write(directory / self._file, self._content)
+        return self._file
+
+
+class Bytes(Tokenizer):
+    """One token a UTF-8 byte."""
+
+    kind = "bytes"
+    _file = _BYTES_FILE
+
+    def __init__(self):
+        first = _BYTES["first_byte"]
+        ids = (_BYTES["pad_id"], _BYTES["bos_id"], _BYTES["eos_id"])
+        super().__init__(json.dumps(_BYTES).encode(), first + 256, *ids)
+        self._first = first
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + self._first for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(ids, np.int64)
+        return (ids[ids >= self._first] - self._first).astype(np.uint8).tobytes().decode(errors="replace")
+
+    def piece(self, id: int) -> str:
+        if id < self._first:
+            return ("<pad>", "<s>", "</s>")[id]
+        byte = id - self._first
+        return chr(byte) if 0x21 <= byte <= 0x7E else f"<0x{byte:02X}>"
+
+
+class SentencePiece(Tokenizer):
+    """A SentencePiece model, ours or another's. Ours give every text back exactly."""
+
+    kind = "sentencepiece"
+    _file = "tokenizer.model"
+
+    def __init__(self, content: bytes):
+        self._processor = processor = _sentencepiece().SentencePieceProcessor(model_proto=content)
+        ids = (processor.pad_id(), processor.bos_id(), processor.eos_id())
+        super().__init__(content, processor.vocab_size(), *(None if id < 0 else id for id in ids))
+        self._mark = self._spell_mark()
+
+    def _spell_mark(self) -> np.ndarray | None:
+        """U+2581 in bytes: the processor would take it for a space. None for models that change spaces anyway."""
+        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        spells_bytes = all(self._processor.is_byte(id) for id in ids)
+        keeps_spaces = self._processor.decode(self._processor.encode(" a  b ")) == " a  b "
+        return np.array(ids, np.int32) if spells_bytes and keeps_spaces else None
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        if self._mark is not None and any(_SPACE_MARK in text for text in texts):
+            return [self._encode_marks(text, self._mark) for text in texts]
+        # One thread: preparing runs one process a core.
+        return [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=1)]
+
+    def _encode_marks(self, text: str, mark: np.ndarray) -> np.ndarray:
+        first, *rest = (np.array(ids, np.int32) for ids in self._processor.encode(text.split(_SPACE_MARK)))
+        return np.concatenate([first, *(part for ids in rest for part in (mark, ids))])
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._processor.decode([int(id) for id in ids])
+
+    def piece(self, id: int) -> str:
+        return self._processor.id_to_piece(int(id))
+
+
+class HuggingFace(Tokenizer):
+    """A tokenizer.json of the `tokenizers` package."""
+
+    kind = "huggingface"
+    _file = "tokenizer.json"
+
+    def __init__(self, content: bytes, named: dict[str, str]):
+        """Loads it.
+
+        Args:
+          content: of tokenizer.json.
+          named: special tokens by role (bos, eos, pad), where other files tell; well-known names stand in.
+        """
+        self._tokenizer = tokenizer = _tokenizers().Tokenizer.from_str(content.decode())
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True  # that is: as the ordinary text they are in a document
+        ids = {role: self._find(names, named.get(role)) for role, names in _WELL_KNOWN.items()}
+        vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        super().__init__(content, vocab_size, ids["pad"], ids["bos"], ids["eos"])
+        self._special = self._special_tokens()
+
+    def _find(self, names: Sequence[str], first: str | None) -> int | None:
+        ids = (self._tokenizer.token_to_id(name) for name in ([first] if first else []) + list(names))
+        return next((id for id in ids if id is not None), None)
+
+    def _special_tokens(self) -> dict[int, str]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {id: token.content for id, token in added.items() if token.special}
+        roles = {id: self._tokenizer.id_to_token(id) for id in (self.pad_id, self.bos_id, self.eos_id)}
+        # An unknown character is told by its own id even when it stands in text.
+        return {id: token for id, token in (special | roles).items() if token not in ("<unk>", "[UNK]")}
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        arrays = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        special = list(self._special)
+        return [
+            self._encode_apart(text) if np.isin(ids, special).any() else ids
+            for text, ids in zip(texts, arrays, strict=True)
+        ]
+
+    def _encode_apart(self, text: str) -> np.ndarray:
+        """For models that know a special token as ordinary text (T5 does): its letters are encoded one by one."""
+        pattern = "|".join(re.escape(token) for token in self._special.values())
+        parts = re.split(f"({pattern})", text)
+        pieces = [piece for i, part in enumerate(parts) for piece in (part if i % 2 else [part])]
+        encodings = self._tokenizer.encode_batch([piece for piece in pieces if piece], add_special_tokens=False)
+        return np.array([id for encoding in encodings for id in encoding.ids if id not in self._special], np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._tokenizer.decode([int(id) for id in ids if int(id) not in self._special])
+
+    def piece(self, id: int) -> str:
+        return self._tokenizer.id_to_token(int(id))
+
+    def save(self, directory: epath.Path) -> str:
+        roles = {f"{role}_token": self.piece(getattr(self, f"{role}_id")) for role in _WELL_KNOWN}
+        atomic.write_json(directory / "tokenizer_config.json", roles)
+        return super().save(directory)
+
+
+def load(path: epath.Path | str) -> Tokenizer:
+    """Reads a tokenizer.
+
+    Args:
+      path: a SentencePiece .model, a Hugging Face tokenizer.json, or what `Tokenizer.save` wrote.
+
+    Raises:
+      InputMissing: there is no such file.
+      DataError: it is not a tokenizer.
+      ConfigError: it has no token to begin or end a text, or a package is missing.
+    """
+    path = epath.Path(path)
+    if not path.is_file():
+        raise InputMissing(f"tokenizer {path} does not exist")
+    content = path.read_bytes()
+    if not content:
+        raise DataError(f"tokenizer {path} is empty")
+    if path.name == _BYTES_FILE:
+        if atomic.read_json(path) != _BYTES:
+            raise DataError(f"{path} defines other bytes than this program's")
+        return Bytes()
+    try:
+        if path.suffix == ".json":
+            return HuggingFace(content, _named_tokens(path.parent))
+        return SentencePiece(content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except DataError:
+        raise
+    except Exception as error:  # what the two libraries raise on a bad file is Exception itself, or RuntimeError
+        raise DataError(
+            f"{path} is not a {'tokenizer.json' if path.suffix == '.json' else 'SentencePiece model'}"
+        ) from error
+
+
+def _named_tokens(directory: epath.Path) -> dict[str, str]:
+    """Special tokens by role, as the files beside a tokenizer.json name them."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).is_file():
+            settings = atomic.read_json(directory / name)
+            tokens = {role: settings[f"{role}_token"] for role in _WELL_KNOWN if settings.get(f"{role}_token")}
+            if tokens:
+                return {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items()}
+    return {}
+
+
+def train(texts: Iterable[str], config: TokenizerConfig) -> SentencePiece:
+    """Trains a SentencePiece vocabulary that loses nothing.
+
+    Nothing is normalised, no space is added or removed, and runs of spaces and of newlines may become pieces, as
+    source code needs. The result depends on the texts and the settings alone.
+
+    Args:
+      texts: training documents, of any length.
+      config: model, vocab_size, byte_fallback and sample_bytes are read.
+
+    Returns:
+      The tokenizer: pad 0, bos 1, eos 2, unk 3.
+
+    Raises:
+      ConfigError: vocab_size does not fit the texts, or sentencepiece is not installed.
+      InputMissing: there is no text.
+    """
+    return SentencePiece(_train_sentencepiece((part for text in texts for part in _sentences(text)), config))
+
+
+def _train_sentencepiece(sentences: Iterator[str], config: TokenizerConfig) -> bytes:
+    model = io.BytesIO()
+    try:
+        _sentencepiece().SentencePieceTrainer.train(
+            sentence_iterator=sentences,
+            model_writer=model,
+            model_type=config.model,
+            vocab_size=config.vocab_size,
+            byte_fallback=config.byte_fallback,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=8 * _SENTENCE_CHARS,
+            train_extremely_large_corpus=config.sample_bytes > 1 << 30,
+            num_threads=16,  # sums of scores depend on it, so it must not be the machine's number of cores
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _training_error(str(error), config) from error
+    return model.getvalue()
+
+
+def _training_error(message: str, config: TokenizerConfig) -> Exception:
+    asked = f"tokenizer.vocab_size is {config.vocab_size}"
+    if found := re.search(r"value <= (\d+)", message):
+        return ConfigError(f"{asked}, but the training text supports at most {found[1]}")
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return ConfigError(f"{asked}, but the characters of the training text need at least {found[1]}")
+    if "sentences_.empty()" in message:
+        return InputMissing("there is no text to train a vocabulary on")
+    return RuntimeError(message)
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """A text in parts short enough for the trainer, cut after a newline or before a space where there is one."""
+    for part in text.replace("\0", "").split(_SPACE_MARK):
+        start = 0
+        while start < len(part):
+            end = start + _SENTENCE_CHARS
+            if end < len(part):
+                end = part.rfind("\n", start, end) + 1 or part.rfind(" ", start + 1, end)
+                end = end if end > start else start + _SENTENCE_CHARS
+            yield part[start:end]
+            start = end
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    file = atomic.WholeFile(path)
+    file.write(content)
+    file.close()
+
+
+@functools.cache
+def _sentencepiece() -> Any:
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ConfigError("tokenizer.kind=sentencepiece needs sentencepiece: pip install sentencepiece") from error
+    return sentencepiece
+
+
+@functools.cache
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError("tokenizer.kind=huggingface needs tokenizers: pip install tokenizers") from error
+    return tokenizers

@@ -1,0 +1,96 @@
+"""The command line: names the verb, loads the config, turns failures into exit codes.
+
+python -m lslm_jax.main [VERB] --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from lslm_jax import config_checks, config_loading
+from lslm_jax.config import Config
+from lslm_jax.errors import ConfigError, LslmError
+
+VERBS = {
+    "train": "prepare the data if needed, train or go on training, evaluate, save (the default)",
+    "prepare": "clean text, train the vocabulary, write token shards",
+    "evaluate": "evaluate a checkpoint on the held-out documents",
+    "generate": "continue prompts",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists all flags")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags but the settings themselves, which are `--config.KEY=VALUE`."""
+    flags = _Parser(prog="lslm", allow_abbrev=False, description="Trains, evaluates and runs language models.")
+    flags.add_argument("verb", nargs="?", choices=VERBS, default="train", metavar="VERB", help=_list_verbs())
+    flags.add_argument("--config", metavar="FILE[:ARGUMENT]", help="config file, .py or .json; :smoke shrinks it")
+    flags.add_argument("--workdir", metavar="DIR", help="run directory: data, checkpoints, metrics, samples")
+    flags.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    chosen = flags.add_argument_group("evaluate, generate")
+    chosen.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")
+    chosen.add_argument("--best", action="store_true", help="use the checkpoint kept by checkpoint.best")
+    text = flags.add_argument_group("generate")
+    text.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
+    text.add_argument("--prompts", metavar="FILE", help='file of prompts: a JSON line {"prompt": ...} each')
+    text.add_argument("--json", action="store_true", help="print one JSON line a prompt")
+    return flags
+
+
+def _list_verbs() -> str:
+    return "; ".join(f"{verb}: {what}" for verb, what in VERBS.items())
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command and exits with its code; the cause of a failure is one line on stderr."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        result = _run(argv)
+    except LslmError as error:
+        if "--debug" in argv:
+            raise
+        print(f"lslm: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    if result is not None:
+        print(json.dumps(result))
+    sys.exit(0)
+
+
+def _run(argv: Sequence[str]) -> dict[str, Any] | None:
+    if "--config.help" in argv:
+        for entry in config_loading.describe():
+            print(f"{entry.key} ({entry.type}; {entry.default})\n    {entry.doc}")
+        return None
+    settings = [flag for flag in argv if flag.startswith("--config.")]
+    flags = parser().parse_args([flag for flag in argv if flag not in settings])
+    config = _load(flags, settings)
+
+    from lslm_jax import verbs  # not before the config is known to be sound: this imports jax
+
+    return getattr(verbs, flags.verb)(config, flags)
+
+
+def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:
+    assignments = []
+    for setting in settings:
+        key, equals, text = setting.removeprefix("--config.").partition("=")
+        if not equals:
+            raise ConfigError(f"{setting} has no value: write {setting}=VALUE")
+        assignments.append((key, text))
+    if not flags.workdir:
+        raise ConfigError("--workdir=DIR is missing: where the run lives")
+    if not flags.config:
+        if flags.verb in ("train", "prepare"):
+            raise ConfigError("--config=FILE is missing, as --config=configs/quickstart.py")
+        flags.config = f"{flags.workdir}/config.json"
+    return config_checks.validate(config_loading.override(config_loading.load(flags.config), assignments))
+
+
+if __name__ == "__main__":
+    main()

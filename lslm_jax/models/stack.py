@@ -1,0 +1,96 @@
+"""Many blocks as one: the only file that knows there are L layers.
+
+The weights of all layers lie in one block whose arrays have a leading "layers" axis, whether the layers are scanned or
+unrolled; so the checkpoint does not depend on the choice.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lslm_jax.models.attention import is_kernel_output
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "save_attention": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, is_kernel_output
+    ),
+}
+
+
+def stacked(make: Callable[[jax.Array], Any], num_layers: int, key: jax.Array) -> Any:
+    """Makes `num_layers` layers from as many keys, as one module whose parameters have a leading "layers" axis."""
+
+    def born(key: jax.Array) -> Any:
+        layer = make(key)
+        for _, param in nnx.iter_graph(layer):
+            if isinstance(param, nnx.Variable):
+                param.set_metadata("axes", ("layers", *param.get_metadata("axes")))
+        return layer
+
+    return jax.vmap(born)(jax.random.split(key, num_layers))
+
+
+def unstacked(layers: Any, dtype: Any) -> nnx.List:
+    """The layers apart, matrices cast to `dtype`: where one token is read at a time, slicing a stack takes as long."""
+    layers = _cast_matrices(layers, dtype)
+    num_layers = jax.tree.leaves(layers)[0].shape[0]
+    return nnx.List([jax.tree.map(lambda a, i=i: a[i], layers) for i in range(num_layers)])
+
+
+def run(
+    layers: Any,
+    x_BTD: jax.Array,
+    apply: Callable[..., tuple[jax.Array, Any]],
+    *,
+    caches: Any = None,
+    keys: jax.Array | None = None,
+    remat: str = "none",
+    scan: bool = True,
+) -> tuple[jax.Array, Any]:
+    """Applies each layer in turn: `apply(layer, x, cache, key) -> (x, cache)`.
+
+    Args:
+      layers: from `stacked`, or from `unstacked`: then caches are a list too.
+      x_BTD: what the first layer reads; every other reads what the one before it returned.
+      apply: one layer's forward pass.
+      caches: what layers keep, stacked; or None.
+      keys: one dropout key a layer; or None.
+      remat: name of what the backward pass recomputes.
+      scan: one compiled layer in a loop, or all of them unrolled.
+
+    Returns:
+      The last layer's output and the caches, stacked or in a list as they came.
+    """
+    if isinstance(layers, nnx.List):
+        outputs = []
+        for layer, cache in zip(layers, caches, strict=True):
+            x_BTD, cache = apply(layer, x_BTD, cache, None)
+            outputs.append(cache)
+        return x_BTD, outputs
+    layers = _cast_matrices(layers, x_BTD.dtype)
+
+    def body(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        weights, cache, key = layer
+        return apply(weights, x_BTD, cache, key)
+
+    if REMAT[remat] is not None:
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not scan)
+    if scan:
+        return jax.lax.scan(body, x_BTD, (layers, caches, keys))
+    num_layers = jax.tree.leaves(layers)[0].shape[0]
+    outputs = []
+    for i in range(num_layers):
+        x_BTD, cache = body(x_BTD, jax.tree.map(lambda a, i=i: a[i], (layers, caches, keys)))
+        outputs.append(cache)
+    return x_BTD, jax.tree.map(lambda *layer: jnp.stack(layer), *outputs)
+
+
+def _cast_matrices(layers: Any, dtype: jnp.dtype) -> Any:
+    """Casts matrices once, before the loop, which would otherwise read them in float32 on every pass."""
+    return jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 else a, layers)

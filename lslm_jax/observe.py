@@ -1,0 +1,297 @@
+"""What a run tells of itself: metrics on disk and in TensorBoard, use of the devices, traces, the table of parameters.
+
+Nothing here changes what a run computes.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+
+import jax
+from etils import epath
+
+from lslm_jax.config import LogConfig
+from lslm_jax.errors import ConfigError, SaveError
+from lslm_jax.progress import say
+
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 1153.5e12,
+}
+"""Dense bfloat16 FLOP/s of one jax device, from the makers' data sheets; the first key found in its device_kind holds.
+
+A jax device is a chip, but one of a chip's two cores on TPU v2, v3 and 7x. "TPU v5" without a letter is v5p. Chips
+without bfloat16 arithmetic (V100, T4) are left out on purpose.
+"""
+
+
+def import_tensorflow() -> Any:
+    """Imports tensorflow without its start-up chatter and without letting it take a GPU from jax.
+
+    Raises:
+      ConfigError: tensorflow is not installed.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its announcement ignores the log level
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise ConfigError(f"tensorflow cannot be imported ({error}): pip install tensorflow-cpu") from error
+    tf.config.set_visible_devices([], "GPU")
+    return tf
+
+
+class TensorBoard:
+    """Events in a directory, written by clu in a thread of its own: no step waits for tensorflow's slow import.
+
+    A missing package or a failed write turns it off with one line on stderr; a display never stops a run.
+    """
+
+    def __init__(self, directory: str):
+        self._directory = directory
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+        self._held: list[tuple[str, int, dict[str, Any]]] = []
+        self._writer: Any = None
+        self._off = False
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Queues scalars, and the texts before them."""
+        self._held.append(("write_scalars", step, dict(values)))
+        self._submit()
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Shows a text letter by letter; held until the first scalars, so that no import slows the first step."""
+        verbatim = "".join(f"    {line}\n" for line in text.splitlines())
+        self._held.append(("write_texts", step, {name: verbatim}))
+
+    def close(self) -> None:
+        """Writes what is queued, and ends."""
+        self._submit()
+        self._thread.shutdown(wait=True)
+        if self._writer is not None and not self._off:
+            self._writer.close()
+
+    def _submit(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            self._thread.submit(self._write, held)
+
+    def _write(self, calls: list[tuple[str, int, dict[str, Any]]]) -> None:
+        if self._off:
+            return
+        try:
+            self._writer = self._writer or self._open()
+            for method, step, values in calls:
+                getattr(self._writer, method)(step, values)
+            self._writer.flush()
+        except Exception as error:
+            self._off = True
+            say(f"TensorBoard is off: {' '.join(str(error).split())}")
+
+    def _open(self) -> Any:
+        import_tensorflow()
+        try:
+            from clu import metric_writers
+        except ImportError as error:
+            raise ConfigError(f"clu cannot be imported ({error}): pip install clu tensorboard") from error
+        return metric_writers.SummaryWriter(self._directory)
+
+
+class Metrics:
+    """The record of a run: WORKDIR/metrics.jsonl and, if wanted, TensorBoard events in WORKDIR/tensorboard.
+
+    A context manager, or close it.
+    """
+
+    def __init__(self, workdir: str, log: LogConfig, *, primary: bool = True):
+        """Opens the record; of several processes only the primary one writes."""
+        self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._log = log
+        self._primary = primary
+        self._file: Any = None
+        self._tensorboard = TensorBoard(f"{workdir}/tensorboard") if primary and log.tensorboard else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, step: int, values: Mapping[str, Any], timing: Mapping[str, float] | None = None) -> None:
+        """Records scalars (Python, NumPy or jax numbers) of one step as one line, at once on disk.
+
+        Floats are written so that they read back equal. JSON has no word for the non-finite ones: they become the
+        strings "NaN", "Infinity" and "-Infinity", which `float` understands.
+
+        Args:
+          step: optimizer steps done.
+          values: what is the same in every equal run.
+          timing: wall-clock figures, left out of metrics.jsonl where `log.timing` is False.
+
+        Raises:
+          SaveError: metrics.jsonl cannot be written.
+        """
+        if not self._primary:
+            return
+        scalars = {name: _number(value) for name, value in values.items()}
+        clock = {name: _number(value) for name, value in (timing or {}).items()}
+        line = {"step": step, **scalars, **(clock if self._log.timing else {})}
+        with _saving(self._path):
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a")
+            self._file.write(json.dumps({key: _json_value(value) for key, value in line.items()}) + "\n")
+            self._file.flush()
+        if self._tensorboard:
+            self._tensorboard.scalars(step, scalars | clock)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Shows a text in TensorBoard: a sample, the config, the table of parameters."""
+        if self._tensorboard:
+            self._tensorboard.text(step, name, text)
+
+    def truncate(self, step: int) -> int:
+        """Forgets every line of a later step, and what a kill left of a line; a resumed run writes them again.
+
+        Returns:
+          How many lines were dropped from metrics.jsonl.
+
+        Raises:
+          SaveError: metrics.jsonl cannot be written.
+        """
+        if not self._primary or not self._path.exists():
+            return 0
+        with _saving(self._path):
+            lines = self._path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) <= step]
+            if len(kept) < len(lines):
+                self._close_file()
+                _replace(self._path, b"".join(kept))
+        return len(lines) - len(kept)
+
+    def close(self) -> None:
+        """Ends the record; waits for TensorBoard's queue."""
+        self._close_file()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Profiler:
+    """A jax.profiler trace of the steps first..last, in WORKDIR/profile; without steps, nothing."""
+
+    def __init__(self, workdir: str, steps: tuple[int, ...]):
+        """Takes `log.profile`: empty, or the first and the last step."""
+        self._directory = f"{workdir}/profile"
+        self._window = range(steps[0], steps[1] + 1) if steps else range(0)
+        self._active = False
+
+    def step(self, step: int, in_flight: Any = None) -> None:
+        """Starts or stops the trace; called before step number `step` is dispatched.
+
+        `in_flight` are arrays of the step before, awaited so that the trace ends with a whole step.
+        """
+        if step in self._window and not self._active:
+            jax.profiler.start_trace(self._directory)
+            self._active = True
+        elif step not in self._window and self._active:
+            jax.block_until_ready(in_flight)
+            self.close()
+
+    def close(self) -> None:
+        """Writes a trace that is still open."""
+        if self._active:
+            self._active = False
+            jax.profiler.stop_trace()
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, num_devices: int, device_kind: str) -> float | None:
+    """Model FLOPs utilisation (PaLM, arXiv:2204.02311, appendix B): the share of the devices' peak put to use.
+
+    Args:
+      tokens_per_second: of all devices together.
+      flops_per_token: that the model needs, forward and backward; what is computed twice to save memory counts once.
+      num_devices: jax devices in the mesh.
+      device_kind: `jax.Device.device_kind`.
+
+    Returns:
+      0 to 1, or None where the peak is unknown, as on CPUs.
+    """
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_kind), None)
+    return None if peak is None else tokens_per_second * flops_per_token / (num_devices * peak)
+
+
+def device_memory() -> dict[str, int]:
+    """Bytes in use on the first local device, now and at their peak; empty where devices do not count, as on CPUs."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {name: stats[name] for name in ("bytes_in_use", "peak_bytes_in_use") if name in stats}
+
+
+def parameter_table(tree: Any) -> str:
+    """Lists the parameters of a model, or any pytree of arrays or shapes: name, shape, logical axes, count; a total."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "axes"))  # an nnx.Param of ours
+    rows = [("name", "shape", "axes", "count")]
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape, axes = (" ".join(map(str, items)) for items in (leaf.shape, getattr(leaf, "axes", ())))
+        rows.append((name, shape, axes, f"{math.prod(leaf.shape):,}"))
+    rows.append(("total", "", "", f"{sum(math.prod(leaf.shape) for _, leaf in leaves):,}"))
+    a, b, c, d = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(f"{name:<{a}}  {shape:<{b}}  {axes:<{c}}  {count:>{d}}" for name, shape, axes, count in rows)
+
+
+def _number(value: Any) -> int | float:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _json_value(value: float) -> float | str:
+    return value if math.isfinite(value) else json.dumps(value)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics.jsonl; infinite if the line is torn."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+@contextlib.contextmanager
+def _saving(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _replace(path: epath.Path, content: bytes) -> None:
+    """Writes a file so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        if hasattr(file, "fileno"):  # a file in object storage has none, and appears only when whole
+            os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,252 @@
+"""Checkpoints: what is in one, how it is written and found again, and how a run begins. Orbax stays in this file.
+
+WORKDIR/checkpoints/STEP/ holds the parts `model`, `optimizer`, `ema` (where there is one) and `counters`, each a flat
+map from parameter name to array, so that evaluation reads the weights alone; Orbax's metadata carry the identity of
+what made it; `manifest.json` lists every file with its size and sha256. A checkpoint restores on any mesh.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from lslm_jax.config import CheckpointConfig, Config
+from lslm_jax.errors import CheckpointRefused, SaveError
+from lslm_jax.train import identity as identities
+from lslm_jax.train.manifest import check_manifest, write_manifest
+from lslm_jax.train.state import State, abstract_state, init_state
+
+
+def begin(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    checkpoints: "Checkpoints",
+    log: Callable[[str], None],
+) -> State:
+    """The state that training goes on from.
+
+    The ways a run can begin, in this order:
+
+    1. From its own latest checkpoint: everything, bit for bit.
+    2. From the latest weights of another run (`train.init_from`): step and optimizer start anew.
+    3. From random weights.
+
+    Raises:
+      CheckpointRefused: a checkpoint does not fit this run or cannot be read.
+    """
+    step = checkpoints.latest_step()
+    if step is not None:
+        state = checkpoints.restore(step, abstract_state(config, optimizer, mesh), log)
+        log(f"resumed from step {step}")
+        return state
+    state = init_state(config, optimizer, mesh)
+    if config.train.init_from:
+        source = epath.Path(config.train.init_from) / "checkpoints"
+        abstract = abstract_state(config, optimizer, mesh).model
+        model = load_model(source, abstract, latest_step(source))
+        log(f"started from the weights in {source}")
+        ema = None if state.ema is None else jax.tree.map(jnp.copy, model)
+        state = state._replace(model=model, ema=ema)
+    return state
+
+
+class Checkpoints:
+    """The checkpoints of one run; saving goes on in the background."""
+
+    def __init__(self, workdir: epath.Path, config: CheckpointConfig, identity: Mapping[str, Any]):
+        """Opens or creates WORKDIR/checkpoints; what a killed save left behind is removed."""
+        self._directory = epath.Path(workdir) / "checkpoints"
+        self._identity = dict(identity)
+        self._manifests: list[threading.Thread] = []
+        policies: Any = ocp.training.save_decision_policies
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._orbax = ocp.training.Checkpointer(
+                self._directory,
+                preservation_policy=_preservation(config),
+                save_decision_policy=policies.FixedIntervalPolicy(1),  # the loop decides
+                cleanup_tmp_directories=True,
+            )
+        except OSError as error:
+            raise SaveError(f"cannot write {self._directory}: {error.strerror or error}") from error
+
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint's step; None if there is none."""
+        latest = self._orbax.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: State, metrics: Mapping[str, float] | None = None) -> None:
+        """Copies the state to the host and writes it in the background; the arrays may be donated afterwards.
+
+        Args:
+          state: what to save, under its own step.
+          metrics: evaluation results by which `checkpoint.best` judges.
+
+        Raises:
+          SaveError: this or the save before failed; earlier checkpoints stay as they were.
+        """
+        step = int(state.step)
+        with _as_save_error(self._directory / str(step)):
+            parts = {name: _flatten(part) for name, part in _parts(state).items()}
+            saved = self._orbax.save_checkpointables_async(
+                step, parts, metrics=dict(metrics or {}), custom_metadata=self._identity
+            )
+        if saved is not None and jax.process_index() == 0:
+            thread = threading.Thread(target=_manifest_when_done, args=(saved, self._directory / str(step)))
+            thread.start()
+            self._manifests = [other for other in self._manifests if other.is_alive()] + [thread]
+
+    def restore(self, step: int, abstract: State, log: Callable[[str], None]) -> State:
+        """Reads a whole state into the shapes, types and shardings of `abstract`.
+
+        Raises:
+          CheckpointRefused: it was made by another model, tokenizer or data, or it is damaged.
+        """
+        directory = self._directory / str(step)
+        check_manifest(directory)
+        made_by: Any = self._orbax.checkpointables_metadata(step).custom_metadata
+        identities.check(directory, made_by, self._identity, log)
+        parts = {name: _flatten(part) for name, part in _parts(abstract).items()}
+        loaded = _load(directory, parts)
+        restored = {name: _unflatten(part, loaded[name]) for name, part in _parts(abstract).items()}
+        counters = restored.pop("counters")
+        return State(**{"ema": None, **restored, **counters})
+
+    def close(self) -> None:
+        """Waits for saves in the background.
+
+        Raises:
+          SaveError: one of them failed.
+        """
+        with _as_save_error(self._directory):
+            self._orbax.close()
+        for thread in self._manifests:
+            thread.join()
+
+
+def latest_step(directory: epath.Path) -> int:
+    """The newest whole checkpoint below a `checkpoints` directory.
+
+    Raises:
+      CheckpointRefused: there is none.
+    """
+    steps = list_steps(directory)
+    if not steps:
+        raise CheckpointRefused(f"no checkpoint in {directory}")
+    return steps[-1]
+
+
+def list_steps(directory: epath.Path) -> list[int]:
+    """The steps of all whole checkpoints, in order."""
+    directory = epath.Path(directory)
+    if not directory.is_dir():
+        return []
+    with ocp.training.Checkpointer(directory) as checkpointer:
+        return sorted(checkpoint.step for checkpoint in checkpointer.checkpoints)
+
+
+def best_step(directory: epath.Path, metric: str) -> int:
+    """The step of the checkpoint with the lowest value of an evaluation metric.
+
+    Raises:
+      CheckpointRefused: no checkpoint was saved with that metric.
+    """
+    found = []
+    if epath.Path(directory).is_dir():
+        with ocp.training.Checkpointer(directory) as checkpointer:
+            found = [(c.metrics[metric], c.step) for c in checkpointer.checkpoints if metric in (c.metrics or {})]
+    if not found:
+        raise CheckpointRefused(f"no checkpoint in {directory} was saved with {metric}")
+    return min(found)[1]
+
+
+def load_model(directory: epath.Path, abstract: Any, step: int) -> Any:
+    """Reads only the weights that evaluation uses, the average where there is one, for the mesh of `abstract`.
+
+    Raises:
+      CheckpointRefused: the checkpoint is damaged, or its weights have other names or shapes.
+    """
+    path = epath.Path(directory).resolve() / str(step)
+    check_manifest(path)
+    name = "ema" if (path / "ema").is_dir() else "model"
+    return _unflatten(abstract, _load(path, {name: _flatten(abstract)})[name])
+
+
+def _parts(state: State) -> dict[str, Any]:
+    parts = {"model": state.model, "optimizer": state.optimizer, "ema": state.ema}
+    counters = {"step": state.step, "skipped": state.skipped}
+    return {name: part for name, part in parts.items() if part is not None} | {"counters": counters}
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Arrays by dotted name, free of the classes they sit in, so that a checkpoint outlives them."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _unflatten(like: Any, arrays: Mapping[str, Any]) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[_name(path)], like)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def _load(directory: epath.Path, parts: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> Mapping[str, Any]:
+    """Reads arrays after comparing names and shapes; Orbax's own complaint would be a page long."""
+    stored = ocp.checkpointables_metadata(directory).metadata
+    for part, wanted in parts.items():
+        if part not in stored:
+            raise CheckpointRefused(f"{directory} has no {part}; it has {', '.join(sorted(stored))}")
+        _compare(f"{directory}: {part}", stored[part], wanted)
+    return ocp.load_checkpointables(directory, dict(parts))
+
+
+def _compare(where: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    if missing or extra:
+        raise CheckpointRefused(
+            f"{where} has other parameters: {len(missing)} missing ({', '.join(missing[:3])}), "
+            f"{len(extra)} unexpected ({', '.join(extra[:3])})"
+        )
+    for name, leaf in wanted.items():
+        if tuple(stored[name].shape) != leaf.shape or stored[name].dtype != leaf.dtype:
+            raise CheckpointRefused(
+                f"{where} has {name} as {stored[name].dtype}{list(stored[name].shape)}, "
+                f"the config wants {leaf.dtype}{list(leaf.shape)}"
+            )
+
+
+def _preservation(config: CheckpointConfig) -> Any:
+    policies = ocp.training.preservation_policies
+    kept: list[Any] = [policies.LatestN(config.keep)]
+    if config.keep_every:
+        kept.append(policies.EveryNSteps(config.keep_every))
+    if config.best:
+        kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics[config.best], reverse=True, n=1))
+    return policies.AnyPreservationPolicy(kept)
+
+
+class _as_save_error:
+    """Turns what a failing disk raises, here or in Orbax's threads, into a SaveError."""
+
+    def __init__(self, path: epath.Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, OSError | ValueError) and not isinstance(error, jax.errors.JaxRuntimeError):
+            raise SaveError(f"cannot save {self.path}: {str(error).splitlines()[0]}") from error
+
+
+def _manifest_when_done(saved: Any, directory: epath.Path) -> None:
+    if saved.result():
+        write_manifest(directory)

@@ -1,0 +1,85 @@
+"""Who made a checkpoint, and whether a run may go on from it."""
+
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+from lslm_jax import config_loading
+from lslm_jax.config import Config
+from lslm_jax.errors import CheckpointRefused
+
+PACKAGES = ("lslm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+# Settings that a checkpoint's arrays or its place in the data depend on. The others may change from run to run.
+FIXED = (
+    "seed",
+    "model",
+    "data.seq_len",
+    "data.packing",
+    "data.mask_documents",
+    "train.batch_size",
+    "optimizer.name",
+    "optimizer.moment_dtype",
+)
+FREE = ("model.attention", "model.scan_layers", "model.remat", "model.dtype", "model.dropout")
+
+
+def make(config: Config, tokenizer_sha256: str, data_sha256: str, mesh: Mesh) -> dict[str, Any]:
+    """Who made a checkpoint: resolved config, tokenizer, data, package versions and mesh, as JSON values."""
+    return {
+        "config": config_loading.to_dict(config),
+        "tokenizer_sha256": tokenizer_sha256,
+        "data_sha256": data_sha256,
+        "versions": {name: _version(name) for name in PACKAGES},
+        "mesh": dict(mesh.shape),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # run from a checkout, say
+
+
+def check(
+    directory: epath.Path, saved: Mapping[str, Any] | None, mine: Mapping[str, Any], log: Callable[[str], None]
+) -> None:
+    """Compares the identity in a checkpoint with that of the run that wants to go on from it.
+
+    Raises:
+      CheckpointRefused: another tokenizer, other data, or a setting that the arrays or the order of the data depend on.
+    """
+    if saved is None:
+        raise CheckpointRefused(f"{directory} does not say what made it")
+    for what, key in (("tokenizer", "tokenizer_sha256"), ("data", "data_sha256")):
+        if saved[key] != mine[key]:
+            raise CheckpointRefused(
+                f"{directory} was made with another {what} ({saved[key][:12]}, now {mine[key][:12]}): "
+                "use another --workdir, or put the former back"
+            )
+    changed = []
+    for key, old, new in _differences(saved["config"], mine["config"]):
+        if _below(key, FIXED) and not _below(key, FREE):
+            raise CheckpointRefused(f"{directory} was made with {key}={old}, the config says {new}")
+        changed.append(f"{key} {old} -> {new}")
+    if changed:
+        log(f"settings changed since {directory}: {', '.join(changed)}")
+
+
+def _below(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ, as (key, old, new). JSON has no tuples: lists and tuples count as equal."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in dict(old) | dict(new):
+            name = f"{prefix}.{key}" if prefix else key
+            yield from _differences(old[key] if key in old else None, new[key] if key in new else None, name)
+    elif json.dumps(old) != json.dumps(new):
+        yield prefix, old, new

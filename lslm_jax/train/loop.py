@@ -1,0 +1,199 @@
+"""The training loop."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from lslm_jax import config_loading
+from lslm_jax.batch import Batch
+from lslm_jax.config import Config
+from lslm_jax.data import pipeline, prefetch
+from lslm_jax.errors import NumericAbort, Preempted
+from lslm_jax.models.attention import Backend
+from lslm_jax.models.presets import flops_per_token
+from lslm_jax.observe import Metrics, Profiler, device_memory, mfu, parameter_table
+from lslm_jax.progress import Progress, StepTimer
+from lslm_jax.sharding import batch_sharding, to_global
+from lslm_jax.train.checkpoint import Checkpoints, begin
+from lslm_jax.train.optim import make_optimizer
+from lslm_jax.train.preemption import Preemption
+from lslm_jax.train.state import State, abstract_state, evaluated_model, num_parameters
+from lslm_jax.train.step import make_train_step
+
+MAX_SKIPPED = 5  # non-finite steps in a row that end the run
+METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "skipped")  # of the train step, in this order on the record
+
+Evaluate = Callable[[Any], Iterable[tuple[str, float]]]
+Sample = Callable[[Any], str]
+
+
+def train(
+    config: Config,
+    workdir: epath.Path,
+    mesh: Mesh,
+    data: pipeline.TrainInput | pipeline.SyntheticInput,
+    backend: Backend,
+    checkpoints: Checkpoints,
+    *,
+    evaluate: Evaluate | None,
+    sample: Sample | None,
+) -> dict[str, Any]:
+    """Trains to `train.steps` from wherever the run stands; metrics, samples and checkpoints go to `workdir`.
+
+    The metrics of step n are read while step n + 1 runs; nothing else in the loop waits for the device.
+
+    Args:
+      config: resolved.
+      workdir: the run directory.
+      mesh: set by `jax.set_mesh` as well.
+      data: batches by step.
+      backend: attention kernel.
+      checkpoints: of this run.
+      evaluate: yields (name, value) for a model; None where nothing is held out.
+      sample: a text that shows what a model can do; None for no samples.
+
+    Returns:
+      The summary that the run ends with: last metrics and evaluation, speed, size.
+
+    Raises:
+      NumericAbort: the loss or gradient was not finite `MAX_SKIPPED` times in a row.
+      Preempted: a signal came; the state is saved.
+      CheckpointRefused, SaveError, DataError: as their texts say.
+    """
+    begun, steps = time.monotonic(), config.train.steps
+    tokens_per_step = config.train.batch_size * config.data.seq_len
+    flops = flops_per_token(config.model, config.data.seq_len)
+    optimizer = make_optimizer(config.optimizer, steps)
+    timer, speeds, last, results = StepTimer(tokens_per_step), [], {}, {}
+
+    with contextlib.ExitStack() as stack:
+        preemption = stack.enter_context(Preemption())
+        progress = stack.enter_context(Progress(steps))
+        record = stack.enter_context(
+            contextlib.closing(Metrics(str(workdir), config.log, primary=jax.process_index() == 0))
+        )
+        profiler = stack.enter_context(contextlib.closing(Profiler(str(workdir), config.log.profile)))
+
+        # XLA compiles the step while the weights are made or read; then tensorflow is imported for the first batch.
+        aside = stack.enter_context(ThreadPoolExecutor(1))
+        compiling = aside.submit(_compile, config, optimizer, backend, data.batch(0), mesh)
+        state = begin(config, optimizer, mesh, checkpoints, progress.message)
+        start = int(state.step)
+        record.truncate(start)
+        record.text(start, "config", config_loading.to_json(config))
+        record.text(start, "parameters", parameter_table(state.model))
+        progress.message(
+            f"{num_parameters(state.model):,} parameters on {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
+            f"{backend.name} attention ({backend.reason})"
+        )
+
+        batches = stack.enter_context(contextlib.closing(prefetch.batches(data.batch, start, steps)))
+        first = next(batches, None)
+        train_step = compiling.result()
+
+        def report(step: int, metrics: dict[str, jax.Array]) -> None:
+            """Reads the metrics of a finished step, and records them where they are due."""
+            nonlocal last
+            values = jax.device_get(metrics)
+            last = {name: values[name].item() for name in METRICS}
+            if skipped := int(last["skipped"]):
+                progress.message(f"step {step}: loss or gradient is not finite, update skipped ({skipped} in a row)")
+            if step % config.log.every == 0 or step == steps or skipped:
+                speed = timer.read()
+                if speed:
+                    speeds.append(speed["tokens_per_second"])
+                    used = mfu(speeds[-1], flops, mesh.size, mesh.devices.flat[0].device_kind)
+                    speed |= ({} if used is None else {"mfu": used}) | device_memory()
+                record.write(step, last | {"epoch": data.epoch(step)}, speed)
+            progress.update(step, loss=last["loss"], tokens_per_second=speeds[-1] if speeds else None)
+            if skipped >= MAX_SKIPPED:
+                raise NumericAbort(f"loss or gradient was not finite in {skipped} steps in a row, up to step {step}")
+
+        pending = None
+        for step in range(start + 1, steps + 1):
+            profiler.step(step, state.step)
+            with timer.data():
+                batch = first or next(batches)
+                first = None
+            state, metrics = train_step(state, to_global(batch, mesh))
+            timer.step()
+            if pending:
+                report(*pending)
+            pending = (step, metrics)
+
+            stopping = preemption.requested is not None or step == steps
+            evaluating = step == steps or (config.eval.every and step % config.eval.every == 0)
+            saving = stopping or step % config.checkpoint.every == 0
+            if not (evaluating or saving):
+                continue
+            report(*pending)
+            pending = None
+            with timer.pause():
+                if evaluating:
+                    results = _evaluate(state, evaluate, sample, record, progress, workdir)
+                if saving:
+                    checkpoints.save(state, results if evaluating else None)
+            if preemption.requested and step < steps:
+                checkpoints.close()
+                raise Preempted(f"{preemption.requested}: step {step} is saved; the same command goes on from there")
+
+        if start == steps:  # stopped after its last step was saved, before its result was written
+            results = _evaluate(state, evaluate, sample, record, progress, workdir)
+        checkpoints.close()
+
+    speed = statistics.median(speeds) if speeds else None
+    used = mfu(speed, flops, mesh.size, mesh.devices.flat[0].device_kind) if speed else None
+    return {
+        "step": int(state.step),
+        **{name: last[name] for name in ("loss", "grad_norm", "learning_rate") if name in last},
+        **results,
+        "tokens_per_second": speed,
+        "mfu": used,
+        "parameters": num_parameters(state.model),
+        "attention": backend.name,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+
+
+def _compile(
+    config: Config, optimizer: optax.GradientTransformation, backend: Backend, batch: Batch, mesh: Mesh
+) -> jax.stages.Compiled:
+    """The step compiled for exactly these shapes, so that it can never be compiled again behind our back."""
+    rows, sharding = config.train.batch_size, batch_sharding(mesh)
+    with jax.set_mesh(mesh):  # which is set for each thread on its own
+        state = abstract_state(config, optimizer, mesh)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding), batch)
+        step = make_train_step(config, optimizer, backend)
+        return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+
+
+def _evaluate(
+    state: State,
+    evaluate: Evaluate | None,
+    sample: Sample | None,
+    record: Metrics,
+    progress: Progress,
+    workdir: epath.Path,
+) -> dict[str, float]:
+    """Evaluates and samples one state, on the record."""
+    step, model = int(state.step), evaluated_model(state)
+    results = {f"eval/{name}": value for name, value in evaluate(model)} if evaluate else {}
+    if results:
+        record.write(step, results)
+        progress.message(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in results.items()))
+    if sample:
+        text = sample(model)
+        progress.message(text)
+        record.text(step, "samples", text)
+        path = workdir / "samples" / f"{step}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return results

@@ -1,0 +1,144 @@
+"""Cross-entropy over large vocabularies, in sums: divide by the weight once, globally."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lslm_jax.sharding import constrain, num_shards
+
+
+class Sums(NamedTuple):
+    """Totals over the tokens of a batch, each token counted by its weight; float32 scalars.
+
+    Attributes:
+      objective: what training minimises: cross-entropy with smoothed targets, plus the z-loss.
+      nll: negative log-likelihood of the targets, in nats.
+      correct: how often the target was the likeliest token.
+      weight: number of tokens that count.
+    """
+
+    objective: jax.Array
+    nll: jax.Array
+    correct: jax.Array
+    weight: jax.Array
+
+
+class Settings(NamedTuple):
+    """What `cross_entropy` needs to know besides arrays.
+
+    Attributes:
+      vocab_size: rows of the output layer beyond it are padding and get no probability.
+      chunk: tokens whose logits exist at once on a device.
+      softcap: of the logits, 0 for none.
+      z_loss: weight of the squared log-normaliser (Chowdhery et al. 2022).
+      label_smoothing: probability spread evenly over the vocabulary (Szegedy et al. 2016).
+    """
+
+    vocab_size: int
+    chunk: int
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+
+
+def cross_entropy(
+    x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, settings: Settings
+) -> Sums:
+    """Scores targets against softmax(x w), a chunk of tokens at a time: [tokens, V] never exists.
+
+    Only `objective` has a gradient, with respect to x and w. It is worked out chunk by chunk together with the loss,
+    while the logits are there, instead of computing them again in the backward pass.
+
+    Args:
+      x_BTD: final hidden states, in the compute type.
+      w_VD: output layer, float32.
+      targets_BT: token ids.
+      weights_BT: how much each target counts.
+      settings: see there.
+    """
+    return _cross_entropy(settings, x_BTD, w_VD, targets_BT, weights_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(settings, x_BTD, w_VD, targets_BT, weights_BT):
+    w = constrain(w_VD.astype(x_BTD.dtype), ("vocab", "width"))
+
+    def body(sums, chunk):
+        return jax.tree.map(jnp.add, sums, _score(settings, w, *chunk)[0]), None
+
+    zero = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(body, Sums(zero, zero, zero, zero), _chunks(settings, x_BTD, targets_BT, weights_BT))[0]
+
+
+def _forward(settings, x_BTD, w_VD, targets_BT, weights_BT):
+    w = constrain(w_VD.astype(x_BTD.dtype), ("vocab", "width"))
+    x_CNSD, targets_CNS, weights_CNS = _chunks(settings, x_BTD, targets_BT, weights_BT)
+
+    def body(carry, chunk):
+        sums, dw_NVD = carry
+        more, d_NSV = _score(settings, w, *chunk)
+        dx_NSD = jnp.einsum("nsv,vd->nsd", d_NSV, w)
+        dw_NVD += jnp.einsum("nsv,nsd->nvd", d_NSV, chunk[0], preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, sums, more), dw_NVD), dx_NSD
+
+    # Each batch shard adds up its own gradient of w; they are summed once after the loop, not once a chunk.
+    zero = jnp.zeros((), jnp.float32)
+    dw_NVD = constrain(jnp.zeros((x_CNSD.shape[1], *w.shape), jnp.float32), ("batch", "vocab", "width"))
+    carry = Sums(zero, zero, zero, zero), dw_NVD
+    (sums, dw_NVD), dx_CNSD = jax.lax.scan(body, carry, (x_CNSD, targets_CNS, weights_CNS))
+    dx_BTD = constrain(jnp.moveaxis(dx_CNSD, 0, 1).reshape(x_BTD.shape), ("batch", "length", "width"))
+    return sums, (dx_BTD, constrain(jnp.sum(dw_NVD, axis=0), ("vocab", "embed")))
+
+
+def _backward(settings, residuals, cotangent):
+    dx_BTD, dw_VD = residuals
+    scale = cotangent.objective
+    return (dx_BTD * scale.astype(dx_BTD.dtype), dw_VD * scale, None, None)
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunks(settings, x_BTD, targets_BT, weights_BT):
+    """Tokens as [chunks, batch shards, tokens of a chunk, ...]: cutting within shards moves nothing between devices."""
+    B, T, D = x_BTD.shape
+    shards = num_shards("batch") if B % num_shards("batch") == 0 else 1
+    tokens = B // shards * T
+    size = next(n for n in range(min(settings.chunk, tokens), 0, -1) if tokens % n == 0)
+
+    def cut(a, *rest):
+        return jnp.moveaxis(a.reshape(shards, tokens // size, size, *rest), 1, 0)
+
+    return cut(x_BTD, D), cut(targets_BT), cut(weights_BT)
+
+
+def _score(settings, w_VD, x_NSD, targets_NS, weights_NS):
+    """The sums of one chunk, and the gradient of its objective with respect to the logits, in the compute type."""
+    raw_NSV = jnp.einsum("nsd,vd->nsv", x_NSD, w_VD, preferred_element_type=jnp.float32)
+    raw_NSV = constrain(raw_NSV, ("batch", None, "vocab"))
+    cap, smooth, z = settings.softcap, settings.label_smoothing, settings.z_loss
+    capped_NSV = cap * jnp.tanh(raw_NSV / cap) if cap else raw_NSV
+    ids_V = jnp.arange(w_VD.shape[0], dtype=targets_NS.dtype)
+    real_V = (ids_V < settings.vocab_size)[None, None]
+    logits_NSV = jnp.where(real_V, capped_NSV, -jnp.inf)
+    hit_NSV = ids_V[None, None] == targets_NS[..., None]
+
+    top_NS = jnp.max(logits_NSV, axis=-1)
+    normaliser_NS = top_NS + jnp.log(jnp.sum(jnp.exp(logits_NSV - top_NS[..., None]), axis=-1))
+    target_NS = jnp.sum(jnp.where(hit_NSV, logits_NSV, 0.0), axis=-1)
+    nll_NS = normaliser_NS - target_NS
+    objective_NS = nll_NS + z * jnp.square(normaliser_NS)
+    if smooth:
+        mean_NS = jnp.sum(jnp.where(real_V, logits_NSV, 0.0), axis=-1) / settings.vocab_size
+        objective_NS += smooth * (target_NS - mean_NS)
+
+    d_NSV = jnp.exp(logits_NSV - normaliser_NS[..., None]) * (1.0 + 2.0 * z * normaliser_NS)[..., None]
+    d_NSV -= jnp.where(hit_NSV, 1.0 - smooth, 0.0) + jnp.where(real_V, smooth / settings.vocab_size, 0.0)
+    if cap:
+        d_NSV *= 1.0 - jnp.square(capped_NSV / cap)
+    d_NSV = (d_NSV * weights_NS[..., None]).astype(x_NSD.dtype)
+
+    totals = (objective_NS, nll_NS, target_NS >= top_NS, jnp.ones_like(nll_NS))
+    return Sums(*(jnp.sum(weights_NS * a) for a in totals)), d_NSV

@@ -1,0 +1,121 @@
+"""One step of training and one of evaluation, as pure functions of state and batch."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lslm_jax.batch import Batch
+from lslm_jax.config import Config
+from lslm_jax.models.attention import Backend
+from lslm_jax.sharding import constrain
+from lslm_jax.train import losses, optim
+from lslm_jax.train.losses import Sums
+from lslm_jax.train.state import State
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    config: Config, optimizer: optax.GradientTransformation, backend: Backend
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The step (state, batch) -> (state, metrics), to be jitted with its state donated.
+
+    Metrics are float32 scalars: `loss` (nats a token), `grad_norm` before clipping, `learning_rate`, `tokens` that
+    counted, and `skipped`, the number of steps in a row whose loss or gradient was not finite. Such a step changes
+    nothing but `step` and `skipped`.
+    """
+    rate = optim.schedule(config.optimizer, config.train.steps)
+
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        grads, sums = accumulate_gradients(config, backend, state.model, batch, key)
+        scale = 1.0 / jnp.maximum(sums.weight, 1.0)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(sums.objective) & jnp.isfinite(norm)
+
+        with jax.named_scope("optimizer"):
+            updates, moments = optimizer.update(grads, state.optimizer, state.model)
+            model = optax.apply_updates(state.model, updates)
+            model, moments = _where(finite, (model, moments), (state.model, state.optimizer))
+        ema = state.ema
+        if ema is not None:
+            decay = config.train.ema
+            ema = _where(finite, jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, model), ema)
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        metrics = {
+            "loss": sums.nll * scale,
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(rate(_updates_done(state.optimizer)), jnp.float32),
+            "tokens": sums.weight,
+            "skipped": skipped,
+        }
+        return State(state.step + 1, model, moments, ema, skipped), metrics
+
+    return train_step
+
+
+def _updates_done(optimizer_state: Any) -> jax.Array:
+    """The optimizer's own count, which skipped steps do not move; the schedule follows it."""
+    return optax.tree.get_all_with_path(optimizer_state, "count")[0][1]
+
+
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def accumulate_gradients(
+    config: Config, backend: Backend, model: Any, batch: Batch, key: jax.Array
+) -> tuple[Any, Sums]:
+    """Gradient of the summed objective over a batch, and its sums, worked through in `train.accumulate` parts.
+
+    The gradients of sums add up to exactly the gradient of the whole, whatever the parts weigh.
+    """
+    gradient = jax.grad(functools.partial(_objective, config, backend), has_aux=True)
+    parts = config.train.accumulate
+    if parts == 1:
+        return gradient(model, batch, key)
+
+    def body(carry, part):
+        batch, key = part
+        return jax.tree.map(jnp.add, carry, gradient(model, batch, key)), None
+
+    # Every parts-th row goes together, so that each device works on rows that it already holds.
+    split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
+    split = jax.tree.map(lambda a: constrain(a, (None, "batch", "length")), split)
+    zeros = jax.tree.map(jnp.zeros_like, model), Sums(*[jnp.zeros((), jnp.float32)] * len(Sums._fields))
+    return jax.lax.scan(body, zeros, (split, jax.random.split(key, parts)))[0]
+
+
+def _objective(config: Config, backend: Backend, model: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+    x_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, backend=backend, key=key)
+    with jax.named_scope("loss"):
+        sums = losses.cross_entropy(
+            x_BTD, model.output_weights(), batch.targets_BT, batch.weights_BT, _loss_settings(config)
+        )
+    return sums.objective, sums
+
+
+def make_eval_step(config: Config, backend: Backend) -> Callable[[Any, Batch], Sums]:
+    """The step (model, batch) -> sums over its tokens, with neither dropout, smoothing nor z-loss."""
+    settings = _loss_settings(config)._replace(z_loss=0.0, label_smoothing=0.0)
+
+    def eval_step(model: Any, batch: Batch) -> Sums:
+        x_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, backend=backend)
+        return losses.cross_entropy(x_BTD, model.output_weights(), batch.targets_BT, batch.weights_BT, settings)
+
+    return eval_step
+
+
+def _loss_settings(config: Config) -> losses.Settings:
+    return losses.Settings(
+        vocab_size=config.model.vocab_size,
+        chunk=config.train.loss_chunk or (512 if jax.default_backend() == "cpu" else 8192),
+        softcap=config.model.logit_softcap,
+        z_loss=config.train.z_loss,
+        label_smoothing=config.train.label_smoothing,
+    )

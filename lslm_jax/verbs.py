@@ -1,0 +1,254 @@
+"""What each verb of the command line does: opens the rooms, puts them together, returns the JSON that it ends with."""
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from lslm_jax import config_checks, config_loading
+from lslm_jax.config import Config
+from lslm_jax.data import pipeline, tokenizer
+from lslm_jax.data.prepare import prepare as prepare_data
+from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
+from lslm_jax.evaluate import metrics, tasks
+from lslm_jax.generate import decode
+from lslm_jax.models import attention
+from lslm_jax.models.attention import Backend
+from lslm_jax.progress import say
+from lslm_jax.sharding import make_mesh
+from lslm_jax.train import checkpoint, identity
+from lslm_jax.train.loop import train as train_loop
+from lslm_jax.train.optim import make_optimizer
+from lslm_jax.train.state import abstract_state
+
+GZIP_LIMIT = 1 << 26  # bytes of held-out text above which the comparison with gzip is left out: it takes seconds
+
+
+def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
+    """`prepare`: raw text to shards; returns what `data.prepare` counts."""
+    return prepare_data(config, _data_dir(config, _workdir(flags)), say)
+
+
+def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
+    """`train`: prepares what is missing, trains from wherever the run stands, evaluates; returns the run's summary."""
+    mesh = make_mesh(config)  # before anything slow: it may be refused
+    workdir = _workdir(flags)
+    result = workdir / "result.json"
+    if result.exists() and checkpoint.latest_step(workdir / "checkpoints") >= config.train.steps:
+        say(f"{workdir} is complete: all {config.train.steps} steps are done (raise train.steps to go on)")
+        return json.loads(result.read_text())
+
+    data_dir = _data_dir(config, workdir)
+    prepare_data(config, data_dir, say)
+    config, facts = _resolve(config, data_dir)
+    _write(workdir / "config.json", config_loading.to_json(config))
+    with jax.set_mesh(mesh):
+        hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
+        data = pipeline.open_train(config, data_dir, config.model.vocab_size, **hosts)
+        held_out = pipeline.open_eval(config, data_dir, config.model.vocab_size, **hosts)
+        backend = _backend(config, mesh, [data] if held_out is None else [data, held_out])
+        made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh)
+        summary = train_loop(
+            config,
+            workdir,
+            mesh,
+            data,
+            backend,
+            checkpoint.Checkpoints(workdir, config.checkpoint, made_by),
+            evaluate=held_out and tasks.language_modelling(config, held_out, backend, mesh),
+            sample=_sampler(config, data_dir) if config.generate.prompts else None,
+        )
+    summary |= _gzip_baseline(held_out, data_dir)
+    _write(result, json.dumps(summary) + "\n")
+    return summary
+
+
+def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
+    """`evaluate`: a checkpoint's metrics on all held-out documents."""
+    mesh = make_mesh(config)
+    workdir = _workdir(flags)
+    data_dir = _data_dir(config, workdir)
+    config, _ = _resolve(config, data_dir)
+    with jax.set_mesh(mesh):
+        held_out = pipeline.open_eval(
+            config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
+        )
+        if held_out is None:
+            raise InputMissing(f"{data_dir} holds no validation documents: set data.valid_files, _fraction or _split")
+        model, step = _load_model(config, flags, mesh)
+        evaluator = tasks.language_modelling(config, held_out, _backend(config, mesh, [held_out]), mesh)
+        results = {f"eval/{name}": value for name, value in evaluator(model)}
+    return {"step": step, **results, **_gzip_baseline(held_out, data_dir)}
+
+
+def generate(config: Config, flags: argparse.Namespace) -> dict[str, Any] | None:
+    """`generate`: continues prompts on stdout, streaming a single one; with --json, a JSON line for each."""
+    prompts = list(_prompts(flags))
+    mesh = make_mesh(replace(config, train=replace(config.train, batch_size=len(jax.devices()), accumulate=1)))
+    data_dir = _data_dir(config, _workdir(flags))
+    config, _ = _resolve(config, data_dir)
+    words = _tokenizer(data_dir)
+    with jax.set_mesh(mesh):
+        model, step = _load_model(config, flags, mesh)
+        if flags.json or len(prompts) > 1:
+            _print_all(config, model, words, prompts, step, flags.json)
+        else:
+            _stream(config, model, words, prompts[0])
+    return None
+
+
+def _workdir(flags: argparse.Namespace) -> epath.Path:
+    """The run directory, made if it is missing.
+
+    Raises:
+      SaveError: it cannot be written.
+    """
+    workdir = epath.Path(flags.workdir).expanduser().absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot create {workdir}: {error.strerror}") from error
+    if workdir.as_uri().startswith("file:") and not os.access(workdir, os.W_OK):
+        raise SaveError(f"cannot write in {workdir}: permission denied for user id {os.getuid()}")
+    return workdir
+
+
+def _data_dir(config: Config, workdir: epath.Path) -> epath.Path:
+    return epath.Path(config.data.dir).expanduser().absolute() if config.data.dir else workdir / "data"
+
+
+def _write(path: epath.Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _resolve(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any]]:
+    """The config with the vocabulary of the prepared data, and that data's manifest with its sha256."""
+    if config.data.source == "synthetic" and not config.data.mixture:
+        facts = {"tokenizer": {"vocab_size": config.tokenizer.vocab_size, "sha256": ""}, "sha256": ""}
+    else:
+        path = data_dir / "manifest.json"
+        if not path.exists():
+            raise InputMissing(f"{data_dir} holds no prepared data (no manifest.json): run prepare or train first")
+        facts = json.loads(path.read_text())
+        # Of the content alone: the same shards may lie elsewhere.
+        contents = {name: split["manifest_sha256"] for name, split in facts["splits"].items()}
+        facts["sha256"] = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+    model = config_checks.resolve_vocabulary(config.model, facts["tokenizer"]["vocab_size"])
+    return replace(config, model=model), facts
+
+
+def _tokenizer(data_dir: epath.Path) -> tokenizer.Tokenizer:
+    path = data_dir / "manifest.json"
+    if not path.exists():
+        raise InputMissing(
+            f"{data_dir} holds no tokenizer: this run was trained on synthetic data or its data are gone"
+        )
+    return tokenizer.load(data_dir / json.loads(path.read_text())["tokenizer"]["file"])
+
+
+def _backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend:
+    """The attention kernel for the rows of these inputs on this mesh."""
+    device = mesh.devices.flat[0]
+    gpu = device.platform == "gpu"
+    segmented = config.data.mask_documents
+    # Counting the documents of every row takes a while, and only cuDNN asks.
+    max_segments = max(data.max_segments() for data in inputs) if gpu and segmented else int(segmented)
+    return attention.choose(
+        config.model.attention,
+        platform=device.platform,
+        compute_capability=float(device.compute_capability) if gpu else 0.0,
+        dtype=config.model.dtype,
+        head_dim=config.model.head_dim,
+        length=config.data.seq_len,
+        max_segments=max_segments,
+    )
+
+
+def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[Any, int]:
+    """The weights of the checkpoint that the flags name, and its step."""
+    directory = _workdir(flags) / "checkpoints"
+    if flags.step is not None:
+        step = flags.step
+        if step not in (steps := checkpoint.list_steps(directory)):
+            raise InputMissing(f"no checkpoint of step {step} in {directory}; there are {steps}")
+    elif flags.best:
+        if not config.checkpoint.best:
+            raise ConfigError("--best needs checkpoint.best, the metric to go by")
+        step = checkpoint.best_step(directory, config.checkpoint.best)
+    else:
+        step = checkpoint.latest_step(directory)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    return checkpoint.load_model(directory, abstract_state(config, optimizer, mesh).model, step), step
+
+
+def _gzip_baseline(held_out: pipeline.EvalInput | None, data_dir: epath.Path) -> dict[str, float]:
+    """What gzip makes of the same held-out text, where it is small enough to ask."""
+    if held_out is None or held_out.num_bytes() > GZIP_LIMIT:
+        return {}
+    words = _tokenizer(data_dir)
+    return {"gzip_bits_per_byte": metrics.gzip_bits_per_byte(words.decode(ids) for ids in held_out.documents())}
+
+
+def _prompts(flags: argparse.Namespace) -> Iterator[str]:
+    """The prompts of the command line, then those of the file.
+
+    Raises:
+      ConfigError: there is none.
+      InputMissing, DataError: the file is missing, or not JSON lines with a `prompt` each.
+    """
+    if not (flags.prompt or flags.prompts):
+        raise ConfigError("generate needs --prompt=TEXT or --prompts=FILE")
+    yield from flags.prompt or []
+    if not flags.prompts:
+        return
+    path = epath.Path(flags.prompts)
+    if not path.exists():
+        raise InputMissing(f"prompts file {path} does not exist")
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            yield json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f'{path}:{number} is not a JSON object with a "prompt"') from error
+
+
+def _sampler(config: Config, data_dir: epath.Path) -> Callable[[Any], str]:
+    """Continues the config's prompts, as one text for people to read."""
+    words = _tokenizer(data_dir)
+    prompts = config.generate.prompts
+
+    def sample(model: Any) -> str:
+        results = decode.generate(model, words, [words.encode(p) for p in prompts], config.generate, config.seed)
+        return "\n".join(f"--- {p}{result.text}" for p, result in zip(prompts, results, strict=True)) + "\n"
+
+    return sample
+
+
+def _print_all(
+    config: Config, model: Any, words: tokenizer.Tokenizer, prompts: Sequence[str], step: int, as_json: bool
+) -> None:
+    """Prints the continuations of all prompts, a batch at a time."""
+    for first in range(0, len(prompts), config.train.batch_size):
+        part = prompts[first : first + config.train.batch_size]
+        ids = [words.encode(prompt) for prompt in part]
+        for prompt, result in zip(
+            part, decode.generate(model, words, ids, config.generate, config.seed, first), strict=True
+        ):
+            fields = {"prompt": prompt, "text": result.text, "ended": result.ended, "tokens": result.num_tokens}
+            print(json.dumps(fields | {"step": step}) if as_json else f"{prompt}{result.text}\n")
+
+
+def _stream(config: Config, model: Any, words: tokenizer.Tokenizer, prompt: str) -> None:
+    """Prints a prompt and its continuation as it is drawn."""
+    print(prompt, end="", flush=True)
+    for text in decode.stream(model, words, words.encode(prompt), config.generate, config.seed):
+        print(text, end="", flush=True)
+    print()

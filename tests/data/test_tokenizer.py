@@ -1,0 +1,228 @@
+"""Every vocabulary trained here gives any text back; those of others keep special ids out of text."""
+
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+
+from lslm_jax.config import TokenizerConfig
+from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.errors import ConfigError, DataError, InputMissing
+
+LIBRARY = pathlib.Path(os.__file__).parent
+AWKWARD = [
+    *("", " ", "  ", "a", " a", "a  ", "  a   b  ", "\n", "\n\n\n", "\r\n", "\r", "\t\tx\n\t", "\x00\x01\x7f"),
+    *("\u2581", "\u2581\u2581a \u2581 ", "a\u2581 b", "\u2047", "\u2585", "\ufeffx", "\u3000x\u2028y\u00a0"),
+    *(
+        "e\u0301\u00e9",
+        "\U0001f600\U0001f469\u200d\U0001f469\u200d\U0001f467",
+        "\u05d0\u05d1\u0639",
+        "\ud55c\uad6d\u8a9e",
+    ),
+    *("<s>", "</s><pad>", "<unk>", "<0x41>", "    def f():\n        return 1\n", "\U0010ffff\u0000\uffff"),
+]
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[str]:
+    """The top level of the standard library, as text."""
+    return [path.read_bytes().decode() for path in sorted(LIBRARY.glob("*.py"))]
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def model(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def trained(model, sources) -> tokenizers.Tokenizer:
+    return tokenizers.train(iter(sources[:12]), TokenizerConfig(model=model, vocab_size=1024))
+
+
+def test_a_trained_vocabulary_gives_every_text_back(trained, sources):
+    for text, ids in zip(AWKWARD + sources, trained.encode_batch(AWKWARD + sources), strict=True):
+        assert trained.decode(ids) == text
+        assert ids.dtype == np.int32
+        assert not np.isin(ids, [trained.pad_id, trained.bos_id, trained.eos_id, 3]).any()
+
+
+def test_a_trained_vocabulary_has_the_promised_ids_and_size(trained):
+    assert (trained.pad_id, trained.bos_id, trained.eos_id) == (0, 1, 2)
+    assert [trained.piece(i) for i in range(4)] == ["<pad>", "<s>", "</s>", "<unk>"]
+    assert trained.vocab_size == 1024
+    assert trained.decode([1, *trained.encode("x = 1"), 2, 0, 0]) == "x = 1"
+
+
+def test_runs_of_spaces_and_newlines_are_single_pieces(trained):
+    assert len(trained.encode("        ")) == 1
+    assert len(trained.encode("\n\n")) == 1
+    assert len(trained.encode("def f():\n        return None\n")) <= 12
+
+
+def test_training_depends_on_the_text_alone(model, trained):
+    """Another process, on one core, makes the same file, and says nothing."""
+    program = """if True:
+        import os, pathlib, sys
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        from lslm_jax.config import TokenizerConfig
+        from lslm_jax.data import tokenizer
+        paths = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))[:12]
+        texts = [path.read_bytes().decode() for path in paths]
+        config = TokenizerConfig(model=sys.argv[1], vocab_size=1024)
+        print(tokenizer.train(iter(texts), config).sha256)
+    """
+    command = [sys.executable, "-c", program, model]
+    root = pathlib.Path(tokenizers.__file__).parents[2]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [trained.sha256]
+    assert run.stderr == ""
+
+
+def test_long_documents_and_odd_characters_are_trained_on():
+    text = "word " * 5000 + "x" * 20_000 + "\n" * 9000 + "\x00\u2581\u2585\t" * 100
+    tokenizer = tokenizers.train(iter([text, ""]), TokenizerConfig(vocab_size=285))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_vocabulary_too_large_for_the_text_is_refused_with_the_largest_possible(model):
+    texts = ["the cat sat on the mat with another cat that sat"] * 3
+    with pytest.raises(ConfigError, match=r"vocab_size is 5000, but the training text supports at most \d+$") as error:
+        tokenizers.train(iter(texts), TokenizerConfig(model=model, vocab_size=5000))
+    largest = int(str(error.value).split()[-1])
+    assert tokenizers.train(iter(texts), TokenizerConfig(model=model, vocab_size=largest)).vocab_size == largest
+
+
+def test_a_vocabulary_too_small_for_the_characters_is_refused():
+    with pytest.raises(ConfigError, match=r"^tokenizer.vocab_size is 100, but .* need at least 2\d\d$"):
+        tokenizers.train(iter(["abcdefgh"]), TokenizerConfig(vocab_size=100))
+
+
+def test_without_byte_fallback_unknown_characters_are_unknown():
+    config = TokenizerConfig(vocab_size=12, byte_fallback=False)
+    tokenizer = tokenizers.train(iter(["aab aab ab ba"] * 9), config)
+    assert 3 in tokenizer.encode("a\u00e9")
+
+
+def test_no_text_is_no_vocabulary():
+    with pytest.raises(InputMissing, match=r"^there is no text to train a vocabulary on$"):
+        tokenizers.train(iter([]), TokenizerConfig())
+
+
+def test_bytes_are_bytes():
+    tokenizer = tokenizers.Bytes()
+    assert tokenizer.encode("a\u00e9").tolist() == [3 + 0x61, 3 + 0xC3, 3 + 0xA9]
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in AWKWARD)
+    assert tokenizer.decode([1, 3 + 0x61, 2, 0]) == "a"
+    assert tokenizer.decode([3 + 0xC3]) == "\ufffd"
+    assert [tokenizer.piece(id) for id in (0, 1, 2, 3 + 0x61, 3 + 0x0A)] == ["<pad>", "<s>", "</s>", "a", "<0x0A>"]
+    assert tokenizer.vocab_size == 259
+
+
+def test_a_saved_tokenizer_is_the_same_one(trained, tmp_path, hugging_face):
+    for tokenizer in (trained, tokenizers.Bytes(), tokenizers.load(hugging_face())):
+        path = epath.Path(tmp_path) / tokenizer.save(epath.Path(tmp_path))
+        again = tokenizers.load(path)
+        assert again.kind == tokenizer.kind
+        assert again.sha256 == tokenizer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in ("vocab_size", "pad_id", "bos_id", "eos_id"):
+            assert getattr(again, name) == getattr(tokenizer, name)
+        assert np.array_equal(again.encode("a b"), tokenizer.encode("a b"))
+
+
+@pytest.fixture
+def hugging_face(tmp_path):
+    """Makes a directory with a unigram tokenizer.json, whose model itself spells its special tokens as T5's does."""
+
+    def make(beside: dict[str, dict] | None = None, special=("<s>", "</s>")) -> epath.Path:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+        letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz<>/\u2581"]
+        vocabulary = [("<unk>", 0.0), *((token, -0.1) for token in special), *letters]
+        tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="never", split=False)
+        tokenizer.add_special_tokens([AddedToken(token) for token in special])
+        tokenizer.enable_truncation(4)
+        directory = epath.Path(tmp_path / "hf")
+        directory.mkdir(exist_ok=True)
+        tokenizer.save(str(directory / "tokenizer.json"))
+        for name, content in (beside or {}).items():
+            (directory / name).write_text(json.dumps(content))
+        return directory / "tokenizer.json"
+
+    yield make
+
+
+@pytest.mark.parametrize(
+    ("beside", "special", "ids"),
+    [
+        (
+            {"tokenizer_config.json": {"bos_token": "<go>", "eos_token": {"content": "<stop>"}}},
+            ("<go>", "<stop>"),
+            (1, 2),
+        ),
+        ({"special_tokens_map.json": {"eos_token": "<stop>"}}, ("<go>", "<stop>"), (2, 2)),
+        ({}, ("<s>", "</s>"), (1, 2)),
+        ({}, ("x", "<|endoftext|>"), (2, 2)),
+        ({"tokenizer_config.json": {"bos_token": None, "eos_token": "</s>"}}, ("</s>", "<pad>"), (1, 1)),
+    ],
+)
+def test_special_ids_are_found_where_hugging_face_files_say(hugging_face, beside, special, ids):
+    tokenizer = tokenizers.load(hugging_face(beside, special))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == ids
+
+
+def test_a_special_token_in_text_is_text(hugging_face):
+    tokenizer = tokenizers.load(hugging_face(special=("<s>", "</s>")))
+    for text in ("<s>", "a</s>b <s>c", "</s></s>", "plain and long enough"):
+        ids = tokenizer.encode(text)
+        assert not np.isin(ids, [1, 2]).any()
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([1, *tokenizer.encode("a b"), 2]) == "a b"
+
+
+def test_the_shared_llama_tokenizer_is_read(shared):
+    tokenizer = tokenizers.load(shared / "models" / "stories260K" / "tokenizer.json")
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (512, 1, 2)
+    text = "<s> Once upon a time</s>, \U0001f600!"
+    assert not np.isin(tokenizer.encode(text), [0, 1, 2]).any()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_models_of_others_keep_their_own_ids(shared):
+    directory = shared / "tokenizers" / "sentencepiece_tests"
+    google = tokenizers.load(directory / "sentencepiece_test.model")
+    assert (google.pad_id, google.bos_id, google.eos_id) == (2, 1, 2)
+    t5 = tokenizers.load(directory / "seqio_test.model")
+    assert (t5.pad_id, t5.bos_id, t5.eos_id) == (0, 1, 1)
+    assert google.decode(google.encode("This is a test")) == "This is a test"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "message"),
+    [
+        ("none.model", None, InputMissing, "tokenizer {path} does not exist"),
+        ("empty.model", "", DataError, "tokenizer {path} is empty"),
+        ("text.model", "hello", DataError, "{path} is not a SentencePiece model"),
+        ("tokenizer.json", "{}", DataError, "{path} is not a tokenizer.json"),
+        ("bytes.json", "{}", DataError, "{path} defines other bytes than this program's"),
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, name, content, kind, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(kind) as error:
+        tokenizers.load(path)
+    assert str(error.value) == message.format(path=path)
+
+
+def test_a_tokenizer_without_begin_and_end_is_refused(hugging_face):
+    with pytest.raises(ConfigError, match=r"tokenizer.json: no token begins or ends a text"):
+        tokenizers.load(hugging_face(special=("x1", "x2")))

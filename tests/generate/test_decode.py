@@ -1,0 +1,160 @@
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import GPT, all_logits, make_model
+
+from lslm_jax.config import Config, GenerateConfig, MeshConfig
+from lslm_jax.data.tokenizer import Bytes
+from lslm_jax.errors import ConfigError
+from lslm_jax.generate import decode
+from lslm_jax.generate.decode import generate, stream
+from lslm_jax.sharding import make_mesh, shardings_of
+
+GREEDY = GenerateConfig(max_tokens=24, temperature=0.0)
+WARM = GenerateConfig(max_tokens=24, temperature=1.0, top_k=40, repetition_penalty=1.2)
+PROMPTS = [Bytes().encode(text).tolist() for text in ("To be, or not to be", "", "A", "that is the question: whether")]
+
+
+def streamed(*args, **kwargs):
+    parts, text = stream(*args, **kwargs), []
+    while True:
+        try:
+            text.append(next(parts))
+        except StopIteration as end:
+            return text, end.value
+
+
+def padded(ids):
+    return np.array([ids + [0] * (96 - len(ids))])
+
+
+def test_each_token_is_the_likeliest_after_those_before_it(model, tokenizer):
+    for prompt, result in zip(PROMPTS, generate(model, tokenizer, PROMPTS, GREEDY, 0), strict=True):
+        read = [tokenizer.bos_id, *prompt]
+        drawn = result.ids + [tokenizer.eos_id] * (result.ended == "eos")
+        logits_TV = all_logits(model, padded(read + drawn))[0]
+        assert drawn == np.argmax(logits_TV[len(read) - 1 :][: len(drawn)], axis=-1).tolist()
+        assert len(drawn) == result.num_tokens and (result.ended == "eos" or len(drawn) == 24)
+        assert result.text == tokenizer.decode(result.ids)
+        assert len(set(drawn)) > 3  # a model that says one thing only would prove nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("gpt", WARM), ("llama", GREEDY)], ids=["gpt, sampled", "llama, greedy"]
+)
+def test_a_row_does_not_depend_on_the_rows_beside_it(name, tokenizer, settings, request):
+    model = request.getfixturevalue(name)
+    together = generate(model, tokenizer, PROMPTS, settings, 7)
+    alone = [generate(model, tokenizer, [prompt], settings, 7, first=i)[0] for i, prompt in enumerate(PROMPTS)]
+    assert together == alone
+
+
+def test_the_seed_decides(llama, tokenizer):
+    first, again, other = (generate(llama, tokenizer, PROMPTS, WARM, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert all(a.ids != b.ids for a, b in zip(first, other, strict=True))
+
+
+def test_equal_prompts_in_a_batch_draw_differently(llama, tokenizer):
+    results = generate(llama, tokenizer, [PROMPTS[0]] * 4, WARM, 0)
+    assert len({tuple(result.ids) for result in results}) == 4
+
+
+def test_a_repetition_penalty_hears_the_prompt_and_the_new_tokens_but_no_padding(llama, tokenizer):
+    settings = replace(GREEDY, repetition_penalty=1e6)
+    for prompt, result in zip(PROMPTS, generate(llama, tokenizer, PROMPTS, settings, 0), strict=True):
+        seen = {tokenizer.bos_id, *prompt}
+        for n, id in enumerate(result.ids):
+            read = [tokenizer.bos_id, *prompt, *result.ids[:n]]
+            row_V = np.array(all_logits(llama, padded(read))[0, len(read) - 1])
+            again_V = row_V[list(seen)]
+            row_V[list(seen)] = np.where(again_V > 0, again_V / 1e6, again_V * 1e6)
+            assert id == row_V.argmax() and id not in seen
+            seen.add(id)
+
+
+def test_the_parts_of_a_stream_are_the_text_of_the_batch(llama, tokenizer):
+    for i, (prompt, result) in enumerate(zip(PROMPTS, generate(llama, tokenizer, PROMPTS, GREEDY, 3), strict=True)):
+        parts, end = streamed(llama, tokenizer, prompt, GREEDY, 3, first=i)
+        assert "".join(parts) == result.text and end == result
+        assert len(parts) > 2
+
+
+def test_a_stop_string_ends_its_row_and_no_other(llama, tokenizer):
+    free = generate(llama, tokenizer, PROMPTS, GREEDY, 0)
+    stop = free[1].text[8:11]
+    settings = replace(GREEDY, stop=(stop,))
+    stopped = generate(llama, tokenizer, PROMPTS, settings, 0)
+    assert stopped[1].ended == "stop" and stopped[1].num_tokens < 24
+    for i, (a, b) in enumerate(zip(free, stopped, strict=True)):
+        assert b.text == a.text.split(stop)[0]
+        assert b.ended == ("stop" if stop in a.text else a.ended)
+        assert streamed(llama, tokenizer, PROMPTS[i], settings, 0)[1] == b
+    assert any(b.ended == "length" for b in stopped)
+
+
+def test_the_end_of_text_ends_its_row_and_no_other(llama, tokenizer):
+    free = generate(llama, tokenizer, PROMPTS, GREEDY, 0)
+    tokenizer.eos_id = free[0].ids[5]
+    ended = generate(llama, tokenizer, PROMPTS, GREEDY, 0)
+    for a, b in zip(free, ended, strict=True):
+        end = a.ids.index(tokenizer.eos_id) if tokenizer.eos_id in a.ids else None
+        assert b.ids == a.ids[:end]
+        assert (b.ended, b.num_tokens) == (("length", 24) if end is None else ("eos", end + 1))
+    assert ended[0].ended == "eos"
+
+
+def test_text_stops_at_the_longest_the_model_was_built_for(gpt, tokenizer):
+    longest = gpt.config.max_length
+    prompts = [[5] * (longest - 2), [5] * (longest - 4), [5] * 60]
+    results = generate(gpt, tokenizer, prompts, GREEDY, 0)
+    assert [(r.num_tokens, r.ended) for r in results] == [(1, "length"), (3, "length"), (24, "length")]
+    assert generate(gpt, tokenizer, prompts[2:], GREEDY, 0) == results[2:]
+
+
+def test_a_prompt_without_room_for_a_token_is_refused_in_one_line(llama, tokenizer):
+    with pytest.raises(ConfigError, match=r"^prompt 1 has 96 tokens with bos, but model.max_length=96 .* at most 95$"):
+        generate(llama, tokenizer, [[5], [5] * 95], GREEDY, 0)
+
+
+def test_an_empty_stop_string_is_refused(llama, tokenizer):
+    with pytest.raises(ConfigError, match=r"generate\.stop"):
+        generate(llama, tokenizer, [[5]], replace(GREEDY, stop=("",)), 0)
+
+
+def test_no_prompts_no_results(llama, tokenizer):
+    assert generate(llama, tokenizer, [], GREEDY, 0) == []
+
+
+def test_only_tokens_of_the_tokenizer_are_drawn(tokenizer):
+    model = make_model(replace(GPT, vocab_size=300, dtype="bfloat16"))  # 300, and padded to 384
+    settings = GenerateConfig(max_tokens=64, temperature=1000.0)
+    ids = [id for result in generate(model, tokenizer, [[5]] * 16, settings, 0) for id in result.ids]
+    assert max(ids) < tokenizer.vocab_size and len(ids) > 500
+
+
+def test_prompts_of_like_length_compile_once(llama, tokenizer):
+    def programs():
+        return decode._prefill._cache_size(), decode._decode._cache_size()
+
+    generate(llama, tokenizer, PROMPTS[:2], WARM, 0)
+    before = programs()
+    generate(llama, tokenizer, PROMPTS[1::-1], WARM, 5)
+    generate(llama, tokenizer, [PROMPTS[0][:18], [4]], replace(WARM, stop=("\n\n\n",), prompts=("x",)), 5)
+    assert programs() == before
+
+
+@pytest.mark.parametrize(("rows", "settings"), [(1, GREEDY), (4, WARM)], ids=["one row", "four rows, sampled"])
+def test_eight_devices_say_what_one_says(llama, tokenizer, settings, rows):
+    prompts = PROMPTS[:rows]
+    settings = replace(settings, stop=("\x00\x00\x00\x00",))
+    expected = generate(llama, tokenizer, prompts, settings, 0)
+    mesh = make_mesh(Config(mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(llama, shardings_of(llama, mesh))
+        results = generate(sharded, tokenizer, prompts, settings, 0)
+        before = decode._decode._cache_size()
+        assert generate(sharded, tokenizer, prompts, settings, 0) == results == expected
+        assert decode._decode._cache_size() == before

@@ -1,0 +1,191 @@
+"""Every kernel computes the attention of the reference, and the one chosen is the fastest that does."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+from lslm_jax.config import Config, MeshConfig
+from lslm_jax.errors import ConfigError
+from lslm_jax.models import attention
+from lslm_jax.models.attention import Backend
+from lslm_jax.sharding import make_mesh
+
+B, T, H, C = 3, 256, 4, 64
+FAST = {"platform": "gpu", "compute_capability": 9.0, "dtype": "bfloat16", "head_dim": 64, "length": 1024}
+
+
+@pytest.mark.parametrize(
+    ("case", "max_segments", "name", "reason"),
+    [
+        ({}, 0, "cudnn", "fused, on gpu"),
+        ({}, 40, "cudnn", "fused, on gpu"),
+        ({"compute_capability": 8.0}, 0, "cudnn", "fused, on gpu"),
+        ({"compute_capability": 8.0}, 1, "cudnn", "fused, on gpu"),
+        (
+            {"compute_capability": 8.0},
+            2,
+            "xla",
+            "cudnn: packed rows need compute capability 9.0, not 8.0",
+        ),
+        ({"compute_capability": 7.5}, 0, "xla", "cudnn: it needs compute capability 8.0, not 7.5"),
+        ({"dtype": "float32"}, 0, "xla", "cudnn: it needs model.dtype=bfloat16, not float32"),
+        ({"length": 1023}, 0, "xla", "cudnn: it needs an even data.seq_len, not 1023"),
+        (
+            {"head_dim": 20},
+            0,
+            "xla",
+            "cudnn: it needs a head width that is a multiple of 8 up to 256, not 20",
+        ),
+        ({"head_dim": 256}, 0, "cudnn", "fused, on gpu"),
+        (
+            {"head_dim": 256, "compute_capability": 8.9},
+            0,
+            "xla",
+            "cudnn: it needs a head width that is a multiple of 8 up to 128, not 256",
+        ),
+        ({"platform": "tpu", "compute_capability": 0.0}, 0, "splash", "fused, on tpu"),
+        ({"platform": "tpu", "dtype": "float32"}, 40, "splash", "fused, on tpu"),
+        (
+            {"platform": "tpu", "length": 1000},
+            0,
+            "xla",
+            "splash: it needs data.seq_len to be a multiple of 128, not 1000",
+        ),
+        (
+            {"platform": "tpu", "head_dim": 80},
+            0,
+            "xla",
+            "splash: it needs a head width that is a multiple of 64, not 80",
+        ),
+        ({"platform": "cpu", "compute_capability": 0.0}, 40, "xla", "the only one on cpu"),
+    ],
+)
+def test_auto_picks_the_fused_kernel_wherever_it_is_correct_and_says_why_not(case, max_segments, name, reason):
+    chosen = attention.choose("auto", **(FAST | case), max_segments=max_segments)
+    assert chosen == Backend(name, reason, max_segments if name != "xla" else 0)
+
+
+def test_a_kernel_named_in_the_config_is_taken_or_refused_but_never_replaced():
+    assert attention.choose("xla", **FAST, max_segments=4).name == "xla"
+    assert attention.choose("cudnn", **FAST, max_segments=4).name == "cudnn"
+    for name, platform in [("cudnn", "tpu"), ("cudnn", "cpu"), ("splash", "gpu")]:
+        with pytest.raises(ConfigError, match=f"^model.attention={name} cannot run here: .*; use auto or xla$"):
+            attention.choose(name, **(FAST | {"platform": platform}), max_segments=0)
+
+
+def test_the_mask_is_causality_within_segments_and_window():
+    segments_BT = np.array([[1, 1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 3, 3]])
+    for window in (0, 1, 3):
+        mask_BTS = np.asarray(attention.causal_mask(8, jnp.asarray(segments_BT), window))
+        for b, t, s in np.ndindex(2, 8, 8):
+            near = s <= t and (not window or t - s < window)
+            assert mask_BTS[b, t, s] == (near and segments_BT[b, t] == segments_BT[b, s])
+
+
+def test_the_reference_is_softmax_of_scaled_products():
+    q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads=2)
+    mask_BTS = attention.causal_mask(T, packed_rows(), 0)
+    out_BTHC = np.asarray(attention.attend_masked(q_BTHC, k_BTKC, v_BTKC, mask_BTS))
+    q, k, v, mask_BTS = np.float64(q_BTHC), np.float64(k_BTKC), np.float64(v_BTKC), np.asarray(mask_BTS)
+    for b, h in np.ndindex(B, H):
+        logits_TS = q[b, :, h] @ k[b, :, h // 2].T / np.sqrt(C)
+        weights_TS = np.exp(np.where(mask_BTS[b], logits_TS, -np.inf))
+        expected_TC = weights_TS / weights_TS.sum(1, keepdims=True) @ v[b, :, h // 2]
+        np.testing.assert_allclose(out_BTHC[b, :, h], expected_TC, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [0, 48])
+@pytest.mark.parametrize("num_kv_heads", [H, 2, 1])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("name", ["cudnn", "splash"])
+def test_a_fused_kernel_equals_the_reference(name, packed, num_kv_heads, window, monkeypatch):
+    """The TPU kernel runs in Pallas's interpreter; cuDNN, of which there is none, is played by what it is handed."""
+    monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
+    monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_as_documented)
+    segments_BT = packed_rows() if packed else None
+    q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads)
+
+    def attend(backend):
+        return attention.attend(q_BTHC, k_BTKC, v_BTKC, segments_BT=segments_BT, window=window, backend=backend)
+
+    with jax.set_mesh(make_mesh(Config(mesh=MeshConfig(data=1)), jax.devices()[:1])):
+        fused = attend(Backend(name, "", max_segments=6 if packed else 0))
+    np.testing.assert_allclose(fused, attend(attention.XLA), atol=1e-5)
+
+
+def test_one_document_a_row_needs_no_segments_of_cudnn(monkeypatch):
+    monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_as_documented)
+    q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads=2)
+    segments_BT = jnp.where(jnp.arange(T)[None] < jnp.array([T, 100, 0])[:, None], 1, 0)
+    fused, reference = (
+        attention.attend(q_BTHC, k_BTKC, v_BTKC, segments_BT=segments_BT, window=0, backend=backend)
+        for backend in (Backend("cudnn", "", max_segments=1), attention.XLA)
+    )
+    real_BT11 = segments_BT[:, :, None, None] > 0
+    np.testing.assert_allclose(jnp.where(real_BT11, fused, 0), jnp.where(real_BT11, reference, 0), atol=1e-5)
+
+
+def test_segment_bounds_say_where_each_segment_lies():
+    rng = np.random.default_rng(0)
+    for most in (2, 5, 9):
+        segments_BT = np.array([random_row(rng, 40, most) for _ in range(20)])
+        lengths_BM, offsets_BM = map(np.asarray, attention.segment_bounds(jnp.asarray(segments_BT), most))
+        assert lengths_BM.shape == (20, most + 1) and offsets_BM.shape == (20, most + 2)
+        for row_T, lengths_M, offsets_M in zip(segments_BT, lengths_BM, offsets_BM, strict=True):
+            for number, length, offset in zip([*range(1, most + 1), 0], lengths_M, offsets_M, strict=False):
+                where = np.flatnonzero(row_T == number)
+                assert (length, offset) == ((len(where), where[0]) if len(where) else (-1, -1))
+            assert offsets_M[-1] == -1
+
+
+def arrays(num_kv_heads):
+    keys = jax.random.split(jax.random.key(0), 3)
+    sizes = (H, num_kv_heads, num_kv_heads)
+    return [jax.random.normal(key, (B, T, heads, C)) for key, heads in zip(keys, sizes, strict=True)]
+
+
+def packed_rows():
+    """A row with padding, a full one, and one that is nothing but padding."""
+    lengths = [[100, 1, 27, 90], [10, 20, 30, 40, 50, 106], []]
+    rows = [np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]
+    return jnp.asarray([np.pad(row, (0, T - len(row))) for row in rows])
+
+
+def random_row(rng, length, most):
+    lengths = rng.integers(1, length // most + 1, size=rng.integers(0, most + 1))
+    return np.pad(np.repeat(np.arange(1, len(lengths) + 1), lengths), (0, length - lengths.sum()))
+
+
+def cudnn_as_documented(
+    q, k, v, *, q_seqlen, kv_seqlen, q_offsets, kv_offsets, scale, mask_type, sliding_window_length
+):
+    """What JAX's cuDNN call is documented to compute, with its own translation of offsets into places in memory.
+
+    Tokens that belong to no segment come out as NaN: cuDNN does not write them.
+    """
+    rows, length, heads, width = q.shape
+    if q_offsets is None:
+        assert mask_type == cudnn.MaskType.CAUSAL
+        stretches = [(b * length, b * length, length) for b in range(rows)]
+    else:
+        assert mask_type == cudnn.MaskType.PADDING_CAUSAL
+        fixed = cudnn._fix_seqlen_offsets(q_seqlen, kv_seqlen, q_offsets, kv_offsets, q, k)
+        sizes, kv_sizes, starts, kv_starts = (np.asarray(x).ravel() for x in fixed)
+        np.testing.assert_array_equal(sizes, kv_sizes)
+        token, kv_token = heads * width, k.shape[2] * width  # elements of one token in memory
+        stretches = [(a // token, b // kv_token, n) for a, b, n in zip(starts, kv_starts, sizes, strict=False)]
+    q, k, v = (np.asarray(x).reshape(rows * length, -1, width) for x in (q, k, v))
+    k, v = (np.repeat(x, heads // x.shape[1], axis=1) for x in (k, v))
+    out = np.full(q.shape, np.nan, np.float32)
+    for start, kv_start, size in stretches:
+        distance = np.arange(size)[:, None] - np.arange(size)[None, :]
+        seen = (distance >= 0) & (distance < (sliding_window_length or size))
+        logits = np.einsum("thc,shc->hts", q[start : start + size], k[kv_start : kv_start + size]) * scale
+        weights = jax.nn.softmax(np.where(seen[None], logits, -np.inf))
+        out[start : start + size] = np.einsum("hts,shc->thc", weights, v[kv_start : kv_start + size])
+    return jnp.asarray(out.reshape(rows, length, heads, width))

@@ -1,0 +1,89 @@
+"""The small parts against their formulas in NumPy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lslm_jax.models.layers import ACTIVATIONS, Linear, Norm, dropout, rotate, softcap
+
+X = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
+
+
+def test_linear_maps_named_axes_to_named_axes():
+    key = jax.random.key(0)
+    into_heads = Linear(key, {"embed": 12}, {"heads": 3, "head_dim": 4}, bias=True)
+    out_of_heads = Linear(key, {"heads": 3, "head_dim": 4}, {"embed": 12}, bias=False)
+    into_heads.b.set_value(jax.random.normal(key, (3, 4)))
+    heads = into_heads(X)
+    expected = np.einsum("btd,dhc->bthc", X, into_heads.w.get_value()) + np.asarray(into_heads.b.get_value())
+    np.testing.assert_allclose(heads, expected, atol=1e-6)
+    expected = np.einsum("bthc,hcd->btd", heads, out_of_heads.w.get_value())
+    np.testing.assert_allclose(out_of_heads(heads), expected, atol=1e-6)
+    assert into_heads.w.get_metadata("axes") == ("embed", "heads", "head_dim")
+    assert into_heads.b.get_metadata("axes") == ("heads", "head_dim")
+    assert out_of_heads.w.get_metadata("axes") == ("heads", "head_dim", "embed")
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_norms_follow_their_formulas(kind):
+    norm = Norm(12, "width", kind=kind, eps=1e-3, bias=True)
+    norm.scale.set_value(jnp.linspace(0.5, 2.0, 12))
+    x = X - X.mean(-1, keepdims=True) if kind == "layernorm" else X
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * np.linspace(0.5, 2.0, 12)
+    if kind == "layernorm":
+        norm.bias.set_value(jnp.linspace(-1.0, 1.0, 12))
+        expected = expected + np.linspace(-1.0, 1.0, 12)
+    else:
+        assert norm.bias is None
+    np.testing.assert_allclose(norm(X), expected, atol=1e-6)
+
+
+def test_norms_are_computed_in_float32_whatever_goes_in():
+    norm = Norm(12, "width", kind="layernorm", eps=1e-5, bias=True)
+    large = jnp.asarray(X + 100.0, jnp.bfloat16)
+    assert norm(large).dtype == jnp.bfloat16
+    exact = norm(large.astype(jnp.float32))
+    np.testing.assert_array_equal(norm(large), exact.astype(jnp.bfloat16))
+
+
+def test_rotary_embedding_turns_pairs_of_features_like_complex_numbers():
+    x_BTHC = X.reshape(2, 5, 2, 6)
+    positions_BT = np.array([[0, 1, 2, 3, 4], [7, 8, 0, 1, 2]])
+    complex_BTHC = x_BTHC[..., :3] + 1j * x_BTHC[..., 3:]
+    frequency_C = 10_000.0 ** (-np.arange(3) / 3)
+    turned = complex_BTHC * np.exp(1j * positions_BT[:, :, None, None] * frequency_C)
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(rotate(jnp.asarray(x_BTHC), jnp.asarray(positions_BT), 10_000.0), expected, atol=1e-5)
+
+
+def test_activations_are_what_their_names_say():
+    x = np.linspace(-4, 4, 41)
+    sigmoid, positive = 1 / (1 + np.exp(-x)), np.maximum(x, 0)
+    expected = {
+        "gelu": 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        "gelu_exact": x * np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x]),
+        "relu": positive,
+        "relu2": positive**2,
+        "silu": x * sigmoid,
+    }
+    assert set(ACTIVATIONS) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), values, atol=2e-6, err_msg=name)
+
+
+def test_dropout_keeps_the_mean_and_is_the_identity_without_key_or_rate():
+    x, key = jnp.ones((400, 400)), jax.random.key(0)
+    assert dropout(x, 0.3, None) is x
+    assert dropout(x, 0.0, key) is x
+    dropped = dropout(x, 0.3, key)
+    assert abs(float(jnp.mean(dropped == 0)) - 0.3) < 0.01
+    assert abs(float(jnp.mean(dropped)) - 1.0) < 0.01
+
+
+def test_softcap_bounds_what_is_large_and_leaves_what_is_small():
+    x = jnp.array([-1000.0, -1.0, 0.0, 0.1, 1000.0])
+    np.testing.assert_allclose(softcap(x, 30.0), 30 * np.tanh(x / 30), rtol=1e-6)
+    assert softcap(x, 0.0) is x

@@ -1,0 +1,62 @@
+"""The published sizes, counted without allocating anything, and what a step costs."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lslm_jax.batch import Batch
+from lslm_jax.config import Config, ModelConfig, TrainConfig
+from lslm_jax.config_checks import fill_sizes
+from lslm_jax.models import attention, presets
+from lslm_jax.models.decoder import padded_vocab
+from lslm_jax.train import step
+from lslm_jax.train.state import num_parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (replace(presets.gpt2_small, vocab_size=50_257), 124_439_808),
+        (replace(presets.gpt2_xl, vocab_size=50_257), 1_557_611_200),
+        (presets.llama_1b, 1_235_814_400),
+        (presets.llama_8b, 8_030_261_248),
+    ],
+    ids=["gpt2_small", "gpt2_xl", "llama_1b", "llama_8b"],
+)
+def test_presets_have_the_published_number_of_parameters(config, parameters):
+    config = fill_sizes(config)
+    model = jax.eval_shape(lambda: presets.build(config, jax.random.key(0)))
+    tables = 1 if config.tie_embeddings else 2
+    padding = tables * (padded_vocab(config) - config.vocab_size) * config.d_model
+    assert num_parameters(model) - padding == parameters
+
+
+LLAMA = replace(presets.LLAMA, num_kv_heads=2, d_ff=1024, dtype="float32")
+
+
+@pytest.mark.parametrize("family", [ModelConfig(), LLAMA, replace(LLAMA, window=16)], ids=["gpt", "llama", "window"])
+def test_flops_per_token_agree_with_what_xla_counts(family):
+    model = replace(family, num_layers=2, d_model=512, num_heads=8, vocab_size=1024, max_length=64, scan_layers=False)
+    B, T = 2, 64
+    config = Config(model=fill_sizes(model), train=TrainConfig(loss_chunk=B * T))
+    ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    batch = Batch(ids_BT, ids_BT, jax.ShapeDtypeStruct((B, T), jnp.float32))
+    gradient = jax.jit(lambda *args: step.accumulate_gradients(config, attention.XLA, *args))
+    abstract = jax.eval_shape(lambda: presets.build(config.model, jax.random.key(0)))
+    compiled = gradient.lower(abstract, batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
+    seen = sum(min(t + 1, model.window or T) for t in range(T)) / T
+    # The reference multiplies masked pairs too, which a fused kernel leaves out and nobody counts as work.
+    masked = 6 * 2 * model.num_layers * 512 * (T - seen)
+    counted = compiled.cost_analysis()["flops"] / (B * T)
+    assert counted == pytest.approx(presets.flops_per_token(config.model, T) + masked, rel=0.05)
+
+
+def test_attention_is_counted_over_the_tokens_a_query_sees():
+    config = fill_sizes(presets.llama_1b)
+    for window, length in [(0, 100), (7, 100), (100, 100), (300, 100), (1, 100)]:
+        seen = sum(min(t + 1, window or length) for t in range(length)) / length
+        flops = presets.flops_per_token(replace(config, window=window), length)
+        without = presets.flops_per_token(replace(config, window=1), length)
+        assert flops - without == pytest.approx(6 * 2 * 16 * 2048 * (seen - 1))

@@ -1,0 +1,81 @@
+"""Scanned or unrolled, with or without recomputation: the same function and the same gradient."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lslm_jax.config import ModelConfig
+from lslm_jax.config_checks import fill_sizes
+from lslm_jax.models import presets, stack
+from lslm_jax.models.decoder import Decoder
+from lslm_jax.models.layers import Linear
+
+GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=61, max_length=16, dropout=0.2))
+LLAMA = fill_sizes(replace(presets.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, vocab_size=61))
+LLAMA = replace(LLAMA, dtype="float32", max_length=16)
+
+
+def loss_and_gradient(config, weights):
+    """Over a packed batch, with dropout where the config has any."""
+    structure = jax.tree.structure(jax.eval_shape(lambda: Decoder(config, jax.random.key(0))))
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 16), 0, 61)
+    segments_BT = jnp.where(jnp.arange(16) < 9, 1, 2)[None].repeat(2, axis=0)
+    readout_D = jax.random.normal(jax.random.key(2), (config.d_model,))
+
+    def loss(weights):
+        model = jax.tree.unflatten(structure, weights)
+        x_BTD = model(tokens_BT, None, segments_BT, key=jax.random.key(3))
+        return jnp.mean(jnp.square(x_BTD @ readout_D))
+
+    return jax.jit(jax.value_and_grad(loss))(weights)
+
+
+@pytest.mark.parametrize(
+    ("config", "variants"),
+    [
+        (GPT, [*[(True, name) for name in stack.REMAT], (False, "full")]),
+        (LLAMA, [(True, "none"), (True, "save_attention")]),
+    ],
+    ids=["gpt", "llama"],
+)
+def test_scan_and_every_remat_equal_the_plain_loop(config, variants):
+    rng = np.random.default_rng(0)
+    abstract = jax.tree.leaves(jax.eval_shape(lambda: Decoder(config, jax.random.key(0))))
+    weights = [jnp.asarray(rng.normal(0.1, 0.2, leaf.shape), jnp.float32) for leaf in abstract]
+    value, gradient = loss_and_gradient(replace(config, scan_layers=False), weights)
+    for scan, remat in variants:
+        other, other_gradient = loss_and_gradient(replace(config, scan_layers=scan, remat=remat), weights)
+        np.testing.assert_allclose(other, value, rtol=1e-6, err_msg=f"{scan=} {remat=}")
+        for a, b in zip(other_gradient, gradient, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=f"{scan=} {remat=}")
+
+
+def test_the_tree_of_weights_does_not_depend_on_scan_or_remat():
+    configs = GPT, replace(GPT, scan_layers=False, remat="full")
+    trees = [jax.eval_shape(lambda config=config: Decoder(config, jax.random.key(0))) for config in configs]
+    first, second = (jax.tree_util.tree_leaves_with_path(tree) for tree in trees)
+    assert first == second
+
+
+def test_stacked_layers_carry_their_axis_in_names_and_arrays():
+    layers = stack.stacked(lambda key: Linear(key, {"embed": 4}, {"mlp": 6}, bias=True), 3, jax.random.key(0))
+    assert layers.w.get_value().shape == (3, 4, 6) and layers.w.get_metadata("axes") == ("layers", "embed", "mlp")
+    assert layers.b.get_value().shape == (3, 6) and layers.b.get_metadata("axes") == ("layers", "mlp")
+    assert len({float(w[0, 0]) for w in layers.w.get_value()}) == 3
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_layers_run_in_order_each_with_its_own_weights_cache_and_key(scan):
+    layers = {"w": jnp.arange(1.0, 5.0)[:, None, None]}
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    def apply(layer, x, cache, key):
+        return 10.0 * x + layer["w"], (cache + layer["w"][0, 0], jax.random.key_data(key))
+
+    x, (caches, used) = stack.run(layers, jnp.zeros((1, 1)), apply, caches=jnp.arange(4.0) * 100, keys=keys, scan=scan)
+    assert x == 1234.0
+    np.testing.assert_array_equal(caches, [1.0, 102.0, 203.0, 304.0])
+    np.testing.assert_array_equal(used, jax.random.key_data(keys))

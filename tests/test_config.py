@@ -1,0 +1,360 @@
+"""Configs are read from files and flags, refused in one line where they cannot work, and written back as they were."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+
+from lslm_jax import config_loading
+from lslm_jax.config import Config, DataConfig, MixtureSource, ModelConfig, Source, TrainConfig
+from lslm_jax.config_checks import fill_sizes, resolve_vocabulary, validate
+from lslm_jax.config_loading import describe, digest, from_dict, load, override, smoke, to_dict, to_json
+from lslm_jax.errors import ConfigError, InputMissing, LslmError
+
+PLAIN = """
+from lslm_jax.config import Config, DataConfig, TrainConfig
+
+def get_config():
+  return Config(data=DataConfig(files=("a.txt",)), train=TrainConfig(steps=7))
+"""
+WITH_ARGUMENT = """
+from lslm_jax.config import Config, DataConfig, ModelConfig
+
+def get_config(size):
+  return Config(data=DataConfig(files=("a.txt",)), model=ModelConfig(num_layers=int(size or 3)))
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a config file and returns its path as text."""
+
+    def write(name, text):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def good(**changes):
+    return replace(Config(data=DataConfig(files=("a.txt",))), **changes)
+
+
+def test_a_python_file_returns_the_config_it_builds(write):
+    assert load(write("c.py", PLAIN)).train.steps == 7
+
+
+def test_what_follows_the_colon_is_handed_to_the_file(write):
+    path = write("c.py", WITH_ARGUMENT)
+    assert load(f"{path}:24").model.num_layers == 24
+    assert load(path).model.num_layers == 3
+
+
+def test_json_holds_only_what_differs_and_is_never_executed(write):
+    config = load(write("c.json", '{"train": {"steps": 7}, "data": {"files": ["a.txt"], "valid_fraction": 0}}'))
+    assert config == replace(
+        Config(), train=TrainConfig(steps=7), data=DataConfig(files=("a.txt",), valid_fraction=0.0)
+    )
+    with pytest.raises(ConfigError, match="is not JSON"):
+        load(write("d.json", PLAIN))
+
+
+@pytest.mark.parametrize("name", ["c.py", "c.json"])
+def test_smoke_shrinks_any_config_and_keeps_its_kind(write, name):
+    model = ModelConfig(num_layers=32, d_model=4096, num_heads=32, num_kv_heads=8, gated=True, dtype="bfloat16")
+    config = good(model=model)
+    source = f"from lslm_jax.config import *\ndef get_config():\n  return {config!r}\n"
+    path = write(name, source if name == "c.py" else to_json(config))
+    small = load(f"{path}:smoke")
+    assert small == smoke(load(path))
+    assert validate(small).model.num_kv_heads == 2 and validate(small).model.num_heads == 4
+    assert (small.model.num_layers, small.model.d_model, small.train.steps) == (2, 64, 20)
+    assert (small.model.gated, small.data.files) == (True, ("a.txt",))
+
+
+def test_a_config_survives_the_way_to_json_and_back():
+    config = good(
+        data=DataConfig(mixture=(MixtureSource(name="a", files=("x", "y"), weight=2.0), MixtureSource(name="b"))),
+        seed=3,
+    )
+    assert from_dict(json.loads(to_json(config))) == config
+    assert from_dict(to_dict(validate(good()))) == validate(good())
+    assert to_json(config).endswith("}\n")
+
+
+def test_equal_settings_have_equal_digests_and_others_do_not():
+    assert digest(good()) == digest(good())
+    assert digest(good()) != digest(good(seed=1))
+    assert digest(good().model) == digest(good(seed=1).model)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("seed", "3", 3),
+        ("train.steps", "100", 100),
+        ("optimizer.learning_rate", "3e-4", 3e-4),
+        ("optimizer.learning_rate", "1", 1.0),
+        ("model.gated", "true", True),
+        ("model.gated", "False", False),
+        ("log.tensorboard", "0", False),
+        ("model.norm", "rmsnorm", "rmsnorm"),
+        ("data.files", "a.txt, b.txt", ("a.txt", "b.txt")),
+        ("data.files", "", ()),
+        ("log.profile", "3,5", (3, 5)),
+        ("tokenizer.path", "a=b,c", "a=b,c"),
+        ("mesh.data", "-1", -1),
+    ],
+)
+def test_a_flag_sets_a_key_to_what_its_text_spells(key, text, value):
+    config = override(Config(), [(key, text)])
+    for name in key.split("."):
+        config = getattr(config, name)
+    assert config == value and type(config) is type(value)
+
+
+def test_the_last_of_two_flags_wins():
+    assert override(Config(), [("seed", "1"), ("seed", "2")]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("train.stps", "1", "unknown key --config.train.stps; did you mean train.steps?"),
+        ("learning_rat", "1", "unknown key --config.learning_rat; did you mean optimizer.learning_rate?"),
+        ("learning_rate", "1", "unknown key --config.learning_rate; did you mean optimizer.learning_rate?"),
+        ("modle.d_model", "1", "unknown key --config.modle.d_model; did you mean model.d_model?"),
+        ("seed.x", "1", "unknown key --config.seed.x; did you mean seed?"),
+        ("zzzzz", "1", "unknown key --config.zzzzz; --config.help lists all"),
+        ("model", "1", "--config.model is a section: set one of its keys, as model.num_layers"),
+        ("train.batch_size", "3.5", "train.batch_size wants a whole number, got '3.5'"),
+        ("train.z_loss", "high", "train.z_loss wants a number, got 'high'"),
+        ("model.gated", "maybe", "model.gated wants true or false, got 'maybe'"),
+        ("model.norm", "batchnorm", "model.norm wants one of layernorm, rmsnorm; got 'batchnorm'"),
+        ("log.profile", "a,b", "log.profile wants a whole number, got 'a'"),
+        ("data.mixture", "a", "data.mixture cannot be set by a flag: write it in the config file"),
+    ],
+)
+def test_a_bad_flag_is_one_line_that_says_what_would_do(key, text, message):
+    refused(lambda: override(Config(), [(key, text)]), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "c.json",
+            "{",
+            "{path} is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        ),
+        ("c.json", "[]", "the config wants nested keys, got []"),
+        ("c.json", '{"train": 3}', "train wants nested keys, got 3"),
+        ("c.json", '{"train": {"stesp": 3}}', "unknown key train.stesp; did you mean steps?"),
+        ("c.json", '{"train": {"steps": "3"}}', "train.steps wants a whole number, got '3'"),
+        ("c.json", '{"train": {"steps": true}}', "train.steps wants a whole number, got True"),
+        ("c.json", '{"train": {"ema": null}}', "train.ema wants a number, got None"),
+        ("c.json", '{"data": {"files": "a.txt"}}', "data.files wants a list, got 'a.txt'"),
+        ("c.json", '{"data": {"mixture": [{}]}}', "data.mixture.name is missing"),
+        ("c.json", '{"model": {"norm": ["x"]}}', "model.norm wants one of layernorm, rmsnorm; got ['x']"),
+        ("c.py", "x = 1\n", "{path} defines no get_config()"),
+        ("c.py", "def get_config():\n  return 3\n", "{path}: get_config() returned int, not a Config"),
+        (
+            "c.py",
+            "from lslm_jax.config import *\ndef get_config():\n  return Config(train=TrainConfig(stpes=3))\n",
+            "{path}:3: TrainConfig has no field 'stpes'; did you mean steps?",
+        ),
+        (
+            "c.py",
+            "from lslm_jax.config import *\ndef get_config():\n  return Config(train=TrainConfig(steps=3.5))\n",
+            "train.steps wants a whole number, got 3.5",
+        ),
+        (
+            "c.py",
+            "from lslm_jax import config\ndef get_config():\n  return config.Confg()\n",
+            "{path}:3: AttributeError: module 'lslm_jax.config' has no attribute 'Confg'",
+        ),
+        ("c.py", "def get_config(:\n", "{path}:1: SyntaxError: invalid syntax"),
+        (
+            "c.py",
+            "import os\nmissing = os.environ['NO_SUCH_VARIABLE']\n",
+            "{path}:2: KeyError: 'NO_SUCH_VARIABLE'",
+        ),
+        (
+            "c.py",
+            "from lslm_jax.errors import ConfigError\ndef get_config():\n  raise ConfigError('sizes are 1b and 8b')\n",
+            "sizes are 1b and 8b",
+        ),
+        ("c.py", "import no_such_module\n", "{path}:1: ModuleNotFoundError: No module named 'no_such_module'"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_it(write, name, text, message):
+    path = write(name, text)
+    refused(lambda: load(path), message.replace("{path}", path))
+
+
+@pytest.mark.parametrize("name", ["c.py", "c.json"])
+def test_an_argument_nobody_reads_is_refused(write, name):
+    path = write(name, PLAIN if name == "c.py" else "{}")
+    refused(lambda: load(f"{path}:24"), f"{path} takes no argument but smoke, got '24'")
+
+
+def test_a_missing_file_is_a_missing_input():
+    refused(lambda: load("nowhere.py"), "config file nowhere.py does not exist", InputMissing, 66)
+    refused(lambda: load("nowhere.py:smoke"), "config file nowhere.py does not exist", InputMissing, 66)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("train.steps=0", "train.steps must be positive, got 0"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate must be positive, got nan"),
+        ("seed=-1", "seed must not be negative, got -1"),
+        ("model.dropout=1.0", "model.dropout must be in [0, 1), got 1.0"),
+        ("optimizer.b2=1", "optimizer.b2 must be in [0, 1), got 1.0"),
+        ("generate.top_p=1.5", "generate.top_p must be in [0, 1], got 1.5"),
+        (
+            "model.num_heads=10",
+            "model.d_model=768 is not divisible by model.num_heads=10: set model.head_dim or use d_model=760 or 770",
+        ),
+        ("model.num_kv_heads=5", "model.num_heads=12 is not divisible by model.num_kv_heads=5"),
+        (
+            "model.positions=rotary model.head_dim=63",
+            "rotary positions need an even head width, got 63 (model.head_dim)",
+        ),
+        ("model.attention=cudnn", "model.attention=cudnn needs model.dtype=bfloat16"),
+        ("data.files=", "data: source=files needs files"),
+        ("data.source=tfds", "data: source=tfds needs tfds, the data set's name"),
+        ("data.source=shards", "data: source=shards needs data.dir, where they were prepared"),
+        (
+            "data.packing=bins data.mask_documents=false",
+            "data.packing=bins needs data.mask_documents=true: several pieces or padding share a row",
+        ),
+        (
+            "data.valid_files=b.txt data.valid_fraction=0.1",
+            "data: valid_files and valid_fraction exclude each other: validation is held out in one way",
+        ),
+        ("data.valid_split=test", "data: valid_split does not go with source=files"),
+        (
+            "data.source=tfds data.tfds=lm1b data.valid_files=b.txt",
+            "data: valid_files does not go with source=tfds",
+        ),
+        ("data.seq_len=2048", "data.seq_len=2048 is longer than model.max_length=1024"),
+        (
+            "train.batch_size=10 train.accumulate=4",
+            "train.batch_size=10 is not divisible by train.accumulate=4: use 8 or 12",
+        ),
+        ("train.accumulate=128", "train.batch_size=64 is not divisible by train.accumulate=128: use 128"),
+        (
+            "optimizer.name=lion optimizer.nesterov=true",
+            "optimizer.nesterov does not go with optimizer.name=lion",
+        ),
+        ("checkpoint.best=loss", "checkpoint.best wants an evaluation metric, as eval/loss, got 'loss'"),
+        ("log.profile=5", "log.profile wants a first and a last step, as 100,105, got 5"),
+        ("log.profile=9,5", "log.profile wants a first and a last step, as 100,105, got 9,5"),
+        ("mesh.fsdp=-1", "only one mesh axis may be -1"),
+        ("mesh.tensor=0", "mesh.tensor must be positive or -1, got 0"),
+        ("mesh.tensor=8", "model.num_heads=12 is not divisible by mesh.tensor=8: use 8 or 16"),
+        (
+            "model.num_kv_heads=2 mesh.tensor=4",
+            "model.num_kv_heads=2 is not divisible by mesh.tensor=4: use 4",
+        ),
+        ("mesh.fsdp=5", "model.d_model=768 is not divisible by mesh.fsdp=5: use 765 or 770"),
+    ],
+)
+def test_an_impossible_setting_is_one_line_that_names_its_keys(changes, message):
+    assignments = [tuple(change.split("=", 1)) for change in changes.split()]
+    refused(lambda: validate(override(good(), assignments)), message)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([{"name": "a"}], "data.mixture source a: source=files needs files"),
+        ([{"name": "a", "source": "shards"}], "data.mixture source a: source=shards cannot be part of a mixture"),
+        ([{"name": "a", "files": ("x",), "weight": 0.0}], "data.mixture source a: weight must be positive, got 0.0"),
+        (
+            [{"name": "../a", "files": ("x",)}],
+            "data.mixture source ../a: the name must be a plain word other than train and valid",
+        ),
+        ([{"name": "a", "files": ("x",)}] * 2, "data.mixture names must differ, got a, a"),
+    ],
+)
+def test_an_impossible_mixture_is_refused_by_the_name_of_its_source(sources, message):
+    mixture = tuple(MixtureSource(**source) for source in sources)
+    refused(lambda: validate(good(data=DataConfig(mixture=mixture))), message)
+
+
+def test_checking_fills_in_the_sizes_that_follow_from_others():
+    model = validate(good()).model
+    assert (model.num_kv_heads, model.head_dim, model.d_ff) == (12, 64, 3072)
+    given = ModelConfig(num_kv_heads=4, head_dim=32, d_ff=100)
+    assert fill_sizes(given) == given
+    assert validate(validate(good())) == validate(good())
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_a_larger_one_is_asked_for():
+    assert resolve_vocabulary(ModelConfig(), 512).vocab_size == 512
+    assert resolve_vocabulary(ModelConfig(vocab_size=1000), 512).vocab_size == 1000
+    refused(
+        lambda: resolve_vocabulary(ModelConfig(vocab_size=256), 512),
+        "model.vocab_size=256 is smaller than the tokenizer's 512 tokens",
+    )
+
+
+def test_every_key_is_documented():
+    entries = list(describe())
+    keys = [entry.key for entry in entries]
+    assert len(keys) == len(set(keys)) == len(leaves(to_dict(Config())))
+    assert all(entry.doc.endswith(".") and "\n" not in entry.doc for entry in entries)
+    by_key = {entry.key: entry for entry in entries}
+    assert by_key["train.steps"] == ("train.steps", "int", "10000", "Optimizer steps.")
+    assert by_key["model.norm"].type == "layernorm | rmsnorm"
+    assert by_key["data.files"].type == "str, ..." and by_key["data.files"].doc
+    documented = set(config_loading._field_docs())
+    for kind in (Source, MixtureSource, *(type(getattr(Config(), field.name)) for field in dataclasses.fields(Config))):
+        if dataclasses.is_dataclass(kind):
+            assert {(kind.__name__, name) for name in kind.__annotations__} <= documented
+
+
+def test_the_keys_that_scripts_rely_on_are_there():
+    keys = {entry.key for entry in describe()}
+    relied_on = """
+        seed data.source data.files data.tfds data.split data.seq_len data.mixture train.steps train.batch_size
+        train.accumulate optimizer.name optimizer.learning_rate optimizer.schedule mesh.data mesh.fsdp mesh.tensor
+        checkpoint.every checkpoint.keep eval.every log.every
+    """
+    assert set(relied_on.split()) <= keys
+    assert {"tfds", "files", "shards", "synthetic"} == set(get_args(Source.__annotations__["source"]))
+
+
+def test_loading_and_checking_is_fast_and_imports_nothing_slow(write):
+    code = (
+        "import sys; from lslm_jax import config_checks, config_loading; "
+        "config_checks.validate(config_loading.override(config_loading.load(sys.argv[1]), [('seed', '1')])); "
+        "list(config_loading.describe()); "
+        "print(*{name.split('.')[0] for name in sys.modules} & {'jax', 'tensorflow', 'flax', 'numpy', 'orbax'})"
+    )
+    command = [sys.executable, "-c", code, write("c.py", PLAIN)]
+    fastest = 10.0
+    for _ in range(3):
+        begin = time.perf_counter()
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        fastest = min(fastest, time.perf_counter() - begin)
+    assert result.stdout.strip() == ""
+    assert fastest < 1.0
+
+
+def refused(action, message, kind=ConfigError, exit_code=2):
+    with pytest.raises(LslmError) as error:
+        action()
+    assert str(error.value) == message
+    assert type(error.value) is kind and error.value.exit_code == exit_code
+
+
+def leaves(tree):
+    return [leaf for value in tree.values() for leaf in (leaves(value) if isinstance(value, dict) else [value])]

@@ -1,0 +1,84 @@
+"""A run that is stopped and started again, by real signals, ends as the run that was left alone: bit for bit."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+STEPS = 200
+CORPUS = pathlib.Path(json.__file__).parent  # some real text that is always there
+
+
+def command(workdir: pathlib.Path, **settings: object) -> list[str]:
+    config = {
+        "model": {"num_layers": 2, "d_model": 64, "num_heads": 4, "max_length": 64, "dropout": 0.1},
+        "data": {
+            "files": [f"{CORPUS}/*.py"],
+            "valid_fraction": 0.3,
+            "seq_len": 64,
+            "dir": str(workdir.parent / "data"),
+        },
+        "tokenizer": {"kind": "bytes"},
+        "train": {"steps": STEPS, "batch_size": 16, "ema": 0.9},
+        "optimizer": {"warmup_steps": 10},
+        "checkpoint": {"every": 20},
+        "eval": {"every": 50, "batches": 2},
+        "log": {"every": 1, "timing": False, "tensorboard": False},
+    }
+    path = workdir.parent / "config.json"
+    path.write_text(json.dumps(config))
+    flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    return [sys.executable, "-m", "lslm_jax.main", f"--config={path}", f"--workdir={workdir}", *flags]
+
+
+def environment(devices: int, cache: pathlib.Path) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+
+def run_until(arguments: list[str], env: dict[str, str], metrics: pathlib.Path, step: int, number: int) -> int:
+    """Starts the run, sends it a signal once it has recorded `step`, and returns its exit code."""
+    process = subprocess.Popen(arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and last_step(metrics) < step:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in (75, -signal.SIGKILL), stderr
+    return process.returncode
+
+
+def last_step(metrics: pathlib.Path) -> int:
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_run_stopped_by_sigterm_and_by_sigkill_equals_the_uninterrupted_one_byte_for_byte(devices, tmp_path):
+    env, cache = environment(devices, tmp_path / "cache"), tmp_path / "cache"
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2} if devices == 8 else {}
+    whole = tmp_path / "whole"
+    subprocess.run(command(whole, **mesh), env=env, check=True, capture_output=True, timeout=180)
+    expected = (whole / "metrics.jsonl").read_bytes()
+    assert expected.count(b"\n") == STEPS + STEPS // 50
+    assert cache.exists()
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        workdir = tmp_path / signal.Signals(number).name
+        for step in sorted(random.Random(devices + number).sample(range(10, STEPS - 20), 3)):
+            code = run_until(command(workdir, **mesh), env, workdir / "metrics.jsonl", step, number)
+            assert code == (75 if number == signal.SIGTERM else -signal.SIGKILL)
+        finished = subprocess.run(command(workdir, **mesh), env=env, capture_output=True, text=True, timeout=180)
+        assert finished.returncode == 0, finished.stderr
+        assert "resumed from step" in finished.stderr
+        assert (workdir / "metrics.jsonl").read_bytes() == expected
+        assert json.loads(finished.stdout)["eval/loss"] == json.loads((whole / "result.json").read_text())["eval/loss"]

@@ -1,0 +1,261 @@
+"""One step of training: the same on every mesh and in any number of parts, and harmless where the batch is poison."""
+
+import functools
+import math
+from dataclasses import replace
+from typing import get_args, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lslm_jax.batch import Batch
+from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from lslm_jax.config_checks import validate
+from lslm_jax.models import attention
+from lslm_jax.models.layers import Linear
+from lslm_jax.sharding import make_mesh, to_global
+from lslm_jax.train import optim, step
+from lslm_jax.train.state import abstract_state, evaluated_model, init_state, num_parameters
+
+B, T, V = 16, 16, 120
+CONFIG = validate(
+    Config(
+        model=ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=V, max_length=T),
+        data=DataConfig(source="synthetic", seq_len=T),
+        train=TrainConfig(steps=50, batch_size=B, loss_chunk=32),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
+        mesh=MeshConfig(data=1),
+    )
+)
+
+
+def changed(config=CONFIG, **sections):
+    """The config with keys of its sections changed: changed(train={"ema": 0.9})."""
+    return replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()})
+
+
+def batch(seed=0, poison=False):
+    """Packed rows of two documents and padding, a few tokens of which weigh little or nothing."""
+    rng = np.random.default_rng(seed)
+    segments_BT = np.where(np.arange(T) < 7, 1, np.where(np.arange(T) < 13, 2, 0))[None].repeat(B, axis=0)
+    weights_BT = rng.choice([0.0, 0.1, 1.0, 1.0], (B, T)) * (segments_BT > 0)
+    if poison:
+        weights_BT[3, 4] = np.nan
+    return Batch(
+        tokens_BT=rng.integers(0, V, (B, T), np.int32),
+        targets_BT=rng.integers(0, V, (B, T), np.int32),
+        weights_BT=weights_BT.astype(np.float32),
+        segments_BT=segments_BT.astype(np.int32),
+    )
+
+
+class Run:
+    """A state on a mesh, and the compiled step that moves it on."""
+
+    def __init__(self, config=CONFIG, devices=1):
+        self.config, self.mesh = config, make_mesh(config, jax.devices()[:devices])
+        self.optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+        with jax.set_mesh(self.mesh):
+            self.state = init_state(config, self.optimizer, self.mesh)
+            train_step = step.make_train_step(config, self.optimizer, attention.XLA)
+            lowered = jax.jit(train_step, donate_argnums=0).lower(self.state, to_global(batch(), self.mesh))
+            self.compiled = lowered.compile()
+
+    def step(self, batch):
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = self.compiled(self.state, to_global(batch, self.mesh))
+        return {name: value.item() for name, value in metrics.items()}
+
+
+plain_run = functools.cache(lambda: Run())
+
+
+def fresh_run():
+    """A run of CONFIG from its beginning, compiled once for this file."""
+    run = plain_run()
+    run.state = init_state(run.config, run.optimizer, run.mesh)
+    return run
+
+
+def host(tree):
+    return jax.tree.map(lambda leaf: np.array(leaf), tree)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, host(a), host(b))
+
+
+def distance(a, b):
+    """Norm of the difference of two trees, relative to the second."""
+    pairs = list(zip(jax.tree.leaves(host(a)), jax.tree.leaves(host(b)), strict=True))
+    total = lambda values: math.sqrt(sum(np.sum(np.square(value, dtype=np.float64)) for value in values))
+    return total(x - y for x, y in pairs) / total(y for _, y in pairs)
+
+
+def test_parts_add_up_to_the_gradient_of_the_whole_however_uneven():
+    model, key = fresh_run().state.model, jax.random.key(0)
+    uneven = batch()._replace(weights_BT=np.float32(np.geomspace(1e-3, 1e3, B)[:, None] * np.ones((B, T))))
+    results = []
+    for parts in (1, 2, 4, 8):
+        config = changed(train={"accumulate": parts})
+        accumulate = jax.jit(functools.partial(step.accumulate_gradients, config, attention.XLA))
+        results.append([accumulate(model, rows, key) for rows in (batch(), uneven)])
+    for other in results[1:]:
+        for (gradient, sums), (whole_gradient, whole_sums) in zip(other, results[0], strict=True):
+            assert distance(gradient, whole_gradient) < 1e-6
+            np.testing.assert_allclose(sums, whole_sums, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_fifty_steps_give_the_same_losses_on_every_mesh():
+    meshes = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)]
+    losses, states = {}, {}
+    for sizes in meshes:
+        data, fsdp, tensor = sizes
+        run = Run(changed(mesh={"data": data, "fsdp": fsdp, "tensor": tensor}), math.prod(sizes))
+        losses[sizes] = [run.step(batch(i % 5))["loss"] for i in range(50)]
+        states[sizes] = host(run.state.model)
+    print("\ndata x fsdp x tensor   loss at 1    loss at 50   largest difference of loss   of weights")
+    for sizes in meshes:
+        apart = np.max(np.abs(np.subtract(losses[sizes], losses[1, 1, 1])))
+        weights = distance(states[sizes], states[1, 1, 1])
+        print(f"{sizes!s:>20} {losses[sizes][0]:11.6f} {losses[sizes][-1]:13.6f} {apart:28.1e} {weights:12.1e}")
+        assert apart < 1e-5
+    assert losses[1, 1, 1][-1] < losses[1, 1, 1][0] - 1.0
+
+
+def test_a_poisoned_batch_changes_nothing_but_the_counts():
+    run = fresh_run()
+    run.step(batch(0))
+    before = host(run.state)
+    first, second = run.step(batch(1, poison=True)), run.step(batch(2, poison=True))
+    assert_same((run.state.model, run.state.optimizer), (before.model, before.optimizer))
+    assert (run.state.step, run.state.skipped) == (3, 2)
+    assert (first["skipped"], second["skipped"]) == (1, 2)
+    assert first["learning_rate"] == second["learning_rate"]
+    after = run.step(batch(3))
+    assert after["skipped"] == run.state.skipped == 0
+    assert after["learning_rate"] == first["learning_rate"]
+    assert run.step(batch(4))["learning_rate"] > after["learning_rate"]
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(host(run.state)))
+
+
+@pytest.mark.parametrize(("mesh", "devices"), [({"data": 1}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)])
+def test_the_whole_state_is_donated(mesh, devices):
+    run = Run(changed(mesh=mesh), devices) if devices > 1 else fresh_run()
+    on_one_device = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    size = sum(on_one_device(leaf) for leaf in jax.tree.leaves(run.state))
+    assert run.compiled.memory_analysis().alias_size_in_bytes == size
+
+
+def test_weights_moments_and_average_are_born_in_parts():
+    config = changed(mesh={"data": 1, "fsdp": 4, "tensor": 2}, train={"ema": 0.9})
+    mesh = make_mesh(config)
+    optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+    abstract = abstract_state(config, optimizer, mesh)
+    state = init_state(config, optimizer, mesh)
+    assert [leaf.sharding for leaf in jax.tree.leaves(state)] == [leaf.sharding for leaf in jax.tree.leaves(abstract)]
+    adam = state.optimizer[1][0]
+    for moments in (adam.mu, adam.nu, state.ema):
+        for moment, weight in zip(jax.tree.leaves(moments), jax.tree.leaves(state.model), strict=True):
+            assert moment.sharding == weight.sharding
+    matrices = [leaf for leaf in jax.tree.leaves(adam.mu) if leaf.ndim > 2 or leaf.shape[0] >= V]
+    assert all(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in matrices if 128 in leaf.shape)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert held < 0.2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def test_initial_weights_do_not_depend_on_the_mesh():
+    states = []
+    for mesh, devices in [({"data": 1}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)]:
+        config = changed(mesh=mesh)
+        optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+        states.append(init_state(config, optimizer, make_mesh(config, jax.devices()[:devices])))
+    assert_same(*states)
+    other = init_state(changed(replace(CONFIG, seed=1)), optimizer, make_mesh(CONFIG, jax.devices()[:1]))
+    assert distance(other.model, states[0].model) > 0.1
+
+
+def test_the_average_follows_the_weights():
+    run = Run(changed(train={"ema": 0.75}))
+    assert_same(run.state.ema, run.state.model)
+    expected = host(run.state.model)
+    for i in range(3):
+        run.step(batch(i))
+        expected = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, expected, host(run.state.model))
+    assert distance(run.state.ema, expected) < 1e-6
+    before = host(run.state.ema)
+    run.step(batch(3, poison=True))
+    assert_same(run.state.ema, before)
+    assert evaluated_model(run.state) is run.state.ema
+    assert evaluated_model(fresh_run().state) is plain_run().state.model
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    config = changed(model={"dropout": 0.3})
+    mesh, optimizer = make_mesh(config, jax.devices()[:1]), optim.make_optimizer(config.optimizer, 50)
+    state = init_state(config, optimizer, mesh)
+
+    def loss(seed, at):
+        train_step = jax.jit(step.make_train_step(replace(config, seed=seed), optimizer, attention.XLA))
+        return [train_step(state._replace(step=jnp.int32(n)), batch())[1]["loss"].item() for n in at]
+
+    first, again, later = loss(0, [4, 4, 5])
+    assert first == again != later
+    assert loss(1, [4])[0] not in (first, later)
+
+
+def test_metrics_are_sums_over_tokens_divided_once():
+    run = fresh_run()
+    model, rows = host(run.state.model), batch()
+    metrics = run.step(rows)
+    evaluate = jax.jit(step.make_eval_step(CONFIG, attention.XLA))
+    sums = evaluate(model, rows)
+    assert metrics["loss"] == pytest.approx(float(sums.nll / sums.weight), rel=1e-6)
+    assert metrics["tokens"] == pytest.approx(float(rows.weights_BT.sum()))
+    halves = [evaluate(model, jax.tree.map(lambda a, i=i: a[i::2], rows)) for i in range(2)]
+    jax.tree.map(lambda whole, *parts: np.testing.assert_allclose(whole, sum(parts), rtol=1e-6), sums, *halves)
+    assert metrics["learning_rate"] == 0.0 and metrics["grad_norm"] > 0.0 and metrics["skipped"] == 0
+
+
+def test_evaluation_has_neither_dropout_nor_smoothing_nor_z_loss():
+    model, rows = fresh_run().state.model, batch()
+    noisy = changed(train={"z_loss": 0.1, "label_smoothing": 0.2}, model={"dropout": 0.5})
+    plain, other = (jax.jit(step.make_eval_step(c, attention.XLA))(model, rows) for c in (CONFIG, noisy))
+    assert_same(plain, other)
+    np.testing.assert_allclose(plain.objective, plain.nll, rtol=1e-6)
+
+
+def test_a_batch_without_tokens_does_no_harm():
+    run = fresh_run()
+    metrics = run.step(batch()._replace(weights_BT=np.zeros((B, T), np.float32)))
+    assert metrics["loss"] == metrics["tokens"] == metrics["grad_norm"] == metrics["skipped"] == 0.0
+
+
+@pytest.mark.parametrize("name", get_args(get_type_hints(OptimizerConfig)["name"]))
+def test_every_optimizer_counts_the_updates_that_the_schedule_follows(name):
+    optimizer = optim.make_optimizer(OptimizerConfig(name=name), steps=50)
+    params = Linear(jax.random.key(0), {"embed": 6}, {"mlp": 4}, bias=True)
+    state = optimizer.init(params)
+    assert step._updates_done(state) == 0
+    _, state = jax.jit(optimizer.update)(params, state, params)
+    assert step._updates_done(state) == 1
+
+
+def test_the_program_does_not_grow_with_depth():
+    lines = {}
+    for num_layers in (4, 24):
+        config = changed(model={"num_layers": num_layers})
+        mesh, optimizer = make_mesh(config, jax.devices()[:1]), optim.make_optimizer(config.optimizer, 50)
+        train_step = jax.jit(step.make_train_step(config, optimizer, attention.XLA), donate_argnums=0)
+        lowered = train_step.lower(abstract_state(config, optimizer, mesh), batch())
+        lines[num_layers] = len(lowered.as_text().splitlines())
+    assert lines[4] == lines[24]
+
+
+def test_parameters_are_counted_once_each():
+    model = fresh_run().state.model
+    attention_size, mlp_size, norms = 4 * (32 * 32 + 32), 2 * 32 * 128 + 128 + 32, 4 * 32
+    assert num_parameters(model) == 128 * 32 + T * 32 + 2 * (attention_size + mlp_size + norms) + 2 * 32
