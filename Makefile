@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo setup test test-fast lint bench
+.PHONY: demo setup test test-fast test-parity lint bench
 
 demo: $(READY)
 	$(PY) -m lslm_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -17,6 +17,11 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+# Against Hugging Face transformers, which the project itself does not install.
+test-parity: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers
+	$(PY) -m pytest -q tests/models/test_parity.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

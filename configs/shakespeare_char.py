@@ -28,7 +28,7 @@ def get_config() -> Config:
         tokenizer=TokenizerConfig(kind="bytes"),
         model=ModelConfig(num_layers=4, d_model=128, num_heads=4, max_length=64, bias=False),
         train=TrainConfig(steps=2000, batch_size=12),
-        optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.99, warmup_steps=100),
+        optimizer=OptimizerConfig(learning_rate=2e-3, b2=0.99, warmup_steps=100, final_ratio=0.0),
         checkpoint=CheckpointConfig(every=500),
         eval=EvalConfig(every=500),
         generate=GenerateConfig(prompts=("ROMEO:\n",), max_tokens=300, temperature=0.8),

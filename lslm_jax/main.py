@@ -28,12 +28,14 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """All flags but the settings themselves, which are `--config.KEY=VALUE`."""
-    flags = _Parser(prog="lslm", allow_abbrev=False, description="Trains, evaluates and runs language models.")
-    flags.add_argument("verb", nargs="?", choices=VERBS, default="train", metavar="VERB", help=_list_verbs())
+    about = "Trains, evaluates and runs language models. --config.KEY=VALUE changes a setting; --config.help lists all."
+    verbs = "; ".join(f"{verb}: {what}" for verb, what in VERBS.items())
+    flags = _Parser(prog="lslm", allow_abbrev=False, description=about)
+    flags.add_argument("verb", nargs="?", choices=VERBS, default="train", metavar="VERB", help=verbs)
     flags.add_argument("--config", metavar="FILE[:ARGUMENT]", help="config file, .py or .json; :smoke shrinks it")
     flags.add_argument("--workdir", metavar="DIR", help="run directory: data, checkpoints, metrics, samples")
     flags.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-    chosen = flags.add_argument_group("evaluate, generate")
+    chosen = flags.add_argument_group("evaluate, generate").add_mutually_exclusive_group()
     chosen.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")
     chosen.add_argument("--best", action="store_true", help="use the checkpoint kept by checkpoint.best")
     text = flags.add_argument_group("generate")
@@ -41,10 +43,6 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--prompts", metavar="FILE", help='file of prompts: a JSON line {"prompt": ...} each')
     text.add_argument("--json", action="store_true", help="print one JSON line a prompt")
     return flags
-
-
-def _list_verbs() -> str:
-    return "; ".join(f"{verb}: {what}" for verb, what in VERBS.items())
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -57,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             raise
         print(f"lslm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # before or after the training loop, which catches it and saves
+        print("lslm: interrupted", file=sys.stderr)
+        sys.exit(130)
     if result is not None:
         print(json.dumps(result))
     sys.exit(0)

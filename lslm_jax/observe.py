@@ -3,19 +3,19 @@
 Nothing here changes what a run computes.
 """
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 import jax
 from etils import epath
 
+from lslm_jax import atomic
 from lslm_jax.config import LogConfig
-from lslm_jax.errors import ConfigError, SaveError
+from lslm_jax.errors import ConfigError
 from lslm_jax.progress import say
 
 PEAK_FLOPS = {
@@ -154,7 +154,7 @@ class Metrics:
         scalars = {name: _number(value) for name, value in values.items()}
         clock = {name: _number(value) for name, value in (timing or {}).items()}
         line = {"step": step, **scalars, **(clock if self._log.timing else {})}
-        with _saving(self._path):
+        with atomic.saving(self._path):
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("a")
@@ -179,12 +179,12 @@ class Metrics:
         """
         if not self._primary or not self._path.exists():
             return 0
-        with _saving(self._path):
+        with atomic.saving(self._path):
             lines = self._path.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
                 self._close_file()
-                _replace(self._path, b"".join(kept))
+                atomic.write(self._path, b"".join(kept))
         return len(lines) - len(kept)
 
     def close(self) -> None:
@@ -276,22 +276,3 @@ def _step_of(line: bytes) -> float:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-@contextlib.contextmanager
-def _saving(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SaveError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        if hasattr(file, "fileno"):  # a file in object storage has none, and appears only when whole
-            os.fsync(file.fileno())
-    temporary.replace(path)

@@ -41,9 +41,10 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     mesh = make_mesh(config)  # before anything slow: it may be refused
     workdir = _workdir(flags)
     result = workdir / "result.json"
-    if result.exists() and checkpoint.latest_step(workdir / "checkpoints") >= config.train.steps:
+    finished = json.loads(result.read_text()) if result.exists() else {"step": 0}
+    if finished["step"] >= config.train.steps:
         say(f"{workdir} is complete: all {config.train.steps} steps are done (raise train.steps to go on)")
-        return json.loads(result.read_text())
+        return finished
 
     data_dir = _data_dir(config, workdir)
     prepare_data(config, data_dir, say)
@@ -90,7 +91,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 def generate(config: Config, flags: argparse.Namespace) -> dict[str, Any] | None:
     """`generate`: continues prompts on stdout, streaming a single one; with --json, a JSON line for each."""
-    prompts = list(_prompts(flags))
+    prompts = _prompts(flags)
     mesh = make_mesh(replace(config, train=replace(config.train, batch_size=len(jax.devices()), accumulate=1)))
     data_dir = _data_dir(config, _workdir(flags))
     config, _ = _resolve(config, data_dir)
@@ -198,26 +199,43 @@ def _gzip_baseline(held_out: pipeline.EvalInput | None, data_dir: epath.Path) ->
     return {"gzip_bits_per_byte": metrics.gzip_bits_per_byte(words.decode(ids) for ids in held_out.documents())}
 
 
-def _prompts(flags: argparse.Namespace) -> Iterator[str]:
+def _prompts(flags: argparse.Namespace) -> list[str]:
     """The prompts of the command line, then those of the file.
 
     Raises:
-      ConfigError: there is none.
-      InputMissing, DataError: the file is missing, or not JSON lines with a `prompt` each.
+      ConfigError: there is none, or one is not text.
+      InputMissing, DataError: the file cannot be read or holds none, or not JSON lines with a `prompt` each.
     """
     if not (flags.prompt or flags.prompts):
         raise ConfigError("generate needs --prompt=TEXT or --prompts=FILE")
-    yield from flags.prompt or []
-    if not flags.prompts:
-        return
-    path = epath.Path(flags.prompts)
-    if not path.exists():
-        raise InputMissing(f"prompts file {path} does not exist")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    prompts = list(flags.prompt or [])
+    if not all(map(_is_text, prompts)):
+        raise ConfigError("--prompt is not UTF-8")
+    return prompts + (list(_read_prompts(epath.Path(flags.prompts))) if flags.prompts else [])
+
+
+def _read_prompts(path: epath.Path) -> Iterator[str]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputMissing(f"cannot read prompts file {path}: {error.strerror or error}") from error
+    if not any(map(bytes.strip, lines)):
+        raise InputMissing(f"prompts file {path} is empty")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            yield json.loads(line)["prompt"]
+            prompt = json.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f'{path}:{number} is not a JSON object with a "prompt"') from error
+        if not _is_text(prompt):
+            raise DataError(f'{path}:{number}: "prompt" is not text: {json.dumps(prompt)}')
+        yield prompt
+
+
+def _is_text(prompt: Any) -> bool:
+    """Whether it is a string that UTF-8 can spell, which has no half surrogate pairs."""
+    return isinstance(prompt, str) and not any("\ud800" <= char <= "\udfff" for char in prompt)
 
 
 def _sampler(config: Config, data_dir: epath.Path) -> Callable[[Any], str]:
@@ -248,7 +266,8 @@ def _print_all(
 
 def _stream(config: Config, model: Any, words: tokenizer.Tokenizer, prompt: str) -> None:
     """Prints a prompt and its continuation as it is drawn."""
-    print(prompt, end="", flush=True)
-    for text in decode.stream(model, words, words.encode(prompt), config.generate, config.seed):
+    texts = decode.stream(model, words, words.encode(prompt), config.generate, config.seed)
+    print(prompt, end=next(texts, ""), flush=True)  # not before the prompt is known to fit the model
+    for text in texts:
         print(text, end="", flush=True)
     print()

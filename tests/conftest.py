@@ -1,9 +1,10 @@
-"""Eight simulated devices, one thread of worry: every test sees them, and NumPy-style rank promotion is an error."""
+"""Eight simulated devices, which every test sees; and NumPy-style rank promotion is an error."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Compiling takes most of the time of these tests: what is compiled is small and need not be fast.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import pathlib

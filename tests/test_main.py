@@ -169,6 +169,22 @@ def test_evaluation_and_generation_of_nothing_are_refused(run, capsys):
     assert fails(["generate", *flags(run)], 2, capsys) == "generate needs --prompt=TEXT or --prompts=FILE"
 
 
+@pytest.mark.parametrize(
+    ("content", "code", "message"),
+    [
+        (b"\n", 66, "prompts file {path} is empty"),
+        (b'{"prompt": "a"}\n\nhello\n', 65, '{path}:3 is not a JSON object with a "prompt"'),
+        (b'{"prompt": "\xff"}\n', 65, '{path}:1 is not a JSON object with a "prompt"'),
+        (b'{"prompt": 3}\n', 65, '{path}:1: "prompt" is not text: 3'),
+        (b'{"prompt": "\\ud800"}\n', 65, '{path}:1: "prompt" is not text: "\\ud800"'),
+    ],
+)
+def test_a_bad_file_of_prompts_is_refused_by_its_line(content, code, message, prepared, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(content)
+    assert fails(["generate", *flags(prepared), f"--prompts={path}"], code, capsys) == message.format(path=path)
+
+
 def test_a_mistake_is_told_within_three_seconds_and_without_importing_jax(prepared):
     begun = time.monotonic()
     code = "import sys; from lslm_jax.main import main\ntry: main(sys.argv[1:])\nfinally: print(*sys.modules)"

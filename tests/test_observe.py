@@ -107,7 +107,7 @@ def test_only_the_primary_process_writes(tmp_path):
 
 def test_a_record_that_cannot_be_written_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SaveError, match=r"^cannot write .*metrics.jsonl: .+$"):
+    with pytest.raises(SaveError, match=r"^could not write .*metrics.jsonl: .+$"):
         Metrics(str(tmp_path / "file"), PLAIN).write(1, {"loss": 1.0})
 
 

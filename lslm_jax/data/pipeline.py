@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
+from lslm_jax import atomic
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
-from lslm_jax.data import atomic, objectives, order, packing
+from lslm_jax.data import objectives, order, packing
 from lslm_jax.data.shards import Shards
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import __version__
+from lslm_jax import __version__, atomic
 from lslm_jax.config import Config, Source
-from lslm_jax.data import atomic, clean, parallel, records, sources
+from lslm_jax.data import clean, parallel, records, sources, vocabulary
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.data.shards import ShardWriter
 from lslm_jax.data.sources import Document, Split
@@ -125,7 +125,7 @@ def _tokenizer(config: Config, named: dict[str, Source], directory: epath.Path, 
         raise ConfigError("tokenizer.path is empty: kind=huggingface needs a tokenizer.json")
     size, most = settings.vocab_size, settings.sample_bytes / 1e6
     log(f"prepare: training a vocabulary of {size:,} on {most:,.1f} MB of text at most")
-    return tokenizers.train(_training_texts(config, named), settings)
+    return vocabulary.train(_training_texts(config, named), settings)
 
 
 def _training_texts(config: Config, named: dict[str, Source]) -> Iterator[str]:

@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 import json
-import re
 from typing import Any
 
 from etils import epath
 
+from lslm_jax import atomic
 from lslm_jax.config import Config, Source
-from lslm_jax.data import atomic, sources
+from lslm_jax.data import sources
 from lslm_jax.errors import ConfigError, DataError
 
 VERSION = 1
@@ -36,24 +36,9 @@ def read(path: epath.Path) -> dict[str, Any] | None:
 
 def named_sources(config: Config) -> dict[str, Source]:
     """The source, named "", or those of a mixture."""
-    mixture = config.data.mixture
-    named: dict[str, Source] = {source.name: source for source in mixture} if mixture else {"": config.data}
-    if len(named) < len(mixture) or (mixture and not all(re.fullmatch(r"\w[\w.-]*", name) for name in named)):
-        names = ", ".join(source.name for source in mixture)
-        raise ConfigError(f"data.mixture: names must differ and be letters, digits, '-', '_' or '.'; they are: {names}")
-    for name, source in named.items():
-        _check_source(f"data.mixture {name}" if name else "data", source)
-    return named
-
-
-def _check_source(where: str, source: Source) -> None:
-    if source.source not in _SOURCE_KEYS:
-        raise ConfigError(f"{where}: source={source.source} cannot be mixed; files and tfds can")
-    held_out = [key for key in ("valid_files", "valid_fraction", "valid_split") if getattr(source, key)]
-    if len(held_out) > 1:
-        raise ConfigError(f"{where}: {' and '.join(held_out)} exclude each other; set one of them")
-    if held_out and held_out[0] not in _SOURCE_KEYS[source.source]:
-        raise ConfigError(f"{where}: {held_out[0]} does not go with source={source.source}")
+    if not config.data.mixture:
+        return {"": config.data}
+    return {source.name: source for source in config.data.mixture}
 
 
 def settings(config: Config, named: dict[str, Source]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lslm_jax.data import atomic
+from lslm_jax import atomic
 from lslm_jax.errors import DataError, InputMissing
 
 _VERSION = 1

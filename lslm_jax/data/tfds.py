@@ -2,13 +2,13 @@
 
 import difflib
 import functools
-import os
 import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from lslm_jax.errors import ConfigError, DataError, InputMissing
+from lslm_jax.observe import import_tensorflow
 
 
 def builder(name: str, data_dir: str) -> Any:
@@ -82,14 +82,13 @@ def read(builder: Any, split: Any, key: str) -> Iterator[tuple[bytes, str]]:
 
 
 def _tfds() -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import_tensorflow()
     try:
-        import tensorflow as tf
         import tensorflow_datasets as tfds
     except ImportError as error:
-        packages = "tensorflow-cpu tensorflow-datasets"
-        raise ConfigError(f"data.source=tfds needs {error.name}: pip install {packages}") from error
-    tf.config.set_visible_devices([], "GPU")  # they are for training
+        raise ConfigError(
+            f"data.source=tfds needs {error.name}: pip install tensorflow-cpu tensorflow-datasets"
+        ) from error
     return tfds
 
 

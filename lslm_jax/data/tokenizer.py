@@ -6,23 +6,20 @@ Ids never include special ones unless a caller adds them, and no text can spell 
 import abc
 import functools
 import hashlib
-import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from etils import epath
 
-from lslm_jax.config import TokenizerConfig
-from lslm_jax.data import atomic
+from lslm_jax import atomic
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 _BYTES_FILE = "bytes.json"
 _BYTES = {"kind": "bytes", "pad_id": 0, "bos_id": 1, "eos_id": 2, "first_byte": 3}
-_SPACE_MARK = "\u2581"  # how SentencePiece writes a space
-_SENTENCE_CHARS = 4096
+SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 _WELL_KNOWN = {
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]", "<|endoftext|>"),
     "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]"),
@@ -75,7 +72,7 @@ class Tokenizer(abc.ABC):
         Raises:
           SaveError: the directory cannot be written.
         """
-        _write(directory / self._file, self._content)
+        atomic.write(directory / self._file, self._content)
         return self._file
 
 
@@ -112,26 +109,26 @@ class SentencePiece(Tokenizer):
     _file = "tokenizer.model"
 
     def __init__(self, content: bytes):
-        self._processor = processor = _sentencepiece().SentencePieceProcessor(model_proto=content)
+        self._processor = processor = sentencepiece().SentencePieceProcessor(model_proto=content)
         ids = (processor.pad_id(), processor.bos_id(), processor.eos_id())
         super().__init__(content, processor.vocab_size(), *(None if id < 0 else id for id in ids))
         self._mark = self._spell_mark()
 
     def _spell_mark(self) -> np.ndarray | None:
         """U+2581 in bytes: the processor would take it for a space. None for models that change spaces anyway."""
-        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         spells_bytes = all(self._processor.is_byte(id) for id in ids)
         keeps_spaces = self._processor.decode(self._processor.encode(" a  b ")) == " a  b "
         return np.array(ids, np.int32) if spells_bytes and keeps_spaces else None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        if self._mark is not None and any(_SPACE_MARK in text for text in texts):
+        if self._mark is not None and any(SPACE_MARK in text for text in texts):
             return [self._encode_marks(text, self._mark) for text in texts]
         # One thread: preparing runs one process a core.
         return [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=1)]
 
     def _encode_marks(self, text: str, mark: np.ndarray) -> np.ndarray:
-        first, *rest = (np.array(ids, np.int32) for ids in self._processor.encode(text.split(_SPACE_MARK)))
+        first, *rest = (np.array(ids, np.int32) for ids in self._processor.encode(text.split(SPACE_MARK)))
         return np.concatenate([first, *(part for ids in rest for part in (mark, ids))])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -249,90 +246,14 @@ def _named_tokens(directory: epath.Path) -> dict[str, str]:
     return {}
 
 
-def train(texts: Iterable[str], config: TokenizerConfig) -> SentencePiece:
-    """Trains a SentencePiece vocabulary that loses nothing.
-
-    Nothing is normalised, no space is added or removed, and runs of spaces and of newlines may become pieces, as
-    source code needs. The result depends on the texts and the settings alone.
-
-    Args:
-      texts: training documents, of any length.
-      config: model, vocab_size, byte_fallback and sample_bytes are read.
-
-    Returns:
-      The tokenizer: pad 0, bos 1, eos 2, unk 3.
-
-    Raises:
-      ConfigError: vocab_size does not fit the texts, or sentencepiece is not installed.
-      InputMissing: there is no text.
-    """
-    return SentencePiece(_train_sentencepiece((part for text in texts for part in _sentences(text)), config))
-
-
-def _train_sentencepiece(sentences: Iterator[str], config: TokenizerConfig) -> bytes:
-    model = io.BytesIO()
-    try:
-        _sentencepiece().SentencePieceTrainer.train(
-            sentence_iterator=sentences,
-            model_writer=model,
-            model_type=config.model,
-            vocab_size=config.vocab_size,
-            byte_fallback=config.byte_fallback,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=8 * _SENTENCE_CHARS,
-            train_extremely_large_corpus=config.sample_bytes > 1 << 30,
-            num_threads=16,  # sums of scores depend on it, so it must not be the machine's number of cores
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise _training_error(str(error), config) from error
-    return model.getvalue()
-
-
-def _training_error(message: str, config: TokenizerConfig) -> Exception:
-    asked = f"tokenizer.vocab_size is {config.vocab_size}"
-    if found := re.search(r"value <= (\d+)", message):
-        return ConfigError(f"{asked}, but the training text supports at most {found[1]}")
-    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return ConfigError(f"{asked}, but the characters of the training text need at least {found[1]}")
-    if "sentences_.empty()" in message:
-        return InputMissing("there is no text to train a vocabulary on")
-    return RuntimeError(message)
-
-
-def _sentences(text: str) -> Iterator[str]:
-    """A text in parts short enough for the trainer, cut after a newline or before a space where there is one."""
-    for part in text.replace("\0", "").split(_SPACE_MARK):
-        start = 0
-        while start < len(part):
-            end = start + _SENTENCE_CHARS
-            if end < len(part):
-                end = part.rfind("\n", start, end) + 1 or part.rfind(" ", start + 1, end)
-                end = end if end > start else start + _SENTENCE_CHARS
-            yield part[start:end]
-            start = end
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    file = atomic.WholeFile(path)
-    file.write(content)
-    file.close()
-
-
 @functools.cache
-def _sentencepiece() -> Any:
+def sentencepiece() -> Any:
+    """The package, or a ConfigError that says how to install it."""
     try:
-        import sentencepiece
+        import sentencepiece as package
     except ImportError as error:
         raise ConfigError("tokenizer.kind=sentencepiece needs sentencepiece: pip install sentencepiece") from error
-    return sentencepiece
+    return package
 
 
 @functools.cache

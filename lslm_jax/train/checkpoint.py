@@ -5,8 +5,10 @@ map from parameter name to array, so that evaluation reads the weights alone; Or
 what made it; `manifest.json` lists every file with its size and sha256. A checkpoint restores on any mesh.
 """
 
-import threading
-from collections.abc import Callable, Mapping
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -64,11 +66,12 @@ class Checkpoints:
         """Opens or creates WORKDIR/checkpoints; what a killed save left behind is removed."""
         self._directory = epath.Path(workdir) / "checkpoints"
         self._identity = dict(identity)
-        self._manifests: list[threading.Thread] = []
+        self._aside = ThreadPoolExecutor(1)
+        self._saving: Future[None] | None = None
         policies: Any = ocp.training.save_decision_policies
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._orbax = ocp.training.Checkpointer(
+            self._orbax = _open(
                 self._directory,
                 preservation_policy=_preservation(config),
                 save_decision_policy=policies.FixedIntervalPolicy(1),  # the loop decides
@@ -93,15 +96,14 @@ class Checkpoints:
           SaveError: this or the save before failed; earlier checkpoints stay as they were.
         """
         step = int(state.step)
+        self._wait()
         with _as_save_error(self._directory / str(step)):
             parts = {name: _flatten(part) for name, part in _parts(state).items()}
             saved = self._orbax.save_checkpointables_async(
                 step, parts, metrics=dict(metrics or {}), custom_metadata=self._identity
             )
         if saved is not None and jax.process_index() == 0:
-            thread = threading.Thread(target=_manifest_when_done, args=(saved, self._directory / str(step)))
-            thread.start()
-            self._manifests = [other for other in self._manifests if other.is_alive()] + [thread]
+            self._saving = self._aside.submit(_finish, saved, self._directory / str(step))
 
     def restore(self, step: int, abstract: State, log: Callable[[str], None]) -> State:
         """Reads a whole state into the shapes, types and shardings of `abstract`.
@@ -125,10 +127,17 @@ class Checkpoints:
         Raises:
           SaveError: one of them failed.
         """
+        self._aside.shutdown()
+        self._wait()
         with _as_save_error(self._directory):
             self._orbax.close()
-        for thread in self._manifests:
-            thread.join()
+
+    def _wait(self) -> None:
+        """Until the save before is done and its manifest written."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with _as_save_error(self._directory):
+                saving.result()
 
 
 def latest_step(directory: epath.Path) -> int:
@@ -148,7 +157,7 @@ def list_steps(directory: epath.Path) -> list[int]:
     directory = epath.Path(directory)
     if not directory.is_dir():
         return []
-    with ocp.training.Checkpointer(directory) as checkpointer:
+    with _open(directory) as checkpointer:
         return sorted(checkpoint.step for checkpoint in checkpointer.checkpoints)
 
 
@@ -160,8 +169,9 @@ def best_step(directory: epath.Path, metric: str) -> int:
     """
     found = []
     if epath.Path(directory).is_dir():
-        with ocp.training.Checkpointer(directory) as checkpointer:
-            found = [(c.metrics[metric], c.step) for c in checkpointer.checkpoints if metric in (c.metrics or {})]
+        with _open(directory) as checkpointer:
+            saved = [c for c in checkpointer.checkpoints if metric in (c.metrics or {})]
+            found = [(_rank(c.metrics, metric), c.step) for c in saved]
     if not found:
         raise CheckpointRefused(f"no checkpoint in {directory} was saved with {metric}")
     return min(found)[1]
@@ -177,6 +187,16 @@ def load_model(directory: epath.Path, abstract: Any, step: int) -> Any:
     check_manifest(path)
     name = "ema" if (path / "ema").is_dir() else "model"
     return _unflatten(abstract, _load(path, {name: _flatten(abstract)})[name])
+
+
+def _open(directory: epath.Path, **options: Any) -> ocp.training.Checkpointer:
+    """Orbax's view of a directory; it reads the metrics of every checkpoint at once."""
+    try:
+        return ocp.training.Checkpointer(directory, **options)
+    except ValueError as error:
+        for path in directory.iterdir():
+            check_manifest(path)  # which names the file
+        raise CheckpointRefused(f"{directory} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _parts(state: State) -> dict[str, Any]:
@@ -229,24 +249,27 @@ def _preservation(config: CheckpointConfig) -> Any:
     if config.keep_every:
         kept.append(policies.EveryNSteps(config.keep_every))
     if config.best:
-        kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics[config.best], reverse=True, n=1))
+        rank = lambda metrics: _rank(metrics, config.best)
+        kept.append(policies.BestN(get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False))
     return policies.AnyPreservationPolicy(kept)
 
 
-class _as_save_error:
+def _rank(metrics: Mapping[str, float], name: str) -> float:
+    """Lowest is best. Last is what was not a number, or saved without evaluation, as a preempted run does."""
+    value = metrics.get(name, math.inf)
+    return math.inf if math.isnan(value) else value
+
+
+@contextlib.contextmanager
+def _as_save_error(path: epath.Path) -> Iterator[None]:
     """Turns what a failing disk raises, here or in Orbax's threads, into a SaveError."""
-
-    def __init__(self, path: epath.Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, OSError | ValueError) and not isinstance(error, jax.errors.JaxRuntimeError):
-            raise SaveError(f"cannot save {self.path}: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    except (OSError, ValueError) as error:  # tensorstore's failures are ValueErrors
+        reason = str(error).partition("\n")[0]
+        raise SaveError(f"cannot save {path}: {reason}") from error
 
 
-def _manifest_when_done(saved: Any, directory: epath.Path) -> None:
+def _finish(saved: Any, directory: epath.Path) -> None:
     if saved.result():
         write_manifest(directory)

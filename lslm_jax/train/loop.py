@@ -76,6 +76,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
+        stack.enter_context(contextlib.closing(checkpoints))  # however the run ends, what was saved is whole
         progress = stack.enter_context(Progress(steps))
         record = stack.enter_context(
             contextlib.closing(Metrics(str(workdir), config.log, primary=jax.process_index() == 0))
@@ -103,6 +104,7 @@ def train(
             """Reads the metrics of a finished step, and records them where they are due."""
             nonlocal last
             values = jax.device_get(metrics)
+            timer.step()
             last = {name: values[name].item() for name in METRICS}
             if skipped := int(last["skipped"]):
                 progress.message(f"step {step}: loss or gradient is not finite, update skipped ({skipped} in a row)")
@@ -124,7 +126,6 @@ def train(
                 batch = first or next(batches)
                 first = None
             state, metrics = train_step(state, to_global(batch, mesh))
-            timer.step()
             if pending:
                 report(*pending)
             pending = (step, metrics)
@@ -141,13 +142,11 @@ def train(
                     results = _evaluate(state, evaluate, sample, record, progress, workdir)
                 if saving:
                     checkpoints.save(state, results if evaluating else None)
-            if preemption.requested and step < steps:
-                checkpoints.close()
+            if stopping and step < steps:
                 raise Preempted(f"{preemption.requested}: step {step} is saved; the same command goes on from there")
 
-        if start == steps:  # stopped after its last step was saved, before its result was written
-            results = _evaluate(state, evaluate, sample, record, progress, workdir)
-        checkpoints.close()
+        if start >= steps:  # killed after its last step was saved and recorded, before its result was written
+            results = _results(state, evaluate)
 
     speed = statistics.median(speeds) if speeds else None
     used = mfu(speed, flops, mesh.size, mesh.devices.flat[0].device_kind) if speed else None
@@ -184,16 +183,19 @@ def _evaluate(
     workdir: epath.Path,
 ) -> dict[str, float]:
     """Evaluates and samples one state, on the record."""
-    step, model = int(state.step), evaluated_model(state)
-    results = {f"eval/{name}": value for name, value in evaluate(model)} if evaluate else {}
+    step, results = int(state.step), _results(state, evaluate)
     if results:
         record.write(step, results)
         progress.message(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in results.items()))
     if sample:
-        text = sample(model)
+        text = sample(evaluated_model(state))
         progress.message(text)
         record.text(step, "samples", text)
         path = workdir / "samples" / f"{step}.txt"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     return results
+
+
+def _results(state: State, evaluate: Evaluate | None) -> dict[str, float]:
+    return {f"eval/{name}": value for name, value in evaluate(evaluated_model(state))} if evaluate else {}

@@ -7,19 +7,14 @@ from typing import Any
 
 from etils import epath
 
+from lslm_jax import atomic
 from lslm_jax.errors import CheckpointRefused
 
 
 def write_manifest(directory: epath.Path) -> None:
     """Lists size and sha256 of every file of a finished checkpoint in its manifest.json."""
-    try:
-        files = {str(path.relative_to(directory)): _fingerprint(path) for path in _files(directory)}
-        temporary = directory / "manifest.json.tmp"
-        temporary.write_text(json.dumps({"files": files}, indent=1))
-        temporary.replace(directory / "manifest.json")
-    except FileNotFoundError:
-        if directory.exists():  # otherwise a newer checkpoint has already taken this one's place
-            raise
+    files = {str(path.relative_to(directory)): _fingerprint(path) for path in _files(directory)}
+    atomic.write_json(directory / "manifest.json", {"files": files})
 
 
 def check_manifest(directory: epath.Path) -> None:
@@ -31,15 +26,24 @@ def check_manifest(directory: epath.Path) -> None:
     manifest = epath.Path(directory) / "manifest.json"
     if not manifest.exists():
         return
-    for name, wanted in json.loads(manifest.read_text())["files"].items():
+    for name, (size, sha256) in _read(manifest).items():
         path = epath.Path(directory) / name
         if not path.exists():
             raise CheckpointRefused(f"checkpoint file {path} is missing")
         found = _fingerprint(path)
-        if found["bytes"] != wanted["bytes"]:
-            raise CheckpointRefused(f"{path} is {found['bytes']:,} bytes, its manifest says {wanted['bytes']:,}")
-        if found["sha256"] != wanted["sha256"]:
+        if found["bytes"] != size:
+            raise CheckpointRefused(f"{path} is {found['bytes']:,} bytes, its manifest says {size:,}")
+        if found["sha256"] != sha256:
             raise CheckpointRefused(f"{path} is damaged: its sha256 is not the one in its manifest")
+
+
+def _read(manifest: epath.Path) -> dict[str, tuple[int, str]]:
+    """Size and sha256 by file name."""
+    try:
+        files = json.loads(manifest.read_text())["files"]
+        return {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointRefused(f"{manifest} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def _files(directory: epath.Path) -> Iterator[epath.Path]:

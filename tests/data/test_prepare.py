@@ -19,7 +19,7 @@ from etils import epath
 
 import lslm_jax
 from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, TokenizerConfig
-from lslm_jax.data import clean
+from lslm_jax.data import clean, vocabulary
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.data.prepare import prepare
 from lslm_jax.data.shards import Shards
@@ -262,7 +262,7 @@ def test_a_given_tokenizer_is_copied_and_recognised(corpus, tmp_path):
     run(config, tmp_path / "second")
     assert (tmp_path / "second" / "tokenizer.model").read_bytes() == given.read_bytes()
     assert content(tmp_path / "first" / "train") == content(tmp_path / "second" / "train")
-    other = tokenizers.train(iter(code(3)), TokenizerConfig(vocab_size=400))
+    other = vocabulary.train(iter(code(3)), TokenizerConfig(vocab_size=400))
     other.save(epath.Path(tmp_path / "first"))
     with pytest.raises(ConfigError, match="was prepared with another tokenizer than"):
         run(config, tmp_path / "second")
@@ -318,7 +318,6 @@ def test_a_full_disk_is_told_by_file_and_the_next_run_goes_on(corpus, tmp_path):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-NOWHERE = MixtureSource(name="a/b", files=("x",))
 
 
 @pytest.mark.parametrize(
@@ -369,30 +368,6 @@ NOWHERE = MixtureSource(name="a/b", files=("x",))
             InputMissing,
             "nothing to validate on: every held-out document is empty or was dropped",
         ),
-        (
-            DataConfig(files=("x",), valid_files=("y",), valid_fraction=0.1),
-            BYTES,
-            ConfigError,
-            "data: valid_files and valid_fraction exclude each other; set one of them",
-        ),
-        (
-            DataConfig(files=("x",), valid_split="test"),
-            BYTES,
-            ConfigError,
-            "data: valid_split does not go with source=files",
-        ),
-        (
-            DataConfig(mixture=(NOWHERE,)),
-            BYTES,
-            ConfigError,
-            "data.mixture: names must differ and be letters, digits, '-', '_' or '.'; they are: a/b",
-        ),
-        (
-            DataConfig(mixture=(MixtureSource(name="a", source="shards"),)),
-            BYTES,
-            ConfigError,
-            "data.mixture a: source=shards cannot be mixed; files and tfds can",
-        ),
     ],
 )
 def test_what_cannot_be_prepared_is_told_in_one_line(tmp_path, data, tokenizer, kind, message):
@@ -433,7 +408,7 @@ def test_near_duplicates_of_real_text_are_dropped(shared, tmp_path):
     ],
 )
 def test_a_missing_package_is_named_when_it_is_needed_and_only_then(tmp_path, monkeypatch, package, config, message):
-    tokenizers._sentencepiece.cache_clear()
+    tokenizers.sentencepiece.cache_clear()
     clean._empty_minhash.cache_clear()
     for name in ("sentencepiece", "tokenizers", "datasketch", "pyarrow", "tensorflow_datasets"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lslm_jax.data import atomic
+from lslm_jax import atomic
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.errors import DataError, InputMissing, SaveError
 

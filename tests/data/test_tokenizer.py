@@ -13,6 +13,7 @@ from etils import epath
 
 from lslm_jax.config import TokenizerConfig
 from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data import vocabulary
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 LIBRARY = pathlib.Path(os.__file__).parent
@@ -42,7 +43,7 @@ def model(request) -> str:
 
 @pytest.fixture(scope="module")
 def trained(model, sources) -> tokenizers.Tokenizer:
-    return tokenizers.train(iter(sources[:12]), TokenizerConfig(model=model, vocab_size=1024))
+    return vocabulary.train(iter(sources[:12]), TokenizerConfig(model=model, vocab_size=1024))
 
 
 def test_a_trained_vocabulary_gives_every_text_back(trained, sources):
@@ -71,11 +72,11 @@ def test_training_depends_on_the_text_alone(model, trained):
         import os, pathlib, sys
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         from lslm_jax.config import TokenizerConfig
-        from lslm_jax.data import tokenizer
+        from lslm_jax.data import vocabulary
         paths = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))[:12]
         texts = [path.read_bytes().decode() for path in paths]
         config = TokenizerConfig(model=sys.argv[1], vocab_size=1024)
-        print(tokenizer.train(iter(texts), config).sha256)
+        print(vocabulary.train(iter(texts), config).sha256)
     """
     command = [sys.executable, "-c", program, model]
     root = pathlib.Path(tokenizers.__file__).parents[2]
@@ -86,32 +87,32 @@ def test_training_depends_on_the_text_alone(model, trained):
 
 def test_long_documents_and_odd_characters_are_trained_on():
     text = "word " * 5000 + "x" * 20_000 + "\n" * 9000 + "\x00\u2581\u2585\t" * 100
-    tokenizer = tokenizers.train(iter([text, ""]), TokenizerConfig(vocab_size=285))
+    tokenizer = vocabulary.train(iter([text, ""]), TokenizerConfig(vocab_size=285))
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_a_vocabulary_too_large_for_the_text_is_refused_with_the_largest_possible(model):
     texts = ["the cat sat on the mat with another cat that sat"] * 3
     with pytest.raises(ConfigError, match=r"vocab_size is 5000, but the training text supports at most \d+$") as error:
-        tokenizers.train(iter(texts), TokenizerConfig(model=model, vocab_size=5000))
+        vocabulary.train(iter(texts), TokenizerConfig(model=model, vocab_size=5000))
     largest = int(str(error.value).split()[-1])
-    assert tokenizers.train(iter(texts), TokenizerConfig(model=model, vocab_size=largest)).vocab_size == largest
+    assert vocabulary.train(iter(texts), TokenizerConfig(model=model, vocab_size=largest)).vocab_size == largest
 
 
 def test_a_vocabulary_too_small_for_the_characters_is_refused():
     with pytest.raises(ConfigError, match=r"^tokenizer.vocab_size is 100, but .* need at least 2\d\d$"):
-        tokenizers.train(iter(["abcdefgh"]), TokenizerConfig(vocab_size=100))
+        vocabulary.train(iter(["abcdefgh"]), TokenizerConfig(vocab_size=100))
 
 
 def test_without_byte_fallback_unknown_characters_are_unknown():
     config = TokenizerConfig(vocab_size=12, byte_fallback=False)
-    tokenizer = tokenizers.train(iter(["aab aab ab ba"] * 9), config)
+    tokenizer = vocabulary.train(iter(["aab aab ab ba"] * 9), config)
     assert 3 in tokenizer.encode("a\u00e9")
 
 
 def test_no_text_is_no_vocabulary():
     with pytest.raises(InputMissing, match=r"^there is no text to train a vocabulary on$"):
-        tokenizers.train(iter([]), TokenizerConfig())
+        vocabulary.train(iter([]), TokenizerConfig())
 
 
 def test_bytes_are_bytes():

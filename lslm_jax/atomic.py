@@ -70,11 +70,16 @@ def exists(path: epath.Path) -> bool:
         raise ConfigError(f"reading {path} needs tensorflow: pip install tensorflow-cpu") from error
 
 
-def write_json(path: epath.Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file as a whole; SaveError where the disk refuses."""
+def write(path: epath.Path, content: bytes) -> None:
+    """Writes a whole file; SaveError where the disk refuses."""
     file = WholeFile(path)
-    file.write(json.dumps(value, indent=1).encode())
+    file.write(content)
     file.close()
+
+
+def write_json(path: epath.Path, value: dict[str, Any]) -> None:
+    """Writes a whole JSON file; SaveError where the disk refuses."""
+    write(path, json.dumps(value, indent=1).encode())
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:

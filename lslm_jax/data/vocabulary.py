@@ -1,0 +1,82 @@
+"""A vocabulary from text: SentencePiece, trained so that it loses nothing."""
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+
+from lslm_jax.config import TokenizerConfig
+from lslm_jax.data.tokenizer import SPACE_MARK, SentencePiece, sentencepiece
+from lslm_jax.errors import ConfigError, InputMissing
+
+_SENTENCE_CHARS = 4096
+
+
+def train(texts: Iterable[str], config: TokenizerConfig) -> SentencePiece:
+    """Trains a SentencePiece vocabulary that loses nothing.
+
+    Nothing is normalised, no space is added or removed, and runs of spaces and of newlines may become pieces, as
+    source code needs. The result depends on the texts and the settings alone.
+
+    Args:
+      texts: training documents, of any length.
+      config: model, vocab_size, byte_fallback and sample_bytes are read.
+
+    Returns:
+      The tokenizer: pad 0, bos 1, eos 2, unk 3.
+
+    Raises:
+      ConfigError: vocab_size does not fit the texts, or sentencepiece is not installed.
+      InputMissing: there is no text.
+    """
+    return SentencePiece(_train((part for text in texts for part in _sentences(text)), config))
+
+
+def _train(sentences: Iterator[str], config: TokenizerConfig) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece().SentencePieceTrainer.train(
+            sentence_iterator=sentences,
+            model_writer=model,
+            model_type=config.model,
+            vocab_size=config.vocab_size,
+            byte_fallback=config.byte_fallback,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=8 * _SENTENCE_CHARS,
+            train_extremely_large_corpus=config.sample_bytes > 1 << 30,
+            num_threads=16,  # sums of scores depend on it, so it must not be the machine's number of cores
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _training_error(str(error), config) from error
+    return model.getvalue()
+
+
+def _training_error(message: str, config: TokenizerConfig) -> Exception:
+    asked = f"tokenizer.vocab_size is {config.vocab_size}"
+    if found := re.search(r"value <= (\d+)", message):
+        return ConfigError(f"{asked}, but the training text supports at most {found[1]}")
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return ConfigError(f"{asked}, but the characters of the training text need at least {found[1]}")
+    if "sentences_.empty()" in message:
+        return InputMissing("there is no text to train a vocabulary on")
+    return RuntimeError(message)
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """A text in parts short enough for the trainer, cut after a newline or before a space where there is one."""
+    for part in text.replace("\0", "").split(SPACE_MARK):
+        start = 0
+        while start < len(part):
+            end = start + _SENTENCE_CHARS
+            if end < len(part):
+                end = part.rfind("\n", start, end) + 1 or part.rfind(" ", start + 1, end)
+                end = end if end > start else start + _SENTENCE_CHARS
+            yield part[start:end]
+            start = end

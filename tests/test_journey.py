@@ -1,0 +1,284 @@
+"""The whole way in real processes, as a user goes it: from raw text in files or TFDS to text that a model writes."""
+
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import unittest.mock
+
+import numpy as np
+import pytest
+
+from lslm_jax import config_loading
+from lslm_jax.data import pipeline, tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LIBRARY = pathlib.Path(os.__file__).parent  # text that is always there
+SUMMARY = {"step", "loss", "parameters", "attention", "tokens_per_second"}
+EVALUATION = {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "gzip_bits_per_byte"}
+TINY = {
+    "model": {"num_layers": 1, "d_model": 32, "num_heads": 2, "max_length": 64},
+    "tokenizer": {"kind": "bytes"},
+    "train": {"steps": 20, "batch_size": 8},
+    "log": {"tensorboard": False},
+}
+ABSENT = """
+from importlib.machinery import PathFinder
+
+find_spec = PathFinder.find_spec
+absent = lambda name, *rest: None if name.partition(".")[0] in {names} else find_spec(name, *rest)
+PathFinder.find_spec = staticmethod(absent)
+"""
+OPTIONAL = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "datasketch", "pyarrow", "array_record"}
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """One device, and one place for what all processes compile."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return os.environ | cache | {"XLA_FLAGS": ""}
+
+
+def lslm(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    """Runs a command that must succeed without a word of complaint."""
+    command = [sys.executable, "-m", "lslm_jax.main", *arguments]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    assert not any(word in process.stderr for word in ("Traceback", "Warning", "WARNING")), process.stderr
+    return process
+
+
+def trained(environment: dict[str, str], workdir: pathlib.Path, *arguments: str) -> dict:
+    """Trains to the end; returns the JSON that is all of stdout."""
+    process = lslm(environment, f"--workdir={workdir}", *arguments)
+    assert process.stdout.count("\n") == 1
+    result = json.loads(process.stdout)
+    assert SUMMARY <= set(result)
+    assert result["step"] == 20
+    assert all(math.isfinite(value) for value in result.values() if isinstance(value, float))
+    return result
+
+
+# A small Llama on novels.
+
+
+@pytest.fixture(scope="module")
+def novels(shared, environment, tmp_path_factory) -> tuple[pathlib.Path, list[str], dict]:
+    """A finished run: its directory, its flags, its result."""
+    workdir, files = tmp_path_factory.mktemp("novels") / "run", shared / "lm" / "novels_en"
+    arguments = [
+        "--config=configs/novels.py:smoke",
+        f"--config.data.files={files}/train.jsonl.gz",
+        f"--config.data.valid_files={files}/valid.jsonl.gz",
+        "--config.data.max_documents=20",
+        "--config.eval.batches=0",
+    ]
+    return workdir, arguments, trained(environment, workdir, *arguments)
+
+
+def test_a_run_ends_with_its_result_and_leaves_the_promised_files(novels):
+    workdir, _, result = novels
+    assert EVALUATION <= set(result)
+    assert result["eval/loss"] < math.log(512)
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {"config.json", "data", "checkpoints", "metrics.jsonl", "tensorboard", "samples", "result.json"}
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"10", "20"}
+    assert {path.name for path in (workdir / "samples").iterdir()} == {"10.txt", "20.txt"}
+    assert (workdir / "checkpoints" / "20" / "manifest.json").exists()
+    assert list((workdir / "tensorboard").glob("events.*"))
+    assert json.loads((workdir / "result.json").read_text()) == result
+    assert config_loading.load(f"{workdir}/config.json").model.vocab_size == 512
+
+
+def test_a_finished_run_tells_its_result_again(novels, environment):
+    workdir, arguments, result = novels
+    again = lslm(environment, f"--workdir={workdir}", *arguments)
+    assert json.loads(again.stdout) == result
+    assert "is complete" in again.stderr
+
+
+def test_evaluation_of_a_checkpoint_gives_what_training_measured(novels, environment):
+    workdir, _, result = novels
+    now = json.loads(lslm(environment, "evaluate", f"--workdir={workdir}").stdout)
+    assert now == {name: result[name] for name in now}
+    assert set(now) >= EVALUATION | {"step"}
+
+
+def test_an_earlier_checkpoint_is_evaluated_by_its_step(novels, environment):
+    workdir, _, _ = novels
+    now = json.loads(lslm(environment, "evaluate", f"--workdir={workdir}", "--step=10").stdout)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    [then] = [line for line in lines if line["step"] == 10 and "eval/loss" in line]
+    assert now == now | then
+
+
+def test_a_streamed_text_and_one_of_a_batch_from_the_best_checkpoint_are_the_same(novels, environment, tmp_path):
+    workdir, _, _ = novels
+    prompts = ["It was a dark", "", "Caf\u00e9 \U0001f600"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    batch = lslm(
+        environment, "generate", f"--workdir={workdir}", f"--prompts={tmp_path}/prompts.jsonl", "--json", "--best"
+    )
+    lines = [json.loads(line) for line in batch.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == prompts
+    assert all(line["tokens"] <= 16 and line["step"] == 20 for line in lines)
+    assert {line["ended"] for line in lines} <= {"eos", "length"}
+    streamed = lslm(environment, "generate", f"--workdir={workdir}", f"--prompt={prompts[0]}")
+    assert streamed.stdout == prompts[0] + lines[0]["text"] + "\n"
+
+
+def test_a_prompt_longer_than_the_model_is_refused_before_it_is_echoed(novels, environment):
+    command = [sys.executable, "-m", "lslm_jax.main", "generate", f"--workdir={novels[0]}", f"--prompt={'word ' * 200}"]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert process.returncode == 2
+    assert process.stdout == "" and process.stderr.count("\n") == 1
+    assert "model.max_length=128 leaves room to continue at most 127" in process.stderr
+
+
+def test_ctrl_c_before_there_is_anything_to_save_ends_without_a_traceback(environment, tmp_path):
+    command = [sys.executable, "-m", "lslm_jax.main", "prepare", "--config=configs/quickstart.py:smoke"]
+    process = subprocess.Popen(
+        [*command, f"--workdir={tmp_path}"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr.readline().startswith("prepare: training a vocabulary")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=100)[1].splitlines()[-1] == "lslm: interrupted"
+    assert process.returncode == 130
+
+
+# TFDS, prepared offline.
+
+
+@pytest.fixture(scope="module")
+def lm1b(tmp_path_factory) -> dict[str, pathlib.Path]:
+    """The real lm1b builder on a few files in the layout of the real archive: a data_dir of each file format."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    raw = tmp_path_factory.mktemp("raw")
+    root = raw / "1-billion-word-language-modeling-benchmark-r13output"
+    for part, name, module in [
+        ("training", "news.en-00001-of-00100", "argparse.py"),
+        ("heldout", "news.en.heldout-00001-of-00050", "textwrap.py"),
+    ]:
+        folder = root / f"{part}-monolingual.tokenized.shuffled"
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes((LIBRARY / module).read_bytes())
+    data_dirs = {name: tmp_path_factory.mktemp(name) for name in ("tfrecord", "array_record")}
+    download = unittest.mock.patch.object(
+        tfds.download.DownloadManager, "download_and_extract", lambda self, url: str(raw)
+    )
+    with download:
+        for file_format, data_dir in data_dirs.items():
+            builder = tfds.builder("lm1b", data_dir=data_dir, file_format=file_format)
+            builder.download_and_prepare(file_format=file_format)
+    return data_dirs
+
+
+@pytest.mark.slow
+def test_a_tfds_benchmark_is_prepared_from_either_file_format_and_trained_on(lm1b, environment, tmp_path):
+    config, key = "--config=configs/lm1b.py:smoke", "--config.data.data_dir"
+    for name, data_dir in lm1b.items():
+        prepared = lslm(environment, "prepare", config, f"--workdir={tmp_path}/{name}", f"{key}={data_dir}")
+        counts = json.loads(prepared.stdout)
+        assert counts["vocab_size"] == 512 and not counts["skipped"]
+        # The smoke config reads 300 documents of each split; empty and repeated ones are dropped.
+        assert counts["documents"] + sum(counts["dropped"].values()) == 600
+        assert set(counts["splits"]) == {"train", "valid"}
+    result = trained(environment, tmp_path / "tfrecord", config, f"{key}={lm1b['tfrecord']}")
+    assert EVALUATION <= set(result)
+
+
+@pytest.mark.slow
+def test_ones_own_tfds_data_set_is_trained_on(environment, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class TidyLines(tfds.core.GeneratorBasedBuilder):
+        """Lines of a module."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"line": tfds.features.Text()})
+            )
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from enumerate({"line": line} for line in (LIBRARY / "textwrap.py").read_text().splitlines())
+
+    TidyLines(data_dir=tmp_path / "tfds").download_and_prepare()
+    data = {"source": "tfds", "tfds": "tidy_lines", "data_dir": str(tmp_path / "tfds"), "text_key": "line"}
+    splits = {"split": "train[:90%]", "valid_split": "train[90%:]", "seq_len": 64}
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"data": data | splits}))
+    result = trained(environment, tmp_path / "run", f"--config={tmp_path}/config.json")
+    assert EVALUATION <= set(result)
+
+
+# Several sources; few packages.
+
+
+def test_a_mixture_draws_from_each_source_by_its_weight(environment, tmp_path):
+    for name, letters in [("low", "abcdef"), ("high", "UVWXYZ")]:
+        draw = np.random.default_rng(0).choice(list(letters), size=(300, 200))
+        (tmp_path / f"{name}.txt").write_text("".join("".join(row) + "\n" for row in draw))
+    sources = [
+        {"name": name, "weight": weight, "files": [f"{tmp_path}/{name}.txt"], "document": "line", "valid_fraction": 0.1}
+        for name, weight in [("low", 3.0), ("high", 1.0)]
+    ]
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"data": {"mixture": sources, "seq_len": 64}}))
+    result = trained(environment, tmp_path / "run", f"--config={tmp_path}/config.json")
+    assert EVALUATION <= set(result)
+
+    data_dir, config = tmp_path / "run" / "data", config_loading.load(f"{tmp_path}/run/config.json")
+    words = tokenizer.load(data_dir / json.loads((data_dir / "manifest.json").read_text())["tokenizer"]["file"])
+    data = pipeline.open_train(config, data_dir, config.model.vocab_size)
+    rows = [words.decode(ids).strip() for step in range(20) for ids in data.batch(step).tokens_BT]
+    low, high = (sum(set(row) <= set(letters) for row in rows) for letters in ("abcdef", "UVWXYZ"))
+    assert low + high == len(rows) == 160
+    assert low == pytest.approx(120, abs=2)
+
+
+@pytest.fixture
+def bare(environment, tmp_path) -> dict[str, str]:
+    """An environment where the packages that only reading and displaying need are not installed."""
+    (tmp_path / "sitecustomize.py").write_text(ABSENT.format(names=OPTIONAL))
+    return environment | {"PYTHONPATH": str(tmp_path)}
+
+
+def test_prepared_data_are_trained_on_without_tensorflow(novels, bare, tmp_path):
+    workdir, arguments, result = novels
+    shards = ["--config.data.source=shards", f"--config.data.dir={workdir}/data", "--config.data.valid_files="]
+    again = trained(bare, tmp_path / "run", *arguments, *shards)
+    assert again["loss"] == result["loss"]
+    assert again["eval/loss"] == result["eval/loss"]
+
+
+def test_random_tokens_are_trained_on_without_tensorflow(bare, tmp_path):
+    result = trained(bare, tmp_path / "run", "--config=configs/llama_1b.py:smoke")
+    assert "eval/loss" not in result
+
+
+@pytest.mark.slow
+def test_the_script_for_a_laptop_goes_the_whole_way(environment, tmp_path):
+    script = subprocess.run(
+        [ROOT / "launch" / "cpu.sh", "run"],
+        cwd=tmp_path,
+        env=environment | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert script.returncode == 0, script.stderr
+    assert "Traceback" not in script.stderr
+    prepared, result, evaluated, *text = script.stdout.removesuffix("\n").split("\n")
+    assert json.loads(prepared)["documents"] > 100
+    assert json.loads(result)["step"] == json.loads(evaluated)["step"] == 20
+    assert text[0].startswith("import os")
+    assert [json.loads(line)["prompt"] for line in text[-2:]] == ["def main():", "class Stack:"]

@@ -1,0 +1,364 @@
+"""Checkpoints: whole on any mesh, kept as told, and refused by name where they are damaged or another run's."""
+
+import json
+import math
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from lslm_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, TrainConfig
+from lslm_jax.config_checks import validate
+from lslm_jax.errors import CheckpointRefused, SaveError
+from lslm_jax.sharding import make_mesh
+from lslm_jax.train import checkpoint, identity
+from lslm_jax.train.checkpoint import Checkpoints
+from lslm_jax.train.optim import make_optimizer
+from lslm_jax.train.state import abstract_state
+
+BASE = Config(
+    model=ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=120, max_length=16),
+    data=DataConfig(source="synthetic", seq_len=16),
+    train=TrainConfig(steps=50, batch_size=16, ema=0.9),
+)
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 8, 1)]  # data, fsdp, tensor
+
+
+def changed(**sections):
+    """A valid config with keys of its sections changed: changed(train={"ema": 0.0}, seed=1)."""
+    new = {
+        name: replace(getattr(BASE, name), **value) if isinstance(value, dict) else value
+        for name, value in sections.items()
+    }
+    return validate(replace(BASE, **new))
+
+
+CONFIG = changed()
+
+
+def mesh_of(sizes=(1, 1, 1)):
+    data, fsdp, tensor = sizes
+    config = changed(mesh={"data": data, "fsdp": fsdp, "tensor": tensor})
+    return make_mesh(config, jax.devices()[: math.prod(sizes)])
+
+
+def abstract(config=CONFIG, mesh=None):
+    return abstract_state(config, make_optimizer(config.optimizer, config.train.steps), mesh or mesh_of())
+
+
+def state_at(step, config=CONFIG, mesh=None):
+    """A state of random numbers, in every one of its arrays."""
+    rng = np.random.default_rng(step)
+    fill = lambda leaf: jax.device_put((100 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), leaf.sharding)
+    state = jax.tree.map(fill, abstract(config, mesh))
+    return state._replace(step=jax.device_put(np.int32(step), state.step.sharding))
+
+
+def opened(workdir, config=CONFIG, tokenizer="t" * 64, data="d" * 64, **settings):
+    made_by = identity.make(config, tokenizer, data, mesh_of())
+    return Checkpoints(workdir, CheckpointConfig(**settings), made_by)
+
+
+def assert_same(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run directory with one checkpoint, of step 7."""
+    workdir = tmp_path_factory.mktemp("saved")
+    run = opened(workdir)
+    run.save(state_at(7), {"eval/loss": 1.5})
+    run.close()
+    return workdir
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy of it, to be spoilt."""
+    return pathlib.Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def refused(workdir, config=CONFIG, **identities):
+    """The one line with which going on from the run's only checkpoint is refused."""
+    with pytest.raises(CheckpointRefused) as error:
+        opened(workdir, config, **identities).restore(7, abstract(), print)
+    assert error.value.exit_code == 76 and "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("origin", [(1, 1, 1), (2, 2, 2)])
+def test_a_checkpoint_restores_bit_for_bit_on_any_mesh_and_lies_as_that_mesh_says(origin, tmp_path):
+    run = opened(tmp_path)
+    state = state_at(7, mesh=mesh_of(origin))
+    run.save(state)
+    run.close()
+    for sizes in MESHES:
+        wanted = abstract(mesh=mesh_of(sizes))
+        restored = opened(tmp_path).restore(7, wanted, print)
+        assert_same(restored, state)
+        layout = lambda tree: [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(tree)]
+        assert layout(restored) == layout(wanted)
+
+
+def test_the_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
+    run, state = opened(tmp_path), state_at(3)
+    expected = jax.tree.map(lambda leaf: np.array(leaf), state)
+    run.save(state)
+    jax.tree.map(lambda leaf: leaf.delete(), (state.model, state.optimizer, state.ema))
+    run.close()
+    assert_same(opened(tmp_path).restore(3, abstract(), print), expected)
+
+
+def test_the_latest_and_the_multiples_of_keep_every_are_kept(tmp_path):
+    run = opened(tmp_path, keep=2, keep_every=3)
+    for step in range(1, 8):
+        run.save(state_at(step))
+    run.close()
+    assert checkpoint.list_steps(tmp_path / "checkpoints") == [3, 6, 7]
+    assert checkpoint.latest_step(tmp_path / "checkpoints") == opened(tmp_path).latest_step() == 7
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+def test_the_best_is_kept_whatever_was_saved_without_evaluation_and_after_a_restart(tmp_path):
+    losses = {1: 5.0, 2: 1.5, 3: 2.0, 4: None, 5: math.nan, 6: 1.75, 7: None}
+    for steps in ((1, 2, 3, 4), (5, 6, 7)):
+        run = opened(tmp_path, keep=1, best="eval/loss")
+        for step in steps:
+            run.save(state_at(step), None if losses[step] is None else {"eval/loss": losses[step], "eval/tokens": 9.0})
+        run.close()
+    directory = tmp_path / "checkpoints"
+    assert checkpoint.list_steps(directory) == [2, 7]
+    assert checkpoint.best_step(directory, "eval/loss") == 2
+    with pytest.raises(CheckpointRefused, match=r"no checkpoint in .* was saved with eval/bleu"):
+        checkpoint.best_step(directory, "eval/bleu")
+
+
+def test_where_nothing_was_saved_there_is_nothing_to_list(tmp_path):
+    assert checkpoint.list_steps(tmp_path / "checkpoints") == []
+    assert opened(tmp_path).latest_step() is None
+    with pytest.raises(CheckpointRefused, match=f"no checkpoint in {tmp_path}/checkpoints"):
+        checkpoint.latest_step(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointRefused, match="no checkpoint in"):
+        checkpoint.best_step(tmp_path / "checkpoints", "eval/loss")
+
+
+def files_of(workdir):
+    step = workdir / "checkpoints" / "7"
+    return sorted(str(path.relative_to(step)) for path in step.rglob("*") if path.is_file())
+
+
+def test_the_manifest_lists_every_file(saved):
+    manifest = json.loads((saved / "checkpoints/7/manifest.json").read_text())
+    assert sorted([*manifest["files"], "manifest.json"]) == files_of(saved)
+    assert {name.split("/")[0] for name in manifest["files"]} >= {"model", "optimizer", "ema", "counters"}
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+DAMAGES = {"flipped": flip, "truncated": lambda path: os.truncate(path, path.stat().st_size // 2), "missing": os.unlink}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_any_file_is_refused_by_that_files_name(damage, saved, tmp_path):
+    for number, name in enumerate(files_of(saved)):
+        size = (saved / "checkpoints/7" / name).stat().st_size
+        if name == "manifest.json" or (damage == "truncated" and size == 0):
+            continue
+        workdir = pathlib.Path(shutil.copytree(saved, tmp_path / str(number)))
+        path, directory = workdir / "checkpoints/7" / name, workdir / "checkpoints"
+        DAMAGES[damage](path)
+        message = refused(workdir)
+        assert (
+            str(path) in message
+            and {"flipped": "sha256", "truncated": "bytes", "missing": "missing"}[damage] in message
+        )
+        with pytest.raises(CheckpointRefused, match=str(path)):
+            checkpoint.load_model(directory, abstract().model, checkpoint.latest_step(directory))
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"files": []}', '{"files": {"model/_METADATA": {"bytes": 1}}}'])
+def test_a_damaged_manifest_is_refused(content, copy):
+    path = copy / "checkpoints/7/manifest.json"
+    path.write_text(content)
+    assert refused(copy).startswith(f"{path} is damaged: ")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"d_model": 64}}, "model.d_model=32, the config says 64"),
+        ({"model": {"positions": "rotary"}}, "model.positions=learned, the config says rotary"),
+        ({"seed": 3}, "seed=0, the config says 3"),
+        ({"train": {"batch_size": 32}}, "train.batch_size=16, the config says 32"),
+        ({"data": {"seq_len": 8}}, "data.seq_len=16, the config says 8"),
+        ({"optimizer": {"name": "lion"}}, "optimizer.name=adamw, the config says lion"),
+    ],
+)
+def test_another_model_order_of_data_or_optimizer_is_refused_with_both_values(sections, message, saved):
+    assert refused(saved, changed(**sections)) == f"{saved}/checkpoints/7 was made with {message}"
+
+
+def test_another_tokenizer_and_other_data_are_refused(saved):
+    assert "was made with another tokenizer (tttttttttttt, now xxxxxxxxxxxx)" in refused(saved, tokenizer="x" * 64)
+    assert "was made with another data (dddddddddddd, now xxxxxxxxxxxx)" in refused(saved, data="x" * 64)
+
+
+def test_settings_that_may_change_are_listed_in_one_line(saved):
+    new = changed(
+        train={"steps": 90},
+        log={"every": 1},
+        optimizer={"learning_rate": 0.5},
+        model={"attention": "xla", "dtype": "bfloat16"},
+    )
+    lines = []
+    opened(saved, new).restore(7, abstract(), lines.append)
+    changes = (
+        "model.dtype float32 -> bfloat16, model.attention auto -> xla, train.steps 50 -> 90, "
+        "optimizer.learning_rate 0.0003 -> 0.5, log.every 10 -> 1"
+    )
+    assert lines == [f"settings changed since {saved}/checkpoints/7: {changes}"]
+
+
+def test_an_unchanged_config_is_not_remarked_upon(saved):
+    lines = []
+    opened(saved).restore(7, abstract(), lines.append)
+    assert lines == []
+
+
+def test_a_checkpoint_says_what_made_it(saved):
+    with ocp.training.Checkpointer(saved / "checkpoints") as orbax:
+        made_by = orbax.checkpointables_metadata(7).custom_metadata
+    assert made_by["config"]["model"]["d_model"] == 32 and made_by["versions"]["jax"] == jax.__version__
+    assert (made_by["tokenizer_sha256"], made_by["data_sha256"]) == ("t" * 64, "d" * 64)
+    assert made_by["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_the_average_is_loaded_where_there_is_one_and_no_other_part_is_opened(copy):
+    (copy / "checkpoints/7/manifest.json").unlink()
+    for part in ("optimizer", "model", "counters"):
+        shutil.rmtree(copy / "checkpoints/7" / part)
+    model = checkpoint.load_model(copy / "checkpoints", abstract(mesh=mesh_of((2, 2, 2))).model, 7)
+    assert_same(model, state_at(7).ema)
+
+
+def test_the_weights_are_loaded_where_there_is_no_average(tmp_path):
+    config = changed(train={"ema": 0.0})
+    run, state = opened(tmp_path, config), state_at(4, config)
+    run.save(state)
+    run.close()
+    (tmp_path / "checkpoints/4/manifest.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints/4/optimizer")
+    assert_same(checkpoint.load_model(tmp_path / "checkpoints", abstract().model, 4), state.model)
+
+
+def test_weights_of_another_shape_or_name_are_refused(saved):
+    directory = saved / "checkpoints"
+    for sections, message in [
+        (
+            {"model": {"d_ff": 64}},
+            r"7: ema has blocks\.mlp\.down\.w as float32\[2, 128, 32\], the config wants float32\[2, 64, 32\]",
+        ),
+        ({"model": {"bias": False}}, r"7: ema has other parameters: 0 missing \(\), \d+ unexpected \(blocks"),
+    ]:
+        with pytest.raises(CheckpointRefused, match=message):
+            checkpoint.load_model(directory, abstract(changed(**sections)).model, 7)
+
+
+def begun(workdir, config):
+    run = opened(workdir, config)
+    lines = []
+    with jax.set_mesh(mesh_of()):
+        state = checkpoint.begin(config, make_optimizer(config.optimizer, 50), mesh_of(), run, lines.append)
+    run.close()
+    return state, lines
+
+
+def test_a_run_may_begin_with_the_weights_of_another_but_its_own_step_and_optimizer(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    other = changed(train={"init_from": saved.name}, seed=1, optimizer={"name": "lion"})
+    state, lines = begun(tmp_path, other)
+    assert_same((state.model, state.ema), (state_at(7).ema,) * 2)
+    assert state.step == state.skipped == 0
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.optimizer))
+    assert lines == [f"started from the weights in {saved.name}/checkpoints"]
+    jax.tree.map(lambda leaf: leaf.delete(), state.model)  # as a step that takes the state as its own does
+    assert_same(state.ema, state_at(7).ema)
+
+
+def test_its_own_checkpoint_goes_before_those_of_others(saved, copy):
+    state, lines = begun(copy, changed(train={"init_from": "/nowhere"}))
+    assert_same(state, state_at(7))
+    assert lines == [
+        f"settings changed since {copy}/checkpoints/7: train.init_from  -> /nowhere",
+        "resumed from step 7",
+    ]
+
+
+def test_a_beginning_from_nothing_or_from_other_shapes_is_refused(saved, tmp_path):
+    with pytest.raises(CheckpointRefused, match="no checkpoint in /nowhere/checkpoints"):
+        begun(tmp_path, changed(train={"init_from": "/nowhere"}))
+    with pytest.raises(CheckpointRefused, match="the config wants"):
+        begun(tmp_path, changed(train={"init_from": str(saved)}, model={"d_ff": 64}))
+
+
+KILLED = """
+import os, pathlib, sys
+sys.path.insert(0, {tests!r})
+import test_checkpoint as our
+run = our.opened(pathlib.Path({workdir!r}))
+run.save(our.state_at(1))
+run.save(our.state_at(2))
+os._exit(9)
+"""
+
+
+def test_what_a_killed_save_leaves_is_not_taken_for_a_checkpoint(tmp_path):
+    code = KILLED.format(tests=str(pathlib.Path(__file__).parent), workdir=str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    directory = tmp_path / "checkpoints"
+    left = [path.name for path in directory.iterdir() if path.name != "1"]
+    assert len(left) == 1 and left[0].startswith("2.")
+    assert checkpoint.list_steps(directory) == [1]
+    run = opened(tmp_path)
+    assert run.latest_step() == 1
+    run.save(state_at(2))
+    run.close()
+    assert {path.name for path in directory.iterdir()} == {"1", "2"}
+    assert_same(opened(tmp_path).restore(2, abstract(), print), state_at(2))
+
+
+def test_a_directory_that_cannot_be_made_is_told_in_one_line(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(SaveError, match=f"^cannot write {tmp_path}/checkpoints: File exists$") as error:
+        opened(tmp_path)
+    assert error.value.exit_code == 74
+
+
+def test_a_save_that_fails_is_told_in_one_line_and_leaves_the_one_before(tmp_path):
+    before = opened(tmp_path)
+    before.save(state_at(1))
+    before.close()
+    run = opened(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, limits[1]))  # files of 32 kB are a full disk, for this process
+    try:
+        with pytest.raises(SaveError, match=f"^cannot save {tmp_path}/checkpoints.*: [^\n]*$"):
+            run.save(state_at(2))
+            run.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.list_steps(tmp_path / "checkpoints") == [1]
+    assert_same(opened(tmp_path).restore(1, abstract(), print), state_at(1))
