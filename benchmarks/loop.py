@@ -137,7 +137,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--d_model", type=int, default=128)
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--seq_len", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=2)
     return parser.parse_args()
 
 

@@ -318,8 +318,6 @@ def test_a_full_disk_is_told_by_file_and_the_next_run_goes_on(corpus, tmp_path):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-
-
 @pytest.mark.parametrize(
     ("data", "tokenizer", "kind", "message"),
     [
