@@ -126,6 +126,9 @@ def _source_problems(source: Source) -> Iterator[str]:
         yield f"{where} {ways[0]} does not go with source={source.source}"
 
 
+_LOWEST_IS_BEST = ("eval/loss", "eval/perplexity", "eval/bits_per_byte")
+
+
 def _run_problems(config: Config) -> Iterator[str]:
     train, data = config.train, config.data
     if data.seq_len > config.model.max_length:
@@ -137,8 +140,8 @@ def _run_problems(config: Config) -> Iterator[str]:
         )
     if config.optimizer.nesterov and config.optimizer.name in ("adafactor", "lion"):
         yield f"optimizer.nesterov does not go with optimizer.name={config.optimizer.name}"
-    if config.checkpoint.best and not config.checkpoint.best.startswith("eval/"):
-        yield f"checkpoint.best wants an evaluation metric, as eval/loss, got {config.checkpoint.best!r}"
+    if config.checkpoint.best not in ("", *_LOWEST_IS_BEST):
+        yield f"checkpoint.best wants one of {', '.join(_LOWEST_IS_BEST)}; got {config.checkpoint.best!r}"
     if "" in config.generate.stop:
         yield "generate.stop holds an empty string, which would end every text at once"
     profile = config.log.profile

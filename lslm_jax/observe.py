@@ -5,7 +5,7 @@ Nothing here changes what a run computes.
 
 import json
 import math
-import os
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
@@ -15,7 +15,7 @@ from etils import epath
 
 from lslm_jax import atomic
 from lslm_jax.config import LogConfig
-from lslm_jax.errors import ConfigError
+from lslm_jax.imports import import_tensorflow
 from lslm_jax.progress import say
 
 PEAK_FLOPS = {
@@ -43,20 +43,7 @@ without bfloat16 arithmetic (V100, T4) are left out on purpose.
 """
 
 
-def import_tensorflow() -> Any:
-    """Imports tensorflow without its start-up chatter and without letting it take a GPU from jax.
-
-    Raises:
-      ConfigError: tensorflow is not installed.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its announcement ignores the log level
-    try:
-        import tensorflow as tf
-    except ImportError as error:
-        raise ConfigError(f"tensorflow cannot be imported ({error}): pip install tensorflow-cpu") from error
-    tf.config.set_visible_devices([], "GPU")
-    return tf
+FLUSH_SECONDS = 5.0  # after which TensorBoard is shown what is new
 
 
 class TensorBoard:
@@ -70,6 +57,7 @@ class TensorBoard:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
         self._held: list[tuple[str, int, dict[str, Any]]] = []
         self._writer: Any = None
+        self._flushed = -math.inf
         self._off = False
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -101,7 +89,9 @@ class TensorBoard:
             self._writer = self._writer or self._open()
             for method, step, values in calls:
                 getattr(self._writer, method)(step, values)
-            self._writer.flush()
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:  # every time would take more of a core than all else
+                self._writer.flush()
+                self._flushed = time.monotonic()
         except Exception as error:
             self._off = True
             say(f"TensorBoard is off: {' '.join(str(error).split())}")
@@ -158,7 +148,7 @@ class Metrics:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("a")
-            self._file.write(json.dumps({key: _json_value(value) for key, value in line.items()}) + "\n")
+            self._file.write(json.dumps(json_values(line)) + "\n")
             self._file.flush()
         if self._tensorboard:
             self._tensorboard.scalars(step, scalars | clock)
@@ -266,8 +256,13 @@ def _number(value: Any) -> int | float:
     return value.item() if hasattr(value, "item") else value
 
 
-def _json_value(value: float) -> float | str:
-    return value if math.isfinite(value) else json.dumps(value)
+def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values as JSON can hold them: non-finite numbers become "NaN", "Infinity" and "-Infinity"."""
+    return {name: _json_value(value) for name, value in values.items()}
+
+
+def _json_value(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(line: bytes) -> float:

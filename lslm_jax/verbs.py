@@ -12,7 +12,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import config_checks, config_loading
+from lslm_jax import atomic, config_checks, config_loading
 from lslm_jax.config import Config
 from lslm_jax.data import pipeline, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
@@ -21,6 +21,7 @@ from lslm_jax.evaluate import metrics, tasks
 from lslm_jax.generate import decode
 from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
+from lslm_jax.observe import json_values
 from lslm_jax.progress import say
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, identity
@@ -49,11 +50,13 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     data_dir = _data_dir(config, workdir)
     prepare_data(config, data_dir, say)
     config, facts = _resolve(config, data_dir)
-    _write(workdir / "config.json", config_loading.to_json(config))
+    atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
     with jax.set_mesh(mesh):
         hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
         data = pipeline.open_train(config, data_dir, config.model.vocab_size, **hosts)
         held_out = pipeline.open_eval(config, data_dir, config.model.vocab_size, **hosts)
+        if config.checkpoint.best and held_out is None:
+            raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
         backend = _backend(config, mesh, [data] if held_out is None else [data, held_out])
         made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh)
         summary = train_loop(
@@ -66,8 +69,8 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
             evaluate=held_out and tasks.language_modelling(config, held_out, backend, mesh),
             sample=_sampler(config, data_dir) if config.generate.prompts else None,
         )
-    summary |= _gzip_baseline(held_out, data_dir)
-    _write(result, json.dumps(summary) + "\n")
+    summary = json_values(summary | _gzip_baseline(held_out, data_dir))
+    atomic.write(result, json.dumps(summary).encode() + b"\n")
     return summary
 
 
@@ -86,7 +89,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         model, step = _load_model(config, flags, mesh)
         evaluator = tasks.language_modelling(config, held_out, _backend(config, mesh, [held_out]), mesh)
         results = {f"eval/{name}": value for name, value in evaluator(model)}
-    return {"step": step, **results, **_gzip_baseline(held_out, data_dir)}
+    return json_values({"step": step, **results, **_gzip_baseline(held_out, data_dir)})
 
 
 def generate(config: Config, flags: argparse.Namespace) -> dict[str, Any] | None:
@@ -123,12 +126,6 @@ def _workdir(flags: argparse.Namespace) -> epath.Path:
 
 def _data_dir(config: Config, workdir: epath.Path) -> epath.Path:
     return epath.Path(config.data.dir).expanduser().absolute() if config.data.dir else workdir / "data"
-
-
-def _write(path: epath.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _resolve(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any]]:

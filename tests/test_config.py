@@ -253,7 +253,10 @@ def test_a_missing_file_is_a_missing_input():
             "optimizer.name=lion optimizer.nesterov=true",
             "optimizer.nesterov does not go with optimizer.name=lion",
         ),
-        ("checkpoint.best=loss", "checkpoint.best wants an evaluation metric, as eval/loss, got 'loss'"),
+        (
+            "checkpoint.best=loss",
+            "checkpoint.best wants one of eval/loss, eval/perplexity, eval/bits_per_byte; got 'loss'",
+        ),
         ("log.profile=5", "log.profile wants a first and a last step, as 100,105, got 5"),
         ("log.profile=9,5", "log.profile wants a first and a last step, as 100,105, got 9,5"),
         ("mesh.fsdp=-1", "only one mesh axis may be -1"),

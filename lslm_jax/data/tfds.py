@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lslm_jax.errors import ConfigError, DataError, InputMissing
-from lslm_jax.observe import import_tensorflow
+from lslm_jax.imports import import_tensorflow
 
 
 def builder(name: str, data_dir: str) -> Any:

@@ -34,6 +34,7 @@ def make(config: Config, tokenizer_sha256: str, data_sha256: str, mesh: Mesh) ->
         "config": config_loading.to_dict(config),
         "tokenizer_sha256": tokenizer_sha256,
         "data_sha256": data_sha256,
+        "mixture": {source.name: source.weight for source in config.data.mixture},
         "versions": {name: _version(name) for name in PACKAGES},
         "mesh": dict(mesh.shape),
     }
@@ -62,6 +63,10 @@ def check(
                 f"{directory} was made with another {what} ({saved[key][:12]}, now {mine[key][:12]}): "
                 "use another --workdir, or put the former back"
             )
+    if saved["mixture"] != mine["mixture"]:
+        raise CheckpointRefused(
+            f"{directory} was made with the mixture {saved['mixture']}, the config says {mine['mixture']}"
+        )
     changed = []
     for key, old, new in _differences(saved["config"], mine["config"]):
         if _below(key, FIXED) and not _below(key, FREE):

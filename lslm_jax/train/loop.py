@@ -12,7 +12,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import config_loading
+from lslm_jax import atomic, config_loading
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.data import pipeline, prefetch
@@ -193,7 +193,7 @@ def _evaluate(
         record.text(step, "samples", text)
         path = workdir / "samples" / f"{step}.txt"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+        atomic.write(path, text.encode())
     return results
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from lslm_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, TrainConfig
+from lslm_jax.config import CheckpointConfig, Config, DataConfig, MixtureSource, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
 from lslm_jax.errors import CheckpointRefused, SaveError
 from lslm_jax.sharding import make_mesh
@@ -214,6 +214,12 @@ def test_another_model_order_of_data_or_optimizer_is_refused_with_both_values(se
 def test_another_tokenizer_and_other_data_are_refused(saved):
     assert "was made with another tokenizer (tttttttttttt, now xxxxxxxxxxxx)" in refused(saved, tokenizer="x" * 64)
     assert "was made with another data (dddddddddddd, now xxxxxxxxxxxx)" in refused(saved, data="x" * 64)
+
+
+def test_another_mixture_is_refused_since_it_orders_the_data(saved):
+    mixture = (MixtureSource(name="a", files=("x",), weight=2.0),)
+    message = refused(saved, changed(data={"mixture": mixture}))
+    assert message == f"{saved}/checkpoints/7 was made with the mixture {{}}, the config says {{'a': 2.0}}"
 
 
 def test_settings_that_may_change_are_listed_in_one_line(saved):
