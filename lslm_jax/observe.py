@@ -15,6 +15,7 @@ from etils import epath
 
 from lslm_jax import atomic
 from lslm_jax.config import LogConfig
+from lslm_jax.errors import ConfigError
 from lslm_jax.imports import import_tensorflow
 from lslm_jax.progress import say
 
