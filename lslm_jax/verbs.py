@@ -26,8 +26,7 @@ from lslm_jax.progress import say
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.loop import train as train_loop
-from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import abstract_state
+from lslm_jax.train.state import abstract_model
 
 GZIP_LIMIT = 1 << 26  # bytes of held-out text above which the comparison with gzip is left out: it takes seconds
 
@@ -136,7 +135,7 @@ def _resolve(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, An
         path = data_dir / "manifest.json"
         if not path.exists():
             raise InputMissing(f"{data_dir} holds no prepared data (no manifest.json): run prepare or train first")
-        facts = json.loads(path.read_text())
+        facts = atomic.read_json(path)
         # Of the content alone: the same shards may lie elsewhere.
         contents = {name: split["manifest_sha256"] for name, split in facts["splits"].items()}
         facts["sha256"] = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
@@ -150,7 +149,7 @@ def _tokenizer(data_dir: epath.Path) -> tokenizer.Tokenizer:
         raise InputMissing(
             f"{data_dir} holds no tokenizer: this run was trained on synthetic data or its data are gone"
         )
-    return tokenizer.load(data_dir / json.loads(path.read_text())["tokenizer"]["file"])
+    return tokenizer.load(data_dir / atomic.read_json(path)["tokenizer"]["file"])
 
 
 def _backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend:
@@ -184,8 +183,7 @@ def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[
         step = checkpoint.best_step(directory, config.checkpoint.best)
     else:
         step = checkpoint.latest_step(directory)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    return checkpoint.load_model(directory, abstract_state(config, optimizer, mesh).model, step), step
+    return checkpoint.load_model(directory, abstract_model(config, mesh), step), step
 
 
 def _gzip_baseline(held_out: pipeline.EvalInput | None, data_dir: epath.Path) -> dict[str, float]:

@@ -22,7 +22,7 @@ from lslm_jax.config import CheckpointConfig, Config
 from lslm_jax.errors import CheckpointRefused, SaveError
 from lslm_jax.train import identity as identities
 from lslm_jax.train.manifest import check_manifest, write_manifest
-from lslm_jax.train.state import State, abstract_state, init_state
+from lslm_jax.train.state import State, abstract_model, abstract_state, init_state
 
 
 def begin(
@@ -51,8 +51,7 @@ def begin(
     state = init_state(config, optimizer, mesh)
     if config.train.init_from:
         source = epath.Path(config.train.init_from) / "checkpoints"
-        abstract = abstract_state(config, optimizer, mesh).model
-        model = load_model(source, abstract, latest_step(source))
+        model = load_model(source, abstract_model(config, mesh), latest_step(source))
         log(f"started from the weights in {source}")
         ema = None if state.ema is None else jax.tree.map(jnp.copy, model)
         state = state._replace(model=model, ema=ema)

@@ -32,7 +32,15 @@ class State(NamedTuple):
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
     """Shapes, types and shardings of the state, without allocating it."""
-    shapes = jax.eval_shape(lambda: _create(config, optimizer))
+    return _placed(jax.eval_shape(lambda: _create(config, optimizer)), mesh)
+
+
+def abstract_model(config: Config, mesh: Mesh) -> Any:
+    """Shapes, types and shardings of the model alone."""
+    return _placed(jax.eval_shape(lambda: presets.build(config.model, jax.random.key(config.seed))), mesh)
+
+
+def _placed(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
