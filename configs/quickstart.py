@@ -40,10 +40,10 @@ def get_config() -> Config:
             bias=False,
             qk_norm=True,
         ),
-        train=TrainConfig(steps=700, batch_size=8),
+        train=TrainConfig(steps=500, batch_size=8),
         optimizer=OptimizerConfig(name="muon", learning_rate=5e-3, schedule="wsd", warmup_steps=50, final_ratio=0.0),
-        checkpoint=CheckpointConfig(every=350),
-        eval=EvalConfig(every=350),
+        checkpoint=CheckpointConfig(every=250),
+        eval=EvalConfig(every=250),
         generate=GenerateConfig(
             prompts=("def read(self, ", "class Stack:\n    def __init__(self", "    for line in "),
             max_tokens=96,
