@@ -27,6 +27,7 @@ def fill_sizes(model: ModelConfig) -> ModelConfig:
         num_kv_heads=model.num_kv_heads or model.num_heads,
         head_dim=model.head_dim or model.d_model // model.num_heads,
         d_ff=model.d_ff or 4 * model.d_model,
+        num_decoder_layers=model.num_decoder_layers or model.num_layers,
     )
 
 
@@ -50,19 +51,22 @@ def _problems(config: Config) -> Iterator[str]:
 
 
 _POSITIVE = (
-    "model.num_layers model.d_model model.num_heads model.max_length model.rope_theta model.norm_eps data.seq_len "
+    "model.num_layers model.d_model model.num_heads model.max_length model.rope_theta model.norm_eps "
+    "model.relative_buckets model.relative_distance data.seq_len task.span_length task.stride task.max_answer "
     "data.shard_tokens tokenizer.vocab_size tokenizer.sample_bytes train.steps train.batch_size train.accumulate "
     "optimizer.learning_rate optimizer.eps checkpoint.every checkpoint.keep log.every generate.max_tokens "
-    "generate.repetition_penalty"
+    "generate.repetition_penalty generate.beams"
 ).split()
 _NOT_NEGATIVE = (
-    "seed model.num_kv_heads model.head_dim model.d_ff model.vocab_size model.window model.logit_softcap "
+    "seed model.num_kv_heads model.head_dim model.d_ff model.num_decoder_layers model.vocab_size model.num_labels "
+    "model.token_types model.window model.global_every model.logit_softcap data.source_len "
     "data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss optimizer.warmup_steps "
     "optimizer.weight_decay optimizer.clip checkpoint.keep_every eval.every eval.batches generate.temperature "
     "generate.top_k"
 ).split()
 _BELOW_ONE = (
-    "model.dropout data.valid_fraction train.label_smoothing train.ema optimizer.b1 optimizer.b2 generate.min_p"
+    "model.dropout data.valid_fraction task.mask_rate train.label_smoothing train.ema optimizer.b1 optimizer.b2 "
+    "generate.min_p"
 ).split()
 
 

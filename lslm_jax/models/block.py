@@ -18,7 +18,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, KeyValues | None], tuple[jax
 
 def residual_std(config: ModelConfig) -> float:
     """Initial size of a projection into the residual stream, two of which each layer adds (Radford et al. 2019)."""
-    return INIT_STD / math.sqrt(2 * config.num_layers) if config.scale_residual_init else INIT_STD
+    return INIT_STD / math.sqrt(2 * config.num_layers) if config.init == "residual" else INIT_STD
 
 
 class SelfAttention(nnx.Module):
