@@ -96,6 +96,12 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         yield f"rotary positions need an even head width, got {full.head_dim} (model.head_dim)"
     if full.attention == "cudnn" and full.dtype != "bfloat16":
         yield "model.attention=cudnn needs model.dtype=bfloat16"
+    if full.global_every and not full.window:
+        yield f"model.global_every={full.global_every} needs model.window, the reach of the other layers"
+    if full.token_types and full.family != "encoder":
+        yield f"model.token_types={full.token_types} needs model.family=encoder"
+    if full.num_decoder_layers != full.num_layers and full.family != "encoder_decoder":
+        yield f"model.num_decoder_layers={full.num_decoder_layers} needs model.family=encoder_decoder"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -130,13 +136,22 @@ def _source_problems(source: Source) -> Iterator[str]:
         yield f"{where} {ways[0]} does not go with source={source.source}"
 
 
-_LOWEST_IS_BEST = ("eval/loss", "eval/perplexity", "eval/bits_per_byte")
+_LOWEST_IS_BEST = ("loss", "perplexity", "pseudo_perplexity", "bits_per_byte", "mean_squared_error")
+_HIGHEST_IS_BEST = ("accuracy", "bleu", "chrf", "exact_match", "f1", "f1_macro", "matthews", "pearson", "spearman")
+
+
+def highest_is_best(metric: str) -> bool:
+    """Whether more is better of an evaluation metric, as `eval/bleu`; `eval/SOURCE/NAME` is judged by its name."""
+    return metric.rpartition("/")[-1] in _HIGHEST_IS_BEST
 
 
 def _run_problems(config: Config) -> Iterator[str]:
     train, data = config.train, config.data
-    if data.seq_len > config.model.max_length:
-        yield f"data.seq_len={data.seq_len} is longer than model.max_length={config.model.max_length}"
+    for key in ("seq_len", "source_len"):
+        if (length := getattr(data, key)) > config.model.max_length:
+            yield f"data.{key}={length} is longer than model.max_length={config.model.max_length}"
+    if data.source_len and config.model.family != "encoder_decoder":
+        yield f"data.source_len={data.source_len} needs model.family=encoder_decoder"
     if train.batch_size % train.accumulate:
         yield (
             f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}: "
@@ -144,8 +159,9 @@ def _run_problems(config: Config) -> Iterator[str]:
         )
     if config.optimizer.nesterov and config.optimizer.name in ("adafactor", "lion"):
         yield f"optimizer.nesterov does not go with optimizer.name={config.optimizer.name}"
-    if config.checkpoint.best not in ("", *_LOWEST_IS_BEST):
-        yield f"checkpoint.best wants one of {', '.join(_LOWEST_IS_BEST)}; got {config.checkpoint.best!r}"
+    best, names = config.checkpoint.best, (*_LOWEST_IS_BEST, *_HIGHEST_IS_BEST)
+    if best and not (best.startswith("eval/") and best.rpartition("/")[-1] in names):
+        yield f"checkpoint.best wants eval/NAME with NAME one of {', '.join(names)}; got {best!r}"
     if "" in config.generate.stop:
         yield "generate.stop holds an empty string, which would end every text at once"
     profile = config.log.profile
