@@ -54,9 +54,10 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
         data = pipeline.open_train(config, data_dir, config.model.vocab_size, **hosts)
         held_out = pipeline.open_eval(config, data_dir, config.model.vocab_size, **hosts)
-        if config.checkpoint.best and held_out is None:
+        if config.checkpoint.best and not held_out:
             raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
-        backend = _backend(config, mesh, [data] if held_out is None else [data, held_out])
+        backend = _backend(config, mesh, [data, *held_out.values()])
+        setting = Setting(config, _tokenizer(data_dir), facts["labels"], backend, mesh)
         made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh)
         summary = train_loop(
             config,
@@ -65,46 +66,49 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
             data,
             backend,
             checkpoint.Checkpoints(workdir, config.checkpoint, made_by),
-            evaluate=held_out and tasks.language_modelling(config, held_out, backend, mesh),
-            sample=_sampler(config, data_dir) if config.generate.prompts else None,
+            evaluate=tasks.make(setting, held_out) if held_out else None,
+            sample=respond.sampler(setting) if config.generate.prompts else None,
         )
-    summary = json_values(summary | _gzip_baseline(held_out, data_dir))
+        summary = json_values(summary | _gzip_baseline(setting, held_out))
     atomic.write(result, json.dumps(summary).encode() + b"\n")
     return summary
 
 
 def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
-    """`evaluate`: a checkpoint's metrics on all held-out documents."""
+    """`evaluate`: a checkpoint's metrics on all held-out examples; texts go to WORKDIR/samples."""
     mesh = make_mesh(config)
     workdir = _workdir(flags)
     data_dir = _data_dir(config, workdir)
-    config, _ = _resolve(config, data_dir)
+    config, facts = _resolve(config, data_dir)
     with jax.set_mesh(mesh):
-        held_out = pipeline.open_eval(
-            config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
-        )
-        if held_out is None:
-            raise InputMissing(f"{data_dir} holds no validation documents: set data.valid_files, _fraction or _split")
+        hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
+        held_out = pipeline.open_eval(config, data_dir, config.model.vocab_size, **hosts, split=flags.split)
+        if not held_out:
+            keys = "data.test_files or data.test_split" if flags.split == "test" else "data.valid_files, _fraction or _split"
+            raise InputMissing(f"{data_dir} holds no {flags.split} split: set {keys} and prepare again")
         model, step = _load_model(config, flags, mesh)
-        evaluator = tasks.language_modelling(config, held_out, _backend(config, mesh, [held_out]), mesh)
-        results = {f"eval/{name}": value for name, value in evaluator(model)}
-    return json_values({"step": step, **results, **_gzip_baseline(held_out, data_dir)})
+        backend = _backend(config, mesh, list(held_out.values()))
+        setting = Setting(config, _tokenizer(data_dir), facts["labels"], backend, mesh)
+        report = tasks.make(setting, held_out)(model)
+        baseline = _gzip_baseline(setting, held_out)
+    for name, text in report.files.items():
+        (workdir / "samples").mkdir(exist_ok=True)
+        atomic.write(workdir / "samples" / f"{step}-{flags.split}-{name}", text.encode())
+    results = {f"eval/{name}": value for name, value in (report.metrics | report.facts).items()}
+    return json_values({"step": step, **results, **baseline})
 
 
-def generate(config: Config, flags: argparse.Namespace) -> dict[str, Any] | None:
-    """`generate`: continues prompts on stdout, streaming a single one; with --json, a JSON line for each."""
-    prompts = _prompts(flags)
+def generate(config: Config, flags: argparse.Namespace) -> None:
+    """`generate`: does with each prompt what the model was trained for; with --json, a JSON line for each."""
+    prompts = respond.read_prompts(config, flags)
     mesh = make_mesh(replace(config, train=replace(config.train, batch_size=len(jax.devices()), accumulate=1)))
     data_dir = _data_dir(config, _workdir(flags))
-    config, _ = _resolve(config, data_dir)
-    words = _tokenizer(data_dir)
+    config, facts = _resolve(config, data_dir)
     with jax.set_mesh(mesh):
         model, step = _load_model(config, flags, mesh)
-        if flags.json or len(prompts) > 1:
-            _print_all(config, model, words, prompts, step, flags.json)
-        else:
-            _stream(config, model, words, prompts[0])
-    return None
+        setting = Setting(config, _tokenizer(data_dir), facts["labels"], _backend(config, mesh, []), mesh)
+        for answer in respond.answers(setting, model, prompts):
+            print(json.dumps(json_values(answer | {"step": step})) if flags.json else respond.spell(answer))
 
 
 def _workdir(flags: argparse.Namespace) -> epath.Path:

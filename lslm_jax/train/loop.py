@@ -3,9 +3,9 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import optax
@@ -29,9 +29,20 @@ from lslm_jax.train.state import State, abstract_state, evaluated_model, num_par
 from lslm_jax.train.step import make_train_step
 
 MAX_SKIPPED = 5  # non-finite steps in a row that end the run
+_SHOWN = 12  # figures of an evaluation that a person is shown; metrics.jsonl has them all
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "skipped")  # of the train step, in this order on the record
 
-Evaluate = Callable[[Any], Iterable[tuple[str, float]]]
+
+
+class Report(Protocol):
+    """What the loop asks of an evaluation: numbers, texts by file name, and facts for the summary."""
+
+    metrics: Mapping[str, float]
+    files: Mapping[str, str]
+    facts: Mapping[str, Any]
+
+
+Evaluate = Callable[[Any], Report]
 Sample = Callable[[Any], str]
 
 
@@ -57,7 +68,7 @@ def train(
       data: batches by step.
       backend: attention kernel.
       checkpoints: of this run.
-      evaluate: yields (name, value) for a model; None where nothing is held out.
+      evaluate: reports on a model; None where nothing is held out.
       sample: a text that shows what a model can do; None for no samples.
 
     Returns:
@@ -69,10 +80,10 @@ def train(
       CheckpointRefused, SaveError, DataError: as their texts say.
     """
     begun, steps = time.monotonic(), config.train.steps
-    tokens_per_step = config.train.batch_size * config.data.seq_len
-    flops = flops_per_token(config.model, config.data.seq_len)
+    tokens_per_step = config.train.batch_size * (config.data.seq_len + config.data.source_len)
+    flops = flops_per_token(config.model, config.data.seq_len, config.data.source_len)
     optimizer = make_optimizer(config.optimizer, steps)
-    timer, speeds, last, results = StepTimer(tokens_per_step), [], {}, {}
+    timer, speeds, last, results, facts = StepTimer(tokens_per_step), [], {}, {}, {}
 
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
@@ -139,14 +150,14 @@ def train(
             pending = None
             with timer.pause():
                 if evaluating:
-                    results = _evaluate(state, evaluate, sample, record, progress, workdir)
+                    results, facts = _evaluate(state, evaluate, sample, record, progress, workdir)
                 if saving:
                     checkpoints.save(state, results if evaluating else None)
             if stopping and step < steps:
                 raise Preempted(f"{preemption.requested}: step {step} is saved; the same command goes on from there")
 
         if start >= steps:  # killed after its last step was saved and recorded, before its result was written
-            results = _results(state, evaluate)
+            results, facts = _evaluate(state, evaluate, None, None, progress, workdir)
 
     speed = statistics.median(speeds) if speeds else None
     used = mfu(speed, flops, mesh.size, mesh.devices.flat[0].device_kind) if speed else None
@@ -154,6 +165,7 @@ def train(
         "step": int(state.step),
         **{name: last[name] for name in ("loss", "grad_norm", "learning_rate") if name in last},
         **results,
+        **facts,
         "tokens_per_second": speed,
         "mfu": used,
         "parameters": num_parameters(state.model),
@@ -178,24 +190,27 @@ def _evaluate(
     state: State,
     evaluate: Evaluate | None,
     sample: Sample | None,
-    record: Metrics,
+    record: Metrics | None,
     progress: Progress,
     workdir: epath.Path,
-) -> dict[str, float]:
-    """Evaluates and samples one state, on the record."""
-    step, results = int(state.step), _results(state, evaluate)
-    if results:
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Evaluates and samples one state; texts go to files, numbers on the record unless they are there already."""
+    step, results, facts, files = int(state.step), {}, {}, {}
+    if evaluate:
+        report = evaluate(evaluated_model(state))
+        results = {f"eval/{name}": value for name, value in report.metrics.items()}
+        facts = {f"eval/{name}": value for name, value in report.facts.items()}
+        files = {f"{step}-{name}": text for name, text in report.files.items()}
+        shown = list(results.items())[:_SHOWN]
+        progress.message(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in shown))
+    if record and results:
         record.write(step, results)
-        progress.message(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in results.items()))
     if sample:
-        text = sample(evaluated_model(state))
+        files[f"{step}.txt"] = text = sample(evaluated_model(state))
         progress.message(text)
-        record.text(step, "samples", text)
-        path = workdir / "samples" / f"{step}.txt"
-        path.parent.mkdir(exist_ok=True)
-        atomic.write(path, text.encode())
-    return results
-
-
-def _results(state: State, evaluate: Evaluate | None) -> dict[str, float]:
-    return {f"eval/{name}": value for name, value in evaluate(evaluated_model(state))} if evaluate else {}
+        if record:
+            record.text(step, "samples", text)
+    for name, text in files.items():
+        (workdir / "samples").mkdir(exist_ok=True)
+        atomic.write(workdir / "samples" / name, text.encode())
+    return results, facts
