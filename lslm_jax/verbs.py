@@ -84,7 +84,11 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
         held_out = pipeline.open_eval(config, data_dir, config.model.vocab_size, **hosts, split=flags.split)
         if not held_out:
-            keys = "data.test_files or data.test_split" if flags.split == "test" else "data.valid_files, _fraction or _split"
+            keys = (
+                "data.test_files or data.test_split"
+                if flags.split == "test"
+                else "data.valid_files, _fraction or _split"
+            )
             raise InputMissing(f"{data_dir} holds no {flags.split} split: set {keys} and prepare again")
         model, step = _load_model(config, flags, mesh)
         backend = _backend(config, mesh, list(held_out.values()))

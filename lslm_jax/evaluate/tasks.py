@@ -55,7 +55,8 @@ def token_losses(setting: Setting, data: Mapping[str, EvalInput]) -> Evaluator:
     return evaluate
 
 
-def _token_metrics(objective: str, sums: Sums, num_bytes: int) -> dict[str, float]:
+def _token_metrics(objective: str, sums: Any, num_bytes: int) -> dict[str, float]:
+    """Of sums that `runner.total` has made floats."""
     found = {"loss": sums.nll / sums.weight}
     perplexity = "pseudo_perplexity" if objective == "masked" else "perplexity"
     found[perplexity] = metrics.perplexity(sums.nll, sums.weight)

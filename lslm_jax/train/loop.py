@@ -33,7 +33,6 @@ _SHOWN = 12  # figures of an evaluation that a person is shown; metrics.jsonl ha
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "skipped")  # of the train step, in this order on the record
 
 
-
 class Report(Protocol):
     """What the loop asks of an evaluation: numbers, texts by file name, and facts for the summary."""
 
