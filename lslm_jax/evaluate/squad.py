@@ -39,7 +39,11 @@ def squad(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[
         raise DataError(f"{len(predictions)} predictions for {len(answers)} questions cannot be scored")
     has_answer_N = np.asarray([len(given) > 0 for given in answers])
     score = _score_1 if has_answer_N.all() else _score_2
-    scores_N2 = 100 * np.asarray([score(*pair) for pair in zip(predictions, answers, strict=True)], np.float64)
+    scores = [
+        score(normalise(prediction), [normalise(answer) for answer in given])
+        for prediction, given in zip(predictions, answers, strict=True)
+    ]
+    scores_N2 = 100 * np.asarray(scores, np.float64)
     result = _means(scores_N2, "")
     if not has_answer_N.all():
         result |= _means(scores_N2[has_answer_N], "/has_answer") | _means(scores_N2[~has_answer_N], "/no_answer")
@@ -51,28 +55,24 @@ def normalise(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split())
 
 
-def exact_match(prediction: str, answer: str) -> float:
-    """1 if both are the same once normalised, else 0."""
-    return float(normalise(prediction) == normalise(answer))
+def _score_1(said: str, answers: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1 of a normalised prediction with that normalised answer that suits each of them best."""
+    return float(said in answers), max(_f1(said.split(), answer.split()) for answer in answers)
 
 
-def f1(prediction: str, answer: str) -> float:
-    """Harmonic mean of precision and recall over the words of both, normalised; 0 where they share none."""
-    said, true = Counter(normalise(prediction).split()), Counter(normalise(answer).split())
-    return 2 * (said & true).total() / ((said + true).total() or 1)
-
-
-def _score_1(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    return max(exact_match(prediction, a) for a in answers), max(f1(prediction, a) for a in answers)
-
-
-def _score_2(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
+def _score_2(said: str, answers: Sequence[str]) -> tuple[float, float]:
     """As SQuAD 1.1, but answers without words do not count, and no words are just what no answer asks for."""
-    answers = [answer for answer in answers if normalise(answer)]
-    if answers and normalise(prediction):
-        return _score_1(prediction, answers)
-    both_empty = float(not answers and not normalise(prediction))
+    answers = [answer for answer in answers if answer]
+    if said and answers:
+        return _score_1(said, answers)
+    both_empty = float(not said and not answers)
     return both_empty, both_empty
+
+
+def _f1(said: Sequence[str], true: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall over words, a word as often as it is in both; 0 where they share none."""
+    shared = (Counter(said) & Counter(true)).total()
+    return 2 * shared / (len(said) + len(true)) if shared else 0.0
 
 
 def _means(scores_N2: np.ndarray, suffix: str) -> dict[str, float]:
