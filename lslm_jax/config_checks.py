@@ -136,7 +136,7 @@ def _source_problems(source: Source) -> Iterator[str]:
         yield f"{where} {ways[0]} does not go with source={source.source}"
 
 
-_LOWEST_IS_BEST = ("loss", "perplexity", "pseudo_perplexity", "bits_per_byte", "mean_squared_error")
+_LOWEST_IS_BEST = ("loss", "perplexity", "pseudo_perplexity", "bits_per_byte", "mse")
 _HIGHEST_IS_BEST = ("accuracy", "bleu", "chrf", "exact_match", "f1", "f1_macro", "matthews", "pearson", "spearman")
 
 
