@@ -16,7 +16,7 @@ def shards(tmp_path):
     rng = np.random.default_rng(0)
     writer = ShardWriter(epath.Path(tmp_path), 1000, 300)
     for i, length in enumerate([0, *rng.integers(0, 60, 50), 200, 0]):
-        writer.add(rng.integers(3, 1000, length), 1, i + 1)
+        writer.add([rng.integers(3, 1000, length)], 1, i + 1)
     writer.finish()
     return Shards.open(tmp_path)
 

@@ -30,7 +30,7 @@ def write_split(directory, lengths, first_token=3):
     """A split in which no token occurs twice, so that each tells where it comes from."""
     writer = ShardWriter(epath.Path(directory), VOCAB_SIZE, 400)
     for i, length in enumerate(lengths):
-        writer.add(np.arange(first_token, first_token + length), 5 * length + 1, i + 1)
+        writer.add([np.arange(first_token, first_token + length)], 5 * length + 1, i + 1)
         first_token += length
     writer.finish()
 
