@@ -84,7 +84,9 @@ def write_set(directory: epath.Path, num_tokens: int, shard_tokens: int) -> None
         written += length
         writer.add([rng.integers(2, VOCAB_SIZE, length, np.int32)], 4 * length, document)
     writer.finish()
-    (directory / "manifest.json").write_text(json.dumps({"tokenizer": {"bos_id": 0, "eos_id": 1}}))
+    (directory / "manifest.json").write_text(
+        json.dumps({"tokenizer": {"bos_id": 0, "eos_id": 1, "vocab_size": VOCAB_SIZE}})
+    )
 
 
 def resident_bytes() -> int:

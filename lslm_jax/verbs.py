@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,12 +51,12 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     config, facts = _resolve(config, data_dir)
     atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
     with jax.set_mesh(mesh):
-        hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
-        data = pipeline.open_train(config, data_dir, config.model.vocab_size, **hosts)
-        held_out = pipeline.open_eval(config, data_dir, config.model.vocab_size, **hosts)
-        if config.checkpoint.best and held_out is None:
+        hosts = jax.process_index(), jax.process_count()
+        data = pipeline.open_train(config, data_dir, config.model.vocab_size, *hosts)
+        held_out = pipeline.open_eval(config, data_dir, config.model.vocab_size, *hosts)
+        if config.checkpoint.best and not held_out:
             raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
-        backend = _backend(config, mesh, [data] if held_out is None else [data, held_out])
+        backend = _backend(config, mesh, [data, *held_out.values()])
         made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh)
         summary = train_loop(
             config,
@@ -65,7 +65,7 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
             data,
             backend,
             checkpoint.Checkpoints(workdir, config.checkpoint, made_by),
-            evaluate=held_out and tasks.language_modelling(config, held_out, backend, mesh),
+            evaluate=tasks.language_modelling(config, held_out, backend, mesh) if held_out else None,
             sample=_sampler(config, data_dir) if config.generate.prompts else None,
         )
     summary = json_values(summary | _gzip_baseline(held_out, data_dir))
@@ -83,10 +83,10 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         held_out = pipeline.open_eval(
             config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
         )
-        if held_out is None:
+        if not held_out:
             raise InputMissing(f"{data_dir} holds no validation documents: set data.valid_files, _fraction or _split")
         model, step = _load_model(config, flags, mesh)
-        evaluator = tasks.language_modelling(config, held_out, _backend(config, mesh, [held_out]), mesh)
+        evaluator = tasks.language_modelling(config, held_out, _backend(config, mesh, list(held_out.values())), mesh)
         results = {f"eval/{name}": value for name, value in evaluator(model)}
     return json_values({"step": step, **results, **_gzip_baseline(held_out, data_dir)})
 
@@ -186,12 +186,13 @@ def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[
     return checkpoint.load_model(directory, abstract_model(config, mesh), step), step
 
 
-def _gzip_baseline(held_out: pipeline.EvalInput | None, data_dir: epath.Path) -> dict[str, float]:
+def _gzip_baseline(held_out: Mapping[str, pipeline.EvalInput], data_dir: epath.Path) -> dict[str, float]:
     """What gzip makes of the same held-out text, where it is small enough to ask."""
-    if held_out is None or held_out.num_bytes() > GZIP_LIMIT:
+    if not held_out or sum(part.num_bytes() for part in held_out.values()) > GZIP_LIMIT:
         return {}
     words = _tokenizer(data_dir)
-    return {"gzip_bits_per_byte": metrics.gzip_bits_per_byte(words.decode(ids) for ids in held_out.documents())}
+    texts = (words.decode(ids) for part in held_out.values() for ids in part.documents())
+    return {"gzip_bits_per_byte": metrics.gzip_bits_per_byte(texts)}
 
 
 def _prompts(flags: argparse.Namespace) -> list[str]:
