@@ -141,7 +141,7 @@ def draw_spans(sizes: Lengths, keys: np.ndarray, width: int) -> tuple[np.ndarray
 
 def _divide(keys: np.ndarray, items_B: np.ndarray, parts_B: np.ndarray) -> np.ndarray:
     """Bounds of `parts` parts of so many items, none empty, all divisions equally likely: int64 [B, parts + 1]."""
-    inner = np.arange(max(1, int(items_B.max())) - 1) < items_B[:, None] - 1
+    inner = np.arange(int(items_B.max(initial=1)) - 1) < items_B[:, None] - 1
     cuts = order.choose(keys, inner, np.maximum(parts_B - 1, 0)) + 1
     ends_B1 = items_B[:, None]
     return np.concatenate([np.zeros_like(ends_B1), np.minimum(cuts, ends_B1), ends_B1], axis=1)
