@@ -40,7 +40,7 @@ def lengths(raw: np.ndarray | int, mask_rate: float, span_length: float) -> Leng
 
 
 def raw_length(source_len: int, seq_len: int, mask_rate: float, span_length: float, num_sentinels: int) -> int:
-    """Length of the texts that fill a source row exactly once they are corrupted.
+    """Length of the texts that fill a source row once they are corrupted: the longest that fit.
 
     Args:
       source_len: tokens of a source row, S.

@@ -209,26 +209,6 @@ def test_without_held_out_documents_there_is_no_evaluation(tmp_path):
     assert open_eval(config_of(source="synthetic"), tmp_path, VOCAB_SIZE) == {}
 
 
-@pytest.mark.parametrize("mask", [True, False])
-def test_synthetic_rows_are_a_function_of_seed_and_step(tmp_path, mask):
-    config = config_of(source="synthetic", seq_len=64, batch_size=8, mask_documents=mask)
-    rows = open_train(config, tmp_path, 100)
-    batch = rows.batch(9)
-    assert_equal(batch, open_train(config, tmp_path, 100).batch(9))
-    assert_equal(joined([open_train(config, tmp_path, 100, host, 4).batch(9) for host in range(4)]), batch)
-    assert not np.array_equal(batch.tokens_BT, rows.batch(10).tokens_BT)
-    np.testing.assert_array_equal(batch.targets_BT[:, :-1], batch.tokens_BT[:, 1:])
-    many = np.concatenate([rows.batch(step).tokens_BT for step in range(40)])
-    np.testing.assert_allclose(np.bincount(many.reshape(-1), minlength=100) / many.size, 0.01, atol=0.004)
-    if not mask:
-        assert batch.segments_BT is None and batch.positions_BT is None
-        return
-    begins = batch.positions_BT == 0
-    np.testing.assert_array_equal(batch.segments_BT, np.cumsum(begins, axis=1))
-    np.testing.assert_array_equal(np.diff(batch.positions_BT, axis=1)[~begins[:, 1:]], 1)
-    assert 1 < batch.segments_BT.max() <= rows.max_segments()
-
-
 def test_a_token_outside_the_vocabulary_is_refused_with_its_document(tmp_path):
     write_split(tmp_path / "train", [40, 40, 40])
     write_manifest(tmp_path)

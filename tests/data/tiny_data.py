@@ -48,7 +48,7 @@ def config_of(case: Case, packing="stream", batch_size=8, seed=3, mixture=(), ev
         seed=seed,
         model=ModelConfig(family=case.family, num_labels=NUM_LABELS),
         data=DataConfig(source="shards", packing=packing, mixture=mixture, **data),
-        task=TaskConfig(objective=case.objective, stride=5, **(task or {})),
+        task=TaskConfig(objective=case.objective, **{"stride": 5, **(task or {})}),
         train=TrainConfig(batch_size=batch_size),
         eval=EvalConfig(batches=eval_batches),
     )
