@@ -224,7 +224,7 @@ def _fill(
             place = names[stream], document.split
             kept[place] += 1
             if document.ids is not None:
-                writers[place].add(document.ids, document.num_bytes, index + 1)
+                writers[place].add([document.ids], document.num_bytes, index + 1)
                 progress.tokens += len(document.ids)
         progress.documents += len(documents)
         progress.tell()
