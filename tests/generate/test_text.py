@@ -77,4 +77,4 @@ def test_nothing_after_the_end_of_the_text_counts():
     tokenizer = tokenizers.Bytes()
     ids = [*tokenizer.encode("ab"), tokenizer.eos_id, *tokenizer.encode("cd")]
     _, result = told(tokenizer, ids)
-    assert result == (ids[:2], "ab", "eos", 3)
+    assert result == (ids[:2], "ab", "eos", 3, None)
