@@ -1,6 +1,6 @@
 r"""A small BERT on English novels: half an hour on two cores for a body to fine-tune.
 
-    python -m lslm_jax.main --config=configs/bert_small_novels.py --workdir=runs/bert_novels \
+python -m lslm_jax.main --config=configs/bert_small_novels.py --workdir=runs/bert_novels \
         --config.data.files=novels/train.jsonl.gz --config.data.valid_files=novels/valid.jsonl.gz
 """
 

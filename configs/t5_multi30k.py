@@ -1,6 +1,6 @@
 r"""A small T5 translates captions (Multi30k): relative positions, and a prefix that says what is asked.
 
-    python -m lslm_jax.main --config=configs/t5_multi30k.py --workdir=runs/t5_multi30k \
+python -m lslm_jax.main --config=configs/t5_multi30k.py --workdir=runs/t5_multi30k \
         --config.data.files=multi30k/train.en.gz,multi30k/train.de.gz \
         --config.data.valid_files=multi30k/val.en.gz,multi30k/val.de.gz
 """

@@ -1,6 +1,6 @@
 r"""Questions answered in words (SQuAD) by a small T5: `question: ... context: ...` in, the answer out.
 
-    python -m lslm_jax.main --config=configs/t5_squad.py --workdir=runs/t5_squad \
+python -m lslm_jax.main --config=configs/t5_squad.py --workdir=runs/t5_squad \
         --config.data.files=squad/train-v1.1.json --config.data.valid_files=squad/dev-v1.1.json
 """
 

@@ -42,6 +42,17 @@ def resolve_vocabulary(model: ModelConfig, tokens: int) -> ModelConfig:
     return replace(model, vocab_size=model.vocab_size or tokens)
 
 
+def resolve_labels(model: ModelConfig, labels: int) -> ModelConfig:
+    """Sets the number of labels that a head tells apart.
+
+    Raises:
+      ConfigError: model.num_labels was given and is too small for the data.
+    """
+    if model.num_labels and model.num_labels < labels:
+        raise ConfigError(f"model.num_labels={model.num_labels} is smaller than the data's {labels} labels")
+    return replace(model, num_labels=model.num_labels or labels)
+
+
 def _problems(config: Config) -> Iterator[str]:
     yield from _out_of_range(config)
     yield from _model_problems(config.model)
@@ -200,6 +211,8 @@ def _run_problems(config: Config) -> Iterator[str]:
     best, names = config.checkpoint.best, (*_LOWEST_IS_BEST, *_HIGHEST_IS_BEST)
     if best and not (best.startswith("eval/") and best.rpartition("/")[-1] in names):
         yield f"checkpoint.best wants eval/NAME with NAME one of {', '.join(names)}; got {best!r}"
+    if config.generate.prompts and config.task.objective in ("qa", "span_corruption"):
+        yield f"generate.prompts do not go with task.objective={config.task.objective}: it says nothing to a prompt alone"
     if "" in config.generate.stop:
         yield "generate.stop holds an empty string, which would end every text at once"
     profile = config.log.profile

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -19,6 +18,8 @@ from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import heads
 from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.generate import decode
+from lslm_jax.models.attention import XLA
+from lslm_jax.train.step import make_predict_step
 
 Prompt = dict[str, str]
 Answer = dict[str, Any]
@@ -98,7 +99,9 @@ def answer(setting: Setting, model: Any, prompts: Sequence[Prompt]) -> Iterator[
     objective, size = setting.config.task.objective, setting.config.train.batch_size
     match objective:
         case "span_corruption":
-            raise ConfigError("a model of task.objective=span_corruption is for fine-tuning (train.init_from): it writes no text")
+            raise ConfigError(
+                "a model of task.objective=span_corruption is for fine-tuning (train.init_from): it writes no text"
+            )
         case "causal" | "seq2seq":
             respond = _write
         case "masked":
@@ -111,10 +114,10 @@ def answer(setting: Setting, model: Any, prompts: Sequence[Prompt]) -> Iterator[
             yield {"prompt": prompt["prompt"]} | found
 
 
-def spell(answer: Answer) -> str:
+def spell(setting: Setting, answer: Answer) -> str:
     """An answer as a person reads it."""
     prompt, rest = answer["prompt"], {name: value for name, value in answer.items() if name != "prompt"}
-    if "continues" in rest:
+    if setting.config.task.objective == "causal":
         return f"{prompt}{rest['text']}\n"
     shown = [f"{name}: {_short(value)}" for name, value in rest.items() if name not in ("ended", "tokens")]
     return f"{prompt}\n  " + "\n  ".join(shown)
@@ -131,7 +134,7 @@ def _short(value: Any) -> str:
 def sampler(setting: Setting) -> Callable[[Any], str]:
     """Answers the config's prompts, as one text for people to read."""
     prompts = [{"prompt": text} for text in setting.config.generate.prompts]
-    return lambda model: "\n".join(f"--- {spell(found)}" for found in answer(setting, model, prompts))
+    return lambda model: "\n".join(f"--- {spell(setting, found)}" for found in answer(setting, model, prompts))
 
 
 def stream(setting: Setting, model: Any, prompt: Prompt) -> Iterator[str]:
@@ -139,7 +142,7 @@ def stream(setting: Setting, model: Any, prompt: Prompt) -> Iterator[str]:
     [ids], suffix = _ids(setting, [prompt])
     texts = decode.stream(model, setting.words, ids, setting.config.generate, setting.config.seed, suffix_ids=suffix)
     first = next(texts, "")
-    if not suffix and setting.config.model.family == "decoder":
+    if setting.config.task.objective == "causal":
         yield prompt["prompt"]
     yield first
     yield from texts
@@ -225,6 +228,7 @@ def _as_split(setting: Setting, found: list[examples.Example], directory: epath.
 def _fill(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -> Iterator[Answer]:
     """The likeliest tokens for each [MASK] of the prompts."""
     config, special = setting.config, setting.special
+    predict = jax.jit(make_predict_step(config, XLA))
     for prompt in prompts:
         parts = setting.words.encode_batch(prompt["prompt"].split(MASK))
         if len(parts) < 2:
@@ -237,28 +241,13 @@ def _fill(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -
             raise ConfigError(f"the prompt has {len(ids)} tokens, model.max_length is {config.model.max_length}")
         tokens_BT = np.array([ids], np.int32)
         places_BP = np.flatnonzero(tokens_BT[0] == special.mask_id)[None].astype(np.int32)
-        shares_PV = _shares(model, tokens_BT, places_BP, config.model.vocab_size)
-        best_PN = np.argsort(-shares_PV[:, : setting.words.vocab_size], axis=-1)[:, :_LIKELIEST]
+        batch = Batch(tokens_BT, places_BP, np.ones(places_BP.shape, np.float32), places_BP=places_BP)
+        scores_PV = predict(model, batch)[0, :, : setting.words.vocab_size]
+        shares_PV = np.asarray(jax.nn.softmax(scores_PV, axis=-1))
+        best_PN = np.argsort(-shares_PV, axis=-1)[:, :_LIKELIEST]
         yield {
             "fills": [
                 {setting.words.piece(int(id)): float(shares_V[id]) for id in best_N}
                 for shares_V, best_N in zip(shares_PV, best_PN, strict=True)
             ]
         }
-
-
-def _shares(model: Any, tokens_BT: np.ndarray, places_BP: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Probability of each token at each place of one row, [P, V]."""
-
-    @jax.jit
-    def shares(model: Any) -> jax.Array:
-        batch = Batch(tokens_BT, places_BP, jnp.ones(places_BP.shape), places_BP=places_BP)
-        from lslm_jax.models.attention import XLA
-
-        x_BPD = model.features(batch, backend=XLA)
-        w_VD, b_V = model.output()
-        scores_BPV = jnp.einsum("bpd,vd->bpv", x_BPD, w_VD.astype(x_BPD.dtype), preferred_element_type=jnp.float32)
-        scores_BPV = scores_BPV if b_V is None else scores_BPV + b_V[None, None]
-        return jax.nn.softmax(scores_BPV[..., :vocab_size], axis=-1)[0]
-
-    return np.asarray(jax.device_get(shares(model)))

@@ -31,6 +31,7 @@ ROWS = [
     ],
     ["evaluate", "train.preemption", "train.manifest"],
     ["train.identity", "train.checkpoint", "train.loop", "plan"],
+    ["respond"],
     ["verbs"],
     ["main"],
 ]

@@ -197,13 +197,14 @@ def _open(config: Config, directory: epath.Path, split: str, vocab_size: int) ->
             continue
         shards = Shards.open(directory / name / split)
         _check_examples(shards, config.task.objective)
-        found[name] = _make(shards, config, special, directory / words["file"] if config.task.whole_words else None)
+        found[name] = make_rows(shards, config, special, directory / words["file"] if config.task.whole_words else None)
         if (size := max(shards.vocab_size, special.size)) > vocab_size:
             raise ConfigError(f"model.vocab_size {vocab_size} is too small: {shards.directory} needs {size}")
     return found
 
 
-def _make(shards: Shards, config: Config, special: Special, words: epath.Path | None) -> Rows:
+def make_rows(shards: Shards, config: Config, special: Special, words: epath.Path | None = None) -> Rows:
+    """A split as the rows of the config's objective; `words` is the tokenizer where whole words are masked."""
     objective = config.task.objective
     if objective == "masked":
         return MaskedRows(shards, config, special, tokenizer.load(words).word_starts if words else None)

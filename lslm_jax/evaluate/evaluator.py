@@ -9,6 +9,7 @@ from lslm_jax.batch import Batch
 from lslm_jax.config import Config, Source
 from lslm_jax.data import prefetch
 from lslm_jax.data.pipeline import EvalInput
+from lslm_jax.data.special import Special
 from lslm_jax.models.attention import Backend
 
 
@@ -33,15 +34,19 @@ class Setting(NamedTuple):
       config: resolved.
       words: the tokenizer; None for synthetic data.
       labels: names of the classes or tags.
+      special: ids that are no text.
       backend: attention kernel.
       mesh: where the model lies.
+      answerable: whether every question that the model was trained on had an answer.
     """
 
     config: Config
     words: Any
     labels: list[str]
+    special: Special
     backend: Backend
     mesh: Mesh
+    answerable: bool = True
 
     def source(self, name: str) -> Source:
         """The source of this name; "" is the only one."""

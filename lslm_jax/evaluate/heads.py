@@ -55,16 +55,17 @@ def regress(setting: Setting, part: EvalInput, scores_NPV: np.ndarray) -> Report
 def tag(setting: Setting, part: EvalInput, scores_NPV: np.ndarray) -> Report:
     """Accuracy and F1 of the tags of words, and of entities where the tags spell such."""
     rows = [row for batch in batches(part) for row in zip(batch.targets_BT, batch.weights_BT > 0, strict=True)]
-    kept = [row for row, example in zip(zip(rows, scores_NPV, strict=True), example_of_rows(part)) if example >= 0]
-    gold = [targets_T[counts_T] for (targets_T, counts_T), _ in kept]
-    predicted = [scores_TV[counts_T].argmax(-1) for (_, counts_T), scores_TV in kept]
+    real = np.flatnonzero(example_of_rows(part) >= 0)
+    gold = [targets_T[counts_T] for targets_T, counts_T in (rows[i] for i in real)]
+    predicted = [scores_NPV[i][rows[i][1]].argmax(-1) for i in real]
     return Report(classification.tagging(gold, predicted, setting.labels), {}, {})
 
 
 def answer(setting: Setting, part: EvalInput, scores_NPV: np.ndarray) -> Report:
     """Exact match and F1 of answers, as SQuAD defines them; the answers themselves by question."""
     examples = list(part.shards.examples())
-    answers = find_answers(setting, part, scores_NPV, examples)
+    answerable = all(one["answers"] for one in examples)
+    answers = find_answers(setting, part, scores_NPV, examples, answerable)
     seen = np.unique(example_of_rows(part))
     seen = seen[seen >= 0]  # all, unless eval.batches is set
     given = [[one["text"] for one in examples[i]["answers"]] for i in seen]
@@ -74,12 +75,9 @@ def answer(setting: Setting, part: EvalInput, scores_NPV: np.ndarray) -> Report:
 
 
 def find_answers(
-    setting: Setting, part: EvalInput, scores_NTV: np.ndarray, examples: list[dict[str, Any]]
+    setting: Setting, part: EvalInput, scores_NTV: np.ndarray, examples: list[dict[str, Any]], answerable: bool
 ) -> list[squad.Answer]:
-    """The best answer to each question over all windows of its context.
-
-    Where every question of the set has an answer, "no answer" is none.
-    """
+    """The best answer to each question over all windows of its context; "" may be one unless all are answerable."""
     example_N = example_of_rows(part)
     first_N = np.concatenate([part.windows(step) for step in range(part.num_batches)])
     types_NT = np.concatenate([batch.types_BT for batch in batches(part)])
@@ -95,7 +93,7 @@ def find_answers(
     offsets = functools.cache(lambda text: setting.words.encode_with_offsets(text)[1:])
     contexts = [squad.Context(one["context"], *offsets(one["context"])) for one in examples]
     task = setting.config.task
-    threshold = math.inf if all(one["answers"] for one in examples) else task.null_threshold
+    threshold = math.inf if answerable else task.null_threshold
     return squad.best_answers(windows, contexts, max_answer=task.max_answer, null_threshold=threshold)
 
 

@@ -17,7 +17,8 @@ def evaluate(setting: Setting, name: str, part: EvalInput, model: Any) -> Report
     examples = list(part.shards.examples())
     if setting.config.eval.batches:
         examples = examples[: setting.config.eval.batches * setting.config.train.batch_size]
-    sources = [part.shards.document(2 * i) for i in range(len(examples))]
+    starts = part.shards.starts
+    sources = [part.shards.take(np.arange(starts[2 * i], starts[2 * i + 1])) for i in range(len(examples))]
     written = write(setting, model, sources)
     match setting.source(name).example:
         case "label":
@@ -33,14 +34,21 @@ def write(setting: Setting, model: Any, sources: Sequence[np.ndarray]) -> list[s
 
     Sources of like length go together, so that little is computed for padding.
     """
-    settings, size = replace(setting.config.generate, temperature=0.0), setting.config.train.batch_size
+    config = setting.config
+    settings, size = replace(config.generate, temperature=0.0), config.train.batch_size
+    suffix: tuple[int, ...] = ()
+    if config.model.family == "decoder":  # which reads source and target in one row
+        suffix = (setting.words.bos_id,)
+        room = max(1, config.model.max_length - 2 - settings.max_tokens)
+        sources = [source[:room] for source in sources]
     order = np.argsort([len(source) for source in sources], kind="stable")[::-1]
     written = [""] * len(sources)
     for first in range(0, len(order), size):
         part = order[first : first + size]
         # The last batch is filled up: another size would compile another program.
         full = np.concatenate([part, np.repeat(part[-1:], size - len(part))])
-        results = decode.generate(model, setting.words, [sources[i] for i in full], settings, setting.config.seed)
+        prompts = [sources[i] for i in full]
+        results = decode.generate(model, setting.words, prompts, settings, config.seed, suffix_ids=suffix)
         for i, result in zip(part, results, strict=False):
             written[i] = result.text
     return written

@@ -87,7 +87,9 @@ def test_a_run_stopped_by_sigterm_and_by_sigkill_equals_the_uninterrupted_one_by
         for step in sorted(random.Random(devices + number).sample(range(10, STEPS - 20), stops)):
             code = run_until(command(workdir, family, **mesh), env, workdir / "metrics.jsonl", step, number)
             assert code == (75 if number == signal.SIGTERM else -signal.SIGKILL)
-        finished = subprocess.run(command(workdir, family, **mesh), env=env, capture_output=True, text=True, timeout=180)
+        finished = subprocess.run(
+            command(workdir, family, **mesh), env=env, capture_output=True, text=True, timeout=180
+        )
         assert finished.returncode == 0, finished.stderr
         assert "resumed from step" in finished.stderr
         assert (workdir / "metrics.jsonl").read_bytes() == expected
