@@ -46,6 +46,7 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _out_of_range(config)
     yield from _model_problems(config.model)
     yield from _data_problems(config.data)
+    yield from _task_problems(config)
     yield from _run_problems(config)
     yield from _mesh_problems(config)
 
@@ -121,13 +122,50 @@ def _source_problems(source: Source) -> Iterator[str]:
             yield f"{where} source={source.source} cannot be part of a mixture"
         if not source.weight > 0:
             yield f"{where} weight must be positive, got {source.weight}"
-        if not source.name.isidentifier() or source.name in ("train", "valid"):
-            yield f"{where} the name must be a plain word other than train and valid"
+        if not source.name.isidentifier() or source.name in ("train", "valid", "test"):
+            yield f"{where} the name must be a plain word other than train, valid and test"
     ways = [name for name in ("valid_files", "valid_fraction", "valid_split") if getattr(source, name)]
     if len(ways) > 1:
         yield f"{where} {' and '.join(ways)} exclude each other: validation is held out in one way"
-    if (source.valid_split and source.source != "tfds") or (source.valid_files and source.source != "files"):
-        yield f"{where} {ways[0]} does not go with source={source.source}"
+    ways += [name for name in ("test_files", "test_split") if getattr(source, name)]
+    for name in ways:
+        if (name.endswith("_split") and source.source != "tfds") or (
+            name.endswith("_files") and source.source != "files"
+        ):
+            yield f"{where} {name} does not go with source={source.source}"
+    if source.example == "pair" and source.source == "tfds" and not source.target_key:
+        yield f"{where} example=pair needs target_key, the feature that holds the target"
+    if len(set(source.labels)) < len(source.labels):
+        yield f"{where} labels must differ, got {', '.join(source.labels)}"
+
+
+_EXAMPLES = {
+    "causal": ("text",),
+    "masked": ("text",),
+    "span_corruption": ("text",),
+    "seq2seq": ("pair", "label", "qa"),
+    "classification": ("label",),
+    "regression": ("label",),
+    "tagging": ("tags",),
+    "qa": ("qa",),
+}
+_FAMILIES = {
+    "causal": ("decoder",),
+    "span_corruption": ("encoder_decoder",),
+    "seq2seq": ("encoder_decoder", "decoder"),
+}
+
+
+def _task_problems(config: Config) -> Iterator[str]:
+    objective, family = config.task.objective, config.model.family
+    families = _FAMILIES[objective] if objective in _FAMILIES else ("encoder",)
+    if family not in families:
+        yield f"task.objective={objective} needs model.family={' or '.join(families)}, not {family}"
+    kinds = _EXAMPLES[objective]
+    for source in config.data.mixture or (config.data,):
+        where = f"data.mixture source {source.name}:" if isinstance(source, MixtureSource) else "data:"
+        if source.source != "synthetic" and source.example not in kinds:
+            yield f"{where} task.objective={objective} learns from example={' or '.join(kinds)}, not {source.example}"
 
 
 _LOWEST_IS_BEST = ("eval/loss", "eval/perplexity", "eval/bits_per_byte")
