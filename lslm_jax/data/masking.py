@@ -89,9 +89,11 @@ def choose_words(
     num_rows, length = text_BT.shape
     first = np.flatnonzero(begins_BT)
     word_of_place = np.cumsum(begins_BT.reshape(-1))[text_BT.reshape(-1)] - 1
-    row = first // length
-    score = order.combine(keys[row], first % length)
-    mixed = np.argsort((row.astype(np.uint64) << np.uint64(40)) | (score >> np.uint64(24)), kind="stable")
+    row, place = np.divmod(first, length)
+    # Row by row, then by a score that ends in the word's place, so that no two are equal.
+    score = order.combine(keys[row], place) >> np.uint64(20) << np.uint64(20) | place.astype(np.uint64)
+    score = (row.astype(np.uint64) << np.uint64(44)) | (score & np.uint64((1 << 44) - 1))
+    mixed = np.argsort(score)
     taken = np.zeros(len(first), bool)
     sizes = np.bincount(word_of_place, minlength=len(first))[mixed]
     taken[mixed] = _fill(row, sizes, counts_B, most)
@@ -110,8 +112,8 @@ def _fill(row: np.ndarray, sizes: np.ndarray, counts_B: np.ndarray, most: int) -
     while len(waiting := waiting[sizes[waiting] <= room_B[row[waiting]]]):
         rows, size = row[waiting], sizes[waiting]
         ends = np.cumsum(size)
-        begin = np.searchsorted(rows, rows)  # the first that waits in the same row
-        fits = ends - (ends - size)[begin] <= room_B[rows]
+        before_B = np.concatenate([[0], ends])[np.searchsorted(rows, np.arange(len(room_B)))]
+        fits = ends - before_B[rows] <= room_B[rows]
         taken[waiting[fits]] = True
         room_B -= np.bincount(rows[fits], size[fits], len(room_B)).astype(np.int64)
         waiting = waiting[~fits]
