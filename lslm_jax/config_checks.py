@@ -212,7 +212,7 @@ def _run_problems(config: Config) -> Iterator[str]:
     if best and not (best.startswith("eval/") and best.rpartition("/")[-1] in names):
         yield f"checkpoint.best wants eval/NAME with NAME one of {', '.join(names)}; got {best!r}"
     if config.generate.prompts and config.task.objective in ("qa", "span_corruption"):
-        yield f"generate.prompts do not go with task.objective={config.task.objective}: it says nothing to a prompt alone"
+        yield f"generate.prompts do not go with task.objective={config.task.objective}"
     if "" in config.generate.stop:
         yield "generate.stop holds an empty string, which would end every text at once"
     profile = config.log.profile

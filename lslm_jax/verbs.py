@@ -53,9 +53,8 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     config, facts = _resolve(config, data_dir)
     atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
     with jax.set_mesh(mesh):
-        hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
-        data = pipeline.open_train(config, data_dir, config.model.vocab_size, **hosts)
-        held_out = pipeline.open_eval(config, data_dir, config.model.vocab_size, **hosts)
+        where = config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
+        data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
         if config.checkpoint.best and not held_out:
             raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
         setting = _setting(config, facts, data_dir, mesh, [data, *held_out.values()])
@@ -82,8 +81,8 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     data_dir = _data_dir(config, workdir)
     config, facts = _resolve(config, data_dir)
     with jax.set_mesh(mesh):
-        hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
-        held_out = pipeline.open_eval(config, data_dir, config.model.vocab_size, **hosts, split=flags.split)
+        where = config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
+        held_out = pipeline.open_eval(*where, flags.split)
         if not held_out:
             keys = (
                 "data.test_files or data.test_split"
@@ -103,7 +102,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(config: Config, flags: argparse.Namespace) -> None:
-    """`generate`: does with each prompt what the model was trained for; a single one's text streams as it is written."""
+    """`generate`: does with each prompt what the model was trained for; the text of a single one is streamed."""
     prompts = respond.read_prompts(config, flags)
     mesh = make_mesh(replace(config, train=replace(config.train, batch_size=len(jax.devices()), accumulate=1)))
     data_dir = _data_dir(config, _workdir(flags))

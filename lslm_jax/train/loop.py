@@ -3,9 +3,9 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import optax
@@ -17,6 +17,7 @@ from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.data import pipeline, prefetch
 from lslm_jax.errors import NumericAbort, Preempted
+from lslm_jax.evaluate.evaluator import Evaluator
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.presets import flops_per_token
 from lslm_jax.observe import Metrics, Profiler, device_memory, mfu, parameter_table
@@ -32,16 +33,6 @@ MAX_SKIPPED = 5  # non-finite steps in a row that end the run
 _SHOWN = 12  # figures of an evaluation that a person is shown; metrics.jsonl has them all
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "skipped")  # of the train step, in this order on the record
 
-
-class Report(Protocol):
-    """What the loop asks of an evaluation: numbers, texts by file name, and facts for the summary."""
-
-    metrics: Mapping[str, float]
-    files: Mapping[str, str]
-    facts: Mapping[str, Any]
-
-
-Evaluate = Callable[[Any], Report]
 Sample = Callable[[Any], str]
 
 
@@ -53,7 +44,7 @@ def train(
     backend: Backend,
     checkpoints: Checkpoints,
     *,
-    evaluate: Evaluate | None,
+    evaluate: Evaluator | None,
     sample: Sample | None,
 ) -> dict[str, Any]:
     """Trains to `train.steps` from wherever the run stands; metrics, samples and checkpoints go to `workdir`.
@@ -187,7 +178,7 @@ def _compile(
 
 def _evaluate(
     state: State,
-    evaluate: Evaluate | None,
+    evaluate: Evaluator | None,
     sample: Sample | None,
     record: Metrics | None,
     progress: Progress,
