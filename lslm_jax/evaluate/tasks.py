@@ -4,7 +4,7 @@ Each held-out example counts exactly once, whatever the batch and the mesh. The 
 by one, under their names; losses also together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,23 +18,28 @@ from lslm_jax.train.step import make_eval_step
 
 def make(setting: Setting, data: Mapping[str, EvalInput]) -> Evaluator:
     """The evaluator of the config's objective over held-out data, given by the names of their sources."""
+    measure, more = losses(setting, data), _more(setting)
+
+    def evaluate(model: Any) -> Report:
+        found = joined({name: more(name, part, model) for name, part in data.items()})
+        return found._replace(metrics=measure(model).metrics | found.metrics)
+
+    return evaluate
+
+
+def _more(setting: Setting) -> Callable[[str, EvalInput, Any], Report]:
+    """What there is to say of a source besides its loss: of what a head tells, or of the texts that are written."""
     objective = setting.config.task.objective
     if objective in heads.EVALUATORS:
-        score, evaluate = heads.scorer(setting), heads.EVALUATORS[objective]
-        return lambda model: joined({name: evaluate(setting, part, score(model, part)) for name, part in data.items()})
-    losses = token_losses(setting, data)
-    if objective != "seq2seq":
-        return losses
-
-    def losses_and_texts(model: Any) -> Report:
-        said = joined({name: texts.evaluate(setting, name, part, model) for name, part in data.items()})
-        return said._replace(metrics=losses(model).metrics | said.metrics)
-
-    return losses_and_texts
+        score, judge = heads.scorer(setting), heads.EVALUATORS[objective]
+        return lambda name, part, model: judge(setting, part, score(model, part))
+    if objective == "seq2seq":
+        return lambda name, part, model: texts.evaluate(setting, name, part, model)
+    return lambda name, part, model: Report({}, {}, {})
 
 
-def token_losses(setting: Setting, data: Mapping[str, EvalInput]) -> Evaluator:
-    """Loss (nats a token) and what follows from it, and accuracy of the likeliest token.
+def losses(setting: Setting, data: Mapping[str, EvalInput]) -> Evaluator:
+    """Loss (nats a target) and what follows from it: of tokens, perplexity and accuracy of the likeliest.
 
     A causal model's perplexity also as bits per byte of the original text; a masked one's is called pseudo-perplexity,
     as its tokens see each other.
@@ -47,17 +52,19 @@ def token_losses(setting: Setting, data: Mapping[str, EvalInput]) -> Evaluator:
         sums = {name: runner.total(step, model, batches(part), setting.mesh) for name, part in data.items()}
         found: dict[str, float] = {}
         for name in sums if len(sums) > 1 else ():
-            each = _token_metrics(objective, sums[name], num_bytes[name] if num_bytes else 0)
+            each = _metrics(objective, sums[name], num_bytes[name] if num_bytes else 0)
             found |= {f"{name}/{what}": value for what, value in each.items()}
         together = Sums(*(sum(values) for values in zip(*sums.values(), strict=True)))
-        return Report(found | _token_metrics(objective, together, sum(num_bytes.values())), {}, {})
+        return Report(found | _metrics(objective, together, sum(num_bytes.values())), {}, {})
 
     return evaluate
 
 
-def _token_metrics(objective: str, sums: Any, num_bytes: int) -> dict[str, float]:
+def _metrics(objective: str, sums: Any, num_bytes: int) -> dict[str, float]:
     """Of sums that `runner.total` has made floats."""
     found = {"loss": sums.nll / sums.weight}
+    if objective in heads.EVALUATORS:
+        return found
     perplexity = "pseudo_perplexity" if objective == "masked" else "perplexity"
     found[perplexity] = metrics.perplexity(sums.nll, sums.weight)
     if objective == "causal":
