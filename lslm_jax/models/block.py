@@ -118,8 +118,8 @@ class Block(nnx.Module):
         attend: Attend,
         *,
         cache: KeyValues | None = None,
-        source: KeyValues | jax.Array | None = None,
-        attend_source: AttendSource | None = None,
+        source: Any = None,
+        attend_source: Any = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues | None]:
         """One layer: [B, T, D] to [B, T, D].
@@ -129,8 +129,8 @@ class Block(nnx.Module):
           positions_BT: places of its tokens.
           attend: attention among them.
           cache: this layer's, or None.
-          source: what the encoder says, [B, S, D], or what `cross.keys_values` makes of that.
-          attend_source: attention to it.
+          source: what the encoder says, [B, S, D], or the KeyValues that `cross.keys_values` makes of that.
+          attend_source: AttendSource, attention to it.
           key: this layer's dropout key, or None.
         """
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 2 if self.cross is None else 3))

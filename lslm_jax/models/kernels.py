@@ -108,8 +108,12 @@ def pair_bounds(
         return jnp.maximum(length_BM[:, 0], 1), jnp.maximum(source_length_BM[:, 0], 1), None, None
     # The kernel matches them by their order among those present.
     present_BM = (length_BM > 0) | (source_length_BM > 0)
-    lengths = (jnp.where(present_BM, length, -1) for length in (length_BM, source_length_BM))
-    return (*lengths, _offsets(length_BM, present_BM), _offsets(source_length_BM, present_BM))
+    return (
+        jnp.where(present_BM, length_BM, -1),
+        jnp.where(present_BM, source_length_BM, -1),
+        _offsets(length_BM, present_BM),
+        _offsets(source_length_BM, present_BM),
+    )
 
 
 def _lengths(segments_BT: jax.Array, number_M: jax.Array) -> jax.Array:

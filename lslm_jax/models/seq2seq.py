@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import jax
 
-from lslm_jax.batch import Batch
+from lslm_jax.batch import Array, Batch
 from lslm_jax.config import ModelConfig
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.embedding import Embedding, places
@@ -48,7 +48,7 @@ class Seq2Seq(Embedding):
 
     def encode(
         self,
-        source_BS: jax.Array,
+        source_BS: Array,
         positions_BS: jax.Array | None = None,
         segments_BS: jax.Array | None = None,
         *,

@@ -86,7 +86,7 @@ class Tower(nnx.Module):
         index: jax.Array,
         mask_BTS: jax.Array,
         cross: Any = None,
-        cross_mask_BTS: jax.Array | None = None,
+        cross_mask_BTS: Any = None,
     ) -> tuple[jax.Array, Any]:
         """Reads T more tokens after those in the cache; returns their hidden states and the longer cache.
 
