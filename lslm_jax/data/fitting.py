@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-_GROUP = 4096  # examples packed together
-_GROUPS = 64  # groups packed at once
+_GROUP = 1024  # examples packed together
+_GROUPS = 256  # groups packed at once
 
 
 class Placed(NamedTuple):
@@ -78,8 +78,9 @@ def _fit_groups(sizes_GMK: np.ndarray, limits: tuple[int, ...]) -> np.ndarray:
     """The row of each example within its group: from the largest on, the first that has room for it."""
     num_groups, group, _ = sizes_GMK.shape
     order_GM = np.argsort(-(sizes_GMK / np.array(limits)).max(axis=2), axis=1, kind="stable")
-    sizes_KMG = np.take_along_axis(sizes_GMK, order_GM[:, :, None], axis=1).astype(np.int32).T
-    rooms_KGR = [np.full((num_groups, group), limit, np.int32) for limit in limits]
+    dtype = np.int16 if max(limits) < 1 << 15 else np.int64  # the smaller the faster
+    sizes_KMG = np.take_along_axis(sizes_GMK, order_GM[:, :, None], axis=1).astype(dtype).T
+    rooms_KGR = [np.full((num_groups, group), limit, dtype) for limit in limits]
     row_GM = np.empty((num_groups, group), np.int64)
     groups, opened = np.arange(num_groups), 0
     for m in range(group):

@@ -96,7 +96,7 @@ def corrupt(
       seq_len: T.
     """
     noise_BR, first_BR = draw_spans(sizes, keys, ids_BR.shape[1])
-    sentinels_BR = sentinel_ids[np.cumsum(first_BR, axis=1) - 1]
+    sentinels_BR = sentinel_ids[np.cumsum(first_BR, axis=1, dtype=np.int32) - 1]
     real_BR = np.arange(ids_BR.shape[1]) < sizes.raw[:, None]
     row = np.arange(len(ids_BR))
 
@@ -106,7 +106,8 @@ def corrupt(
     source_BS[row, sizes.source - 1] = eos_id
 
     targets_BT = np.zeros((len(row), seq_len), np.int32)
-    cells, place = np.nonzero(noise_BR), (np.cumsum(noise_BR, axis=1) + np.cumsum(first_BR, axis=1) - 1)[noise_BR]
+    cells = np.nonzero(noise_BR)
+    place = np.cumsum(noise_BR.astype(np.int32) + first_BR, axis=1)[noise_BR] - 1
     begins = first_BR[cells]
     targets_BT[cells[0], place] = ids_BR[cells]
     targets_BT[cells[0][begins], place[begins] - 1] = sentinels_BR[first_BR]
@@ -149,4 +150,4 @@ def _divide(keys: np.ndarray, items_B: np.ndarray, parts_B: np.ndarray) -> np.nd
 
 def _left(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where the chosen cells of each row go when they move together to its left end."""
-    return np.nonzero(kept)[0], (np.cumsum(kept, axis=1) - 1)[kept]
+    return np.nonzero(kept)[0], np.cumsum(kept, axis=1, dtype=np.int32)[kept] - 1

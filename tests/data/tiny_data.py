@@ -34,7 +34,7 @@ CASES = [
     Case("seq2seq", "encoder_decoder", 2),
     Case("seq2seq", "decoder", 2),
     Case("classification", "encoder", 1, 1),
-    Case("classification", "decoder", 2, 1),
+    Case("classification", "encoder", 2, 1),
     Case("regression", "encoder", 2, 1),
     Case("tagging", "encoder", 2),
     Case("qa", "encoder", 2, 2),
