@@ -1,14 +1,12 @@
 """Named sizes of the published families, and what a model costs. Config files read this before jax is needed."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lslm_jax.config import ModelConfig
 
 if TYPE_CHECKING:
     import jax
-
-    from lslm_jax.models.decoder import Decoder
 
 GPT2 = ModelConfig()
 LLAMA = ModelConfig(
@@ -51,11 +49,33 @@ llama_8b = replace(
 """Llama 3, 8B parameters."""
 
 
-def build(config: ModelConfig, key: "jax.Array") -> "Decoder":
-    """A model with random weights; under `jax.eval_shape`, its shapes and logical axes at no cost."""
-    from lslm_jax.models.decoder import Decoder
+def build(config: ModelConfig, key: "jax.Array", objective: str = "causal") -> Any:
+    """A model with random weights; under `jax.eval_shape`, its shapes and logical axes at no cost.
 
-    return Decoder(config, key)
+    Every model has `features(batch, backend=, key=)`, what its output layer reads for each target of a batch, and
+    `output()`, that layer: weights [V, D] and bias [V] or None.
+
+    Args:
+      config: with all sizes filled in.
+      key: of the weights.
+      objective: `task.objective`; encoders end in a head for it.
+
+    Raises:
+      ConfigError: an encoder has no head for it.
+    """
+    match config.family:
+        case "decoder":
+            from lslm_jax.models.decoder import Decoder
+
+            return Decoder(config, key)
+        case "encoder":
+            from lslm_jax.models.encoder import Encoder
+
+            return Encoder(config, key, objective)
+        case "encoder_decoder":
+            from lslm_jax.models.seq2seq import Seq2Seq
+
+            return Seq2Seq(config, key)
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:

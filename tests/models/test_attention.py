@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from lslm_jax.config import Config, MeshConfig
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import attention
+from lslm_jax.models import attention, kernels
 from lslm_jax.models.attention import Backend
 from lslm_jax.sharding import make_mesh
 
@@ -81,7 +81,7 @@ def test_a_kernel_named_in_the_config_is_taken_or_refused_but_never_replaced():
 def test_the_mask_is_causality_within_segments_and_window():
     segments_BT = np.array([[1, 1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 3, 3]])
     for window in (0, 1, 3):
-        mask_BTS = np.asarray(attention.causal_mask(8, jnp.asarray(segments_BT), window))
+        mask_BTS = np.asarray(attention.visible(8, 8, jnp.asarray(segments_BT), causal=True, window=window))
         for b, t, s in np.ndindex(2, 8, 8):
             near = s <= t and (not window or t - s < window)
             assert mask_BTS[b, t, s] == (near and segments_BT[b, t] == segments_BT[b, s])
@@ -89,7 +89,7 @@ def test_the_mask_is_causality_within_segments_and_window():
 
 def test_the_reference_is_softmax_of_scaled_products():
     q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads=2)
-    mask_BTS = attention.causal_mask(T, packed_rows(), 0)
+    mask_BTS = attention.visible(T, T, packed_rows(), causal=True, window=0)
     out_BTHC = np.asarray(attention.attend_masked(q_BTHC, k_BTKC, v_BTKC, mask_BTS))
     q, k, v, mask_BTS = np.float64(q_BTHC), np.float64(k_BTKC), np.float64(v_BTKC), np.asarray(mask_BTS)
     for b, h in np.ndindex(B, H):
@@ -134,7 +134,7 @@ def test_segment_bounds_say_where_each_segment_lies():
     rng = np.random.default_rng(0)
     for most in (2, 5, 9):
         segments_BT = np.array([random_row(rng, 40, most) for _ in range(20)])
-        lengths_BM, offsets_BM = map(np.asarray, attention.segment_bounds(jnp.asarray(segments_BT), most))
+        lengths_BM, offsets_BM = map(np.asarray, kernels.segment_bounds(jnp.asarray(segments_BT), most))
         assert lengths_BM.shape == (20, most + 1) and offsets_BM.shape == (20, most + 2)
         for row_T, lengths_M, offsets_M in zip(segments_BT, lengths_BM, offsets_BM, strict=True):
             for number, length, offset in zip([*range(1, most + 1), 0], lengths_M, offsets_M, strict=False):

@@ -10,7 +10,8 @@ import pytest
 from lslm_jax.config import ModelConfig
 from lslm_jax.config_checks import fill_sizes
 from lslm_jax.models import block, presets
-from lslm_jax.models.decoder import Decoder, padded_vocab
+from lslm_jax.models.decoder import Decoder
+from lslm_jax.models.embedding import padded_vocab
 from lslm_jax.models.layers import INIT_STD
 
 T = 12
