@@ -70,8 +70,15 @@ def train(
       CheckpointRefused, SaveError, DataError: as their texts say.
     """
     begun, steps = time.monotonic(), config.train.steps
-    tokens_per_step = config.train.batch_size * (config.data.seq_len + config.data.source_len)
-    flops = flops_per_token(config.model, config.data.seq_len, config.data.source_len)
+    tokens_per_step = config.train.batch_size * config.data.seq_len
+    example = data.batch(0)
+    flops = flops_per_token(
+        config.model,
+        config.data.seq_len,
+        config.data.source_len,
+        config.task.objective,
+        example.targets_BT.shape[1],
+    )
     optimizer = make_optimizer(config.optimizer, steps)
     timer, speeds, last, results, facts = StepTimer(tokens_per_step), [], {}, {}, {}
 
@@ -86,7 +93,7 @@ def train(
 
         # XLA compiles the step while the weights are made or read; then tensorflow is imported for the first batch.
         aside = stack.enter_context(ThreadPoolExecutor(1))
-        compiling = aside.submit(_compile, config, optimizer, backend, data.batch(0), mesh)
+        compiling = aside.submit(_compile, config, optimizer, backend, example, mesh)
         state = begin(config, optimizer, mesh, checkpoints, progress.message)
         start = int(state.step)
         record.truncate(start)

@@ -124,9 +124,9 @@ def _score(config: Config, model: Any, x_BPD: jax.Array, batch: Batch, settings:
     w_VD, b_V = model.output()
     match config.task.objective:
         case "regression":
-            return losses.squared_error(x_BPD, w_VD, b_V, batch.targets_BT, batch.weights_BT)
+            return losses.squared_error(x_BPD, w_VD, batch.targets_BT, batch.weights_BT, b_V)
         case "qa":
-            return losses.span(x_BPD, w_VD, b_V, batch.targets_BT, batch.weights_BT, batch.segments_BT)
+            return losses.span(x_BPD, w_VD, batch.targets_BT, batch.weights_BT, batch.segments_BT, b_V)
         case _:
             return losses.cross_entropy(x_BPD, w_VD, batch.targets_BT, batch.weights_BT, settings, b_V)
 
