@@ -31,8 +31,14 @@ _ROWS = {
     "tagging": heads.TagRows,
     "qa": heads.AnswerRows,
 }
-_FIELDS = {"seq2seq": ((2,), 0), "classification": ((1, 2), 1), "regression": ((1, 2), 1)}  # and numbers, by objective
-_FIELDS |= {"tagging": ((2,), 0), "qa": ((2,), 2)}
+# Texts that an example may have, and its numbers; one text and no number where nothing is said.
+_SHAPES = {
+    "seq2seq": ((2,), 0),
+    "classification": ((1, 2), 1),
+    "regression": ((1, 2), 1),
+    "tagging": ((2,), 0),
+    "qa": ((2,), 2),
+}
 
 
 class TrainInput:
@@ -216,7 +222,7 @@ def make_rows(shards: Shards, config: Config, special: Special, words: epath.Pat
 
 def _check_examples(shards: Shards, objective: str) -> None:
     """Whether the examples were prepared for such an objective."""
-    fields, numbers = _FIELDS[objective] if objective in _FIELDS else ((1,), 0)
+    fields, numbers = _SHAPES[objective] if objective in _SHAPES else ((1,), 0)
     if shards.fields not in fields or shards.numbers.shape[1] != numbers:
         raise ConfigError(
             f"{shards.directory} was not prepared for task.objective={objective}: its examples have {shards.fields} "
