@@ -149,8 +149,10 @@ def test_prompts_of_like_length_compile_once(llama, tokenizer):
 
 def test_a_source_is_cut_before_its_end(t5, tokenizer):
     long = [3 + n % 50 for n in range(200)]
-    cut, whole = (generate(t5, tokenizer, [ids], GREEDY, 0) for ids in (long, long[: t5.config.max_length - 1]))
-    assert cut == whole != generate(t5, tokenizer, [long[:90]], GREEDY, 0)
+    whole = long[: t5.config.max_length - 1]
+    settings = GenerateConfig(max_tokens=4, beams=2)  # whose scores tell sources apart
+    cut, full, shorter = (generate(t5, tokenizer, [ids], settings, 0) for ids in (long, whole, whole[:-1]))
+    assert cut == full and full[0].score != shorter[0].score
 
 
 def test_the_text_after_a_suffix_is_one_of_its_own(llama, t5, tokenizer):

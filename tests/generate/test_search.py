@@ -59,8 +59,8 @@ def test_one_beam_says_what_greedy_decoding_says(model, tokenizer):
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(name, tokenizer, request):
     model = request.getfixturevalue(name)
-    together = generate(model, tokenizer, PROMPTS, BEAMS, 7)
-    alone = [generate(model, tokenizer, [prompt], BEAMS, 8)[0] for prompt in PROMPTS]
+    together = generate(model, tokenizer, PROMPTS[:2], BEAMS, 7)
+    alone = [generate(model, tokenizer, [prompt], BEAMS, 8)[0] for prompt in PROMPTS[:2]]
     assert_same(together, alone)
 
 

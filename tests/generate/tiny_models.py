@@ -34,10 +34,12 @@ TRANSFORMER = replace(
     norm_first=False,
     embed_scale=True,
     activation="relu",
+    tie_embeddings=False,
 )
 T5 = replace(
     TRANSFORMER,
-    num_decoder_layers=3,
+    num_layers=1,
+    num_decoder_layers=2,
     num_kv_heads=2,
     positions="relative",
     relative_buckets=8,
