@@ -409,6 +409,18 @@ def test_a_vocabulary_is_trained_on_both_texts_of_an_example(tmp_path):
     assert {"sentence", "ECNETNES"} <= {tokenizer.piece(i).strip("\u2581") for i in range(350)}
 
 
+def test_near_duplicates_are_told_among_pairs_but_not_among_questions_on_one_context(tmp_path):
+    pytest.importorskip("datasketch")
+    context = " ".join(f"word{i}" for i in range(100))
+    pairs = [{"text": context, "target": f"{context} {end}"} for end in "abc"]
+    asked = [{"question": f"which {i}", "context": context, "answers": []} for i in range(3)]
+    near = CleanConfig(deduplicate="near")
+    config = dataclasses.replace(seq2seq(files=(write(tmp_path / "a.jsonl", *pairs),), target_key="target"), clean=near)
+    assert run(config, tmp_path / "pairs")["dropped"] == {"near_duplicate": 2}
+    config = dataclasses.replace(questions(files=(write(tmp_path / "b.jsonl", *asked, asked[0]),)), clean=near)
+    assert run(config, tmp_path / "questions")["dropped"] == {"duplicate": 1}
+
+
 def test_undecodable_examples_are_skipped_in_training_and_mended_where_held_out(tmp_path):
     for name in ("train", "valid"):
         (tmp_path / f"{name}.en").write_bytes(b"fine " + name.encode() + b"\nbad \xff\n")
