@@ -80,7 +80,7 @@ def find_answers(
     """The best answer to each question over all windows of its context; "" may be one unless all are answerable."""
     example_N = example_of_rows(part)
     first_N = np.concatenate([part.windows(step) for step in range(part.num_batches)])
-    types_NT = np.concatenate([batch.types_BT for batch in batches(part)])
+    types_NT = np.concatenate([np.asarray(batch.types_BT) for batch in batches(part)])
     rows = example_N >= 0
     windows = squad.Windows(
         example_N[rows],

@@ -12,7 +12,6 @@ import jax
 from lslm_jax.data.pipeline import EvalInput
 from lslm_jax.evaluate import heads, metrics, runner, texts
 from lslm_jax.evaluate.evaluator import Evaluator, Report, Setting, batches, joined
-from lslm_jax.train.losses import Sums
 from lslm_jax.train.step import make_eval_step
 
 
@@ -54,7 +53,7 @@ def losses(setting: Setting, data: Mapping[str, EvalInput]) -> Evaluator:
         for name in sums if len(sums) > 1 else ():
             each = _metrics(objective, sums[name], num_bytes[name] if num_bytes else 0)
             found |= {f"{name}/{what}": value for what, value in each.items()}
-        together = Sums(*(sum(values) for values in zip(*sums.values(), strict=True)))
+        together = jax.tree.map(lambda *values: sum(values), *sums.values())
         return Report(found | _metrics(objective, together, sum(num_bytes.values())), {}, {})
 
     return evaluate
