@@ -98,6 +98,7 @@ def t5(projection, tied):
         relative_attention_num_buckets=12,
         relative_attention_max_distance=18,
         dropout_rate=0.0,
+        initializer_factor=0.5,  # as it is, outputs of T5 1.1 are large, and so is their rounding
         feed_forward_proj=projection,
         tie_word_embeddings=tied,
     )
