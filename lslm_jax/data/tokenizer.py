@@ -70,12 +70,15 @@ class SentencePiece(Tokenizer):
 
     def __init__(self, content: bytes):
         self._processor = processor = sentencepiece().SentencePieceProcessor(model_proto=content)
-        ids = (processor.pad_id(), processor.bos_id(), processor.eos_id())
-        found = (self._find(name) for name in _WELL_KNOWN["mask"])
-        mask_id = next((id for id in found if id is not None), None)
-        pad_id, bos_id, eos_id = (None if id < 0 else id for id in ids)
-        super().__init__(content, processor.vocab_size(), pad_id, bos_id, eos_id, mask_id, sentinels(self._find))
+        own = {"pad": processor.pad_id(), "bos": processor.bos_id(), "eos": processor.eos_id(), "mask": -1}
+        ids = {role: self._named(names) if own[role] < 0 else own[role] for role, names in _WELL_KNOWN.items()}
+        ids = (ids["pad"], ids["bos"], ids["eos"], ids["mask"])
+        super().__init__(content, processor.vocab_size(), *ids, sentinels(self._find))
+        self._special = {id: self.piece(id) for id in (self.mask_id, *self.sentinel_ids) if id is not None}
         self._mark = self._spell_mark()
+
+    def _named(self, names: Sequence[str]) -> int | None:
+        return next((id for id in map(self._find, names) if id is not None), None)
 
     def _find(self, name: str) -> int | None:
         id = self._processor.piece_to_id(name)
@@ -89,27 +92,33 @@ class SentencePiece(Tokenizer):
         return np.array(ids, np.int32) if spells_bytes and keeps_spaces else None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        if self._mark is not None and any(SPACE_MARK in text for text in texts):
-            return [self._encode_marks(text, self._mark) for text in texts]
         # One thread: preparing runs one process a core.
-        return [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=1)]
+        arrays = [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=1)]
+        for i, text in enumerate(texts):
+            if (self._mark is not None and SPACE_MARK in text) or self._spells_special(arrays[i]):
+                arrays[i] = self.encode_with_offsets(text).ids
+        return arrays
 
-    def _encode_marks(self, text: str, mark: np.ndarray) -> np.ndarray:
-        first, *rest = (np.array(ids, np.int32) for ids in self._processor.encode(text.split(SPACE_MARK)))
-        return np.concatenate([first, *(part for ids in rest for part in (mark, ids))])
+    def _spells_special(self, ids: Sequence[int] | np.ndarray) -> bool:
+        return bool(self._special) and any(int(id) in self._special for id in ids)
 
     def encode_with_offsets(self, text: str) -> Spans:
         spans: list[tuple[int, int, int]] = []
         place = 0
-        for part in [text] if self._mark is None else text.split(SPACE_MARK):
-            if place:
-                spans += [(int(id), place - 1, place) for id in self._mark]  # type: ignore[union-attr]
-            spans += [(id, place + begin, place + end) for id, begin, end in self._spans(part)]
+        for i, part in enumerate([text] if self._mark is None else text.split(SPACE_MARK)):
+            if i and self._mark is not None:
+                spans += [(int(id), place - 1, place) for id in self._mark]
+            spans += [(id, place + begin, place + end) for id, begin, end in self._places(part)]
             place += len(part) + 1
         return _spans(spans)
 
-    def _spans(self, text: str) -> list[tuple[int, int, int]]:
+    def _places(self, text: str) -> list[tuple[int, int, int]]:
         found = self._processor.encode(text, return_type="offset_mapping", return_bytes=False)
+        if self._spells_special(found["ids"]):
+            pieces = _letters_apart(text, self._special.values())
+            starts = itertools.accumulate(map(len, pieces), initial=0)
+            parts = [(start, self._places(piece)) for start, piece in zip(starts, pieces, strict=False)]
+            return [(id, start + begin, start + end) for start, part in parts for id, begin, end in part]
         spans = [(id, *span) for id, span in zip(found["ids"], found["offsets"], strict=True)]
         for i in reversed(range(len(spans) - 1)):
             id, begin, end = spans[i]
@@ -118,7 +127,7 @@ class SentencePiece(Tokenizer):
         return spans
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._processor.decode([int(id) for id in ids])
+        return self._processor.decode([int(id) for id in ids if int(id) not in self._special])
 
     def piece(self, id: int) -> str:
         return self._processor.id_to_piece(int(id))
@@ -180,9 +189,7 @@ class HuggingFace(Tokenizer):
 
     def _apart(self, text: str) -> Iterator[tuple[int, Any]]:
         """For models that know a special token as ordinary text (T5 does): its letters are encoded one by one."""
-        pattern = "|".join(re.escape(token) for token in self._special.values())
-        parts = re.split(f"({pattern})", text)
-        pieces = [piece for i, part in enumerate(parts) for piece in (part if i % 2 else [part]) if piece]
+        pieces = _letters_apart(text, self._special.values())
         starts = itertools.accumulate(map(len, pieces), initial=0)
         yield from zip(starts, self._tokenizer.encode_batch(pieces, add_special_tokens=False), strict=False)
 
@@ -216,6 +223,12 @@ class HuggingFace(Tokenizer):
         roles = {f"{role}_token": self.piece(getattr(self, f"{role}_id")) for role in roles}
         atomic.write_json(directory / "tokenizer_config.json", roles)
         return super().save(directory)
+
+
+def _letters_apart(text: str, tokens: Iterable[str]) -> list[str]:
+    """A text in parts: those of its places that read like one of the tokens letter by letter, the rest whole."""
+    parts = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
+    return [piece for i, part in enumerate(parts) for piece in (part if i % 2 else [part]) if piece]
 
 
 def _spans(found: Iterable[tuple[int, int, int]]) -> Spans:

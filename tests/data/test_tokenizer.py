@@ -349,3 +349,32 @@ def test_mask_and_sentinels_are_found_where_the_vocabulary_has_them(trained, oth
     tokenizer = tokenizers.load(hugging_face(special=special))
     assert (tokenizer.mask_id, tokenizer.sentinel_ids) == (5, (4, 3, 2))
     assert not np.isin(tokenizer.encode("a <mask> <extra_id_1>"), [2, 3, 4, 5]).any()
+
+
+def test_a_sentencepiece_model_may_have_a_mask_and_sentinels_and_no_text_spells_them():
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a man saw a dog with a mask"] * 9),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        user_defined_symbols=["[MASK]", "<extra_id_1>", "<extra_id_0>"],
+        control_symbols=["[CLS]", "[SEP]"],
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    tokenizer = tokenizers.SentencePiece(model.getvalue())
+    cls, sep, mask, second, first = (
+        tokenizer._find(f) for f in ("[CLS]", "[SEP]", "[MASK]", "<extra_id_1>", "<extra_id_0>")
+    )
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id) == (cls, sep, mask)
+    assert tokenizer.sentinel_ids == (first, second)
+    for text in ("a [MASK] dog", "<extra_id_1>", "[CLS] saw <extra_id_0>a", "a dog"):
+        check_offsets(tokenizer, text)
+        assert not np.isin(tokenizer.encode(text), [cls, sep, mask, first, second]).any()
+    assert tokenizer.decode([cls, *tokenizer.encode("a dog"), mask, sep]) == "a dog"
