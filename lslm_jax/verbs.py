@@ -182,7 +182,7 @@ def _backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend:
     """The attention kernel for the rows of these inputs on this mesh."""
     device = mesh.devices.flat[0]
     gpu = device.platform == "gpu"
-    segmented = config.data.mask_documents
+    segmented = config.data.mask_documents or config.task.objective != "causal"
     # Counting the documents of every row takes a while, and only cuDNN asks.
     max_segments = max((data.max_segments() for data in inputs), default=1) if gpu and segmented else int(segmented)
     return attention.choose(
