@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lslm_jax.config import Config, DataConfig, MixtureSource, ModelConfig, Source
+from lslm_jax.config import Config, DataConfig, GenerateConfig, MixtureSource, ModelConfig, Source
 from lslm_jax.errors import ConfigError
 
 
@@ -110,6 +110,11 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         yield "model.attention=cudnn needs model.dtype=bfloat16"
     if full.global_every and not full.window:
         yield f"model.global_every={full.global_every} needs model.window, the reach of the other layers"
+    if full.positions == "relative" and 2 * full.relative_distance <= full.relative_buckets:
+        yield (
+            f"model.relative_distance={full.relative_distance} is too small for "
+            f"model.relative_buckets={full.relative_buckets}: use more than half as much"
+        )
     if full.token_types and full.family != "encoder":
         yield f"model.token_types={full.token_types} needs model.family=encoder"
     if full.num_decoder_layers != full.num_layers and full.family != "encoder_decoder":
@@ -213,11 +218,26 @@ def _run_problems(config: Config) -> Iterator[str]:
         yield f"checkpoint.best wants eval/NAME with NAME one of {', '.join(names)}; got {best!r}"
     if config.generate.prompts and config.task.objective in ("qa", "span_corruption"):
         yield f"generate.prompts do not go with task.objective={config.task.objective}"
-    if "" in config.generate.stop:
-        yield "generate.stop holds an empty string, which would end every text at once"
+    yield from generate_problems(config.generate)
     profile = config.log.profile
     if profile and (len(profile) != 2 or not 0 <= profile[0] <= profile[1]):
         yield f"log.profile wants a first and a last step, as 100,105, got {','.join(map(str, profile))}"
+
+
+_DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def generate_problems(generate: GenerateConfig) -> Iterator[str]:
+    """What is wrong with settings of generation."""
+    if "" in generate.stop:
+        yield "generate.stop holds an empty string, which would end every text at once"
+    neutral = [GenerateConfig(), GenerateConfig(temperature=0.0)]
+    drawing = [name for name in _DRAWING if getattr(generate, name) not in [getattr(each, name) for each in neutral]]
+    if generate.beams > 1 and drawing:
+        yield (
+            f"generate.beams={generate.beams} looks for the likeliest text and draws none: "
+            f"leave {', '.join(f'generate.{name}' for name in drawing)} alone"
+        )
 
 
 def _mesh_problems(config: Config) -> Iterator[str]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lslm_jax import config_checks
 from lslm_jax.config import GenerateConfig, ModelConfig
 from lslm_jax.errors import ConfigError
 from lslm_jax.generate import beam, reading, sampling
@@ -116,22 +117,11 @@ def _rows(
 
 
 def _check(settings: GenerateConfig) -> None:
-    if "" in settings.stop:
-        raise ConfigError("generate.stop holds an empty string, which would end every text at once")
-    drawing = [
-        f"generate.{name}"
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        if getattr(settings, name) not in [getattr(neutral, name) for neutral in _NEUTRAL]
-    ]
-    if settings.beams > 1 and drawing:
-        raise ConfigError(
-            f"generate.beams={settings.beams} looks for the likeliest text and draws none: "
-            f"leave {', '.join(drawing)} alone"
-        )
+    for problem in config_checks.generate_problems(settings):
+        raise ConfigError(problem)
 
 
 # What changes no probability, and what asks for the likeliest token: beams look for both in one.
-_NEUTRAL = GenerateConfig(), GenerateConfig(temperature=0.0)
 
 
 class _Rules(NamedTuple):
