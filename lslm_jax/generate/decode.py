@@ -121,9 +121,6 @@ def _check(settings: GenerateConfig) -> None:
         raise ConfigError(problem)
 
 
-# What changes no probability, and what asks for the likeliest token: beams look for both in one.
-
-
 class _Rules(NamedTuple):
     """What the compiled functions are compiled for."""
 

@@ -25,6 +25,8 @@ from lslm_jax.train import identity as identities
 from lslm_jax.train.manifest import check_manifest, write_manifest
 from lslm_jax.train.state import State, abstract_state, init_state
 
+_HEAD = "top."  # of the names of what an encoder ends with
+
 
 def begin(
     config: Config,
@@ -130,7 +132,7 @@ class Checkpoints:
           log: told what was taken, what is fresh, and what was left behind.
 
         Raises:
-          CheckpointRefused: the other run had another tokenizer, or a parameter of the same name has another shape.
+          CheckpointRefused: the other run had another tokenizer, or its body another shape.
         """
         directory = epath.Path(source).resolve() / str(latest_step(source))
         check_manifest(directory)
@@ -143,7 +145,9 @@ class Checkpoints:
             )
         part = "ema" if (directory / "ema").is_dir() else "model"
         stored, wanted = ocp.checkpointables_metadata(directory).metadata[part], _flatten(model)
-        taken = {name: _abstract(leaf) for name, leaf in wanted.items() if name in stored}
+        heads_too = _same_task(made_by, self._identity)
+        fits = lambda name: name in stored and (heads_too or not name.startswith(_HEAD))
+        taken = {name: _abstract(leaf) for name, leaf in wanted.items() if fits(name)}
         _compare(f"{directory}: {part}", {name: stored[name] for name in taken}, taken)
         loaded = ocp.load_checkpointables(directory, {part: taken})[part]
         log(f"started from {len(taken)} of {len(wanted)} parameters in {directory}")
@@ -283,6 +287,12 @@ def _preservation(config: CheckpointConfig) -> Any:
         rank = lambda metrics: _rank(metrics, config.best)
         kept.append(policies.BestN(get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False))
     return policies.AnyPreservationPolicy(kept)
+
+
+def _same_task(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+    """Whether heads of both say the same, of the same labels."""
+    mean = lambda config: (config["task"]["objective"], config["model"]["num_labels"])
+    return mean(theirs["config"]) == mean(mine["config"])
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
