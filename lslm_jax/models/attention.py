@@ -246,14 +246,16 @@ def attend_masked(
 ) -> jax.Array:
     """The reference: softmax(q k / sqrt(C) + bias) v where the mask allows. Logits and softmax are float32.
 
-    Each query must see at least one key. Query heads share key heads in groups, G = H / K, and the heads of a group
-    are laid out as M = T * G queries: one product for all of them, and no copy of keys and values.
+    Each query must see at least one key; a mask [B, 1, S] is that of all queries. Query heads share key heads in
+    groups, G = H / K, and the heads of a group are laid out as M = T * G queries: one product for all of them, and no
+    copy of keys and values.
     """
     B, T, H, C = q_BTHC.shape
     K = k_BSKC.shape[2]
     q_BMKC = jnp.swapaxes((q_BTHC / _divisor(q_BTHC, scale)).reshape(B, T, K, H // K, C), 2, 3).reshape(B, -1, K, C)
     # Added, not selected: on CPUs the softmax and its gradient then take half the time.
-    bias_BMS = jnp.repeat(jnp.where(mask_BTS, 0.0, -jnp.inf), H // K, axis=1)
+    copies = 1 if mask_BTS.shape[1] == 1 else H // K
+    bias_BMS = jnp.repeat(jnp.where(mask_BTS, 0.0, -jnp.inf), copies, axis=1)
     logits_BKMS = jnp.einsum("bmkc,bskc->bkms", q_BMKC, k_BSKC, preferred_element_type=jnp.float32)
     if bias_HTS is not None:
         logits_BKMS += jnp.swapaxes(bias_HTS.reshape(1, K, H // K, T, -1), 2, 3).reshape(1, K, H // K * T, -1)

@@ -80,7 +80,7 @@ class Seq2Seq(Embedding):
         Args:
           tokens_BT: the new tokens, and so on as in `Decoder.with_cache`.
           cross: from `cross`.
-          cross_mask_BTS: which tokens of the source each new token may see, at least one.
+          cross_mask_BTS: which tokens of the source each new token may see, at least one; or [B, 1, S] for all of them.
         """
         x_BTD = self.look_up(tokens_BT, positions_BT)
         x_BTD, cache = self.decoder.extend(x_BTD, positions_BT, cache, index, mask_BTS, cross, cross_mask_BTS)
