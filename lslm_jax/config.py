@@ -98,8 +98,7 @@ class Source:
     source: Literal["files", "tfds", "shards", "synthetic"] = "files"
     """Files, a TFDS data set, token shards prepared before (in data.dir), or random tokens for benchmarks."""
     files: tuple[str, ...] = ()
-    """Files, directories or globs, local or gs://, perhaps .gz: .jsonl .tsv .csv .parquet, SQuAD's .json; else text.
-    Pairs in plain text alternate, source then target, as `train.en,train.de`, and are aligned line by line."""
+    """Files, folders or globs, .gz and gs:// too: .jsonl .tsv .csv .parquet, SQuAD's .json, text (pairs: two by two)."""
     tfds: str = ""
     """TFDS data set, as `lm1b` or `c4/en:3.0.1`."""
     data_dir: str = ""

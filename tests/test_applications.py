@@ -266,7 +266,7 @@ def test_words_are_tagged_and_texts_are_rated(tmp_path, capsys):
         model=BODY | {"pool": "mean"},
         data=data_of(tmp_path, example="label"),
         task={"objective": "regression"},
-        train={"steps": 80, "batch_size": 32},
+        train={"steps": 160, "batch_size": 32},
     )
     assert result["eval/pearson"] > 0.8
     low, high = asked(tmp_path / "value", capsys, "--prompt=the plot a scene", "--prompt=good great fine good")

@@ -131,7 +131,7 @@ def test_the_last_of_two_flags_wins():
         ("modle.d_model", "1", "unknown key --config.modle.d_model; did you mean model.d_model?"),
         ("seed.x", "1", "unknown key --config.seed.x; did you mean seed?"),
         ("zzzzz", "1", "unknown key --config.zzzzz; --config.help lists all"),
-        ("model", "1", "--config.model is a section: set one of its keys, as model.num_layers"),
+        ("model", "1", "--config.model is a section: set one of its keys, as model.family"),
         ("train.batch_size", "3.5", "train.batch_size wants a whole number, got '3.5'"),
         ("train.z_loss", "high", "train.z_loss wants a number, got 'high'"),
         ("model.gated", "maybe", "model.gated wants true or false, got 'maybe'"),
@@ -281,7 +281,8 @@ def test_a_missing_file_is_a_missing_input():
         ),
         (
             "checkpoint.best=loss",
-            "checkpoint.best wants one of eval/loss, eval/perplexity, eval/bits_per_byte; got 'loss'",
+            "checkpoint.best wants eval/NAME with NAME one of loss, perplexity, pseudo_perplexity, bits_per_byte, mse, "
+            "accuracy, bleu, chrf, exact_match, f1, f1_macro, matthews, pearson, spearman; got 'loss'",
         ),
         ("log.profile=5", "log.profile wants a first and a last step, as 100,105, got 5"),
         ("log.profile=9,5", "log.profile wants a first and a last step, as 100,105, got 9,5"),
@@ -342,7 +343,7 @@ def test_every_objective_goes_with_its_family_and_its_examples(changes):
 def test_checking_fills_in_the_sizes_that_follow_from_others():
     model = validate(good()).model
     assert (model.num_kv_heads, model.head_dim, model.d_ff) == (12, 64, 3072)
-    given = ModelConfig(num_kv_heads=4, head_dim=32, d_ff=100)
+    given = ModelConfig(num_kv_heads=4, head_dim=32, d_ff=100, num_decoder_layers=3)
     assert fill_sizes(given) == given
     assert validate(validate(good())) == validate(good())
 
