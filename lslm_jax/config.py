@@ -98,7 +98,7 @@ class Source:
     source: Literal["files", "tfds", "shards", "synthetic"] = "files"
     """Files, a TFDS data set, token shards prepared before (in data.dir), or random tokens for benchmarks."""
     files: tuple[str, ...] = ()
-    """Files, folders or globs, .gz and gs:// too: .jsonl .tsv .csv .parquet, SQuAD's .json, text (pairs: two by two)."""
+    """Files, folders, globs, .gz and gs:// too: .jsonl .tsv .csv .parquet, SQuAD's .json, text (pairs: two by two)."""
     tfds: str = ""
     """TFDS data set, as `lm1b` or `c4/en:3.0.1`."""
     data_dir: str = ""

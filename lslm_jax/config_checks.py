@@ -110,6 +110,8 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         yield "model.attention=cudnn needs model.dtype=bfloat16"
     if full.global_every and not full.window:
         yield f"model.global_every={full.global_every} needs model.window, the reach of the other layers"
+    if full.positions == "relative" and full.relative_buckets < 4:
+        yield f"model.relative_buckets={full.relative_buckets} tells too little apart: use 4 or more"
     if full.positions == "relative" and 2 * full.relative_distance <= full.relative_buckets:
         yield (
             f"model.relative_distance={full.relative_distance} is too small for "

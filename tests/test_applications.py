@@ -135,7 +135,7 @@ def test_a_masked_model_fills_in_and_lends_its_body_to_another_head(reviews, tmp
     }
     trained(tmp_path / "head", capsys, **sections)
     said = (tmp_path / "head" / "said.txt").read_text()
-    assert "started from 19 of 23 parameters in" in said
+    assert "started from 20 of 24 parameters in" in said
     assert "fresh: top.bias, top.head, top.pooler.b, top.pooler.w" in said
     assert "left behind: top.bias, top.dense.b, top.dense.w, top.norm.bias, top.norm.scale" in said
 

@@ -149,8 +149,9 @@ class Checkpoints:
         fits = lambda name: name in stored and (heads_too or not name.startswith(_HEAD))
         taken = {name: _abstract(leaf) for name, leaf in wanted.items() if fits(name)}
         _compare(f"{directory}: {part}", {name: stored[name] for name in taken}, taken)
-        some = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
-        with ocp.Context(pytree_options=some):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
             loaded = ocp.load_checkpointables(directory, {part: taken})[part]
         log(f"started from {len(taken)} of {len(wanted)} parameters in {directory}")
         for what, names in (("fresh", wanted.keys() - taken.keys()), ("left behind", stored.keys() - taken.keys())):
