@@ -30,6 +30,7 @@ from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.loop import train as train_loop
 from lslm_jax.train.state import abstract_model
 
+_KEYS = {"valid": "valid_files, _fraction or _split", "test": "test_files or _split"}  # that hold examples out
 GZIP_LIMIT = 1 << 26  # bytes of held-out text above which the comparison with gzip is left out: it takes seconds
 
 
@@ -67,7 +68,7 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
             setting.backend,
             checkpoint.Checkpoints(workdir, config.checkpoint, made_by),
             evaluate=tasks.make(setting, held_out) if held_out else None,
-            sample=respond.sampler(setting) if config.generate.prompts else None,
+            sample=respond.sampler(setting) if config.generate.prompts and setting.words else None,
         )
         summary = json_values(summary | _gzip_baseline(setting, held_out))
     atomic.write(result, json.dumps(summary).encode() + b"\n")
@@ -75,7 +76,7 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
-    """`evaluate`: a checkpoint's metrics on all held-out examples; texts go to WORKDIR/samples."""
+    """`evaluate`: a checkpoint's metrics on all held-out examples; what it wrote goes to WORKDIR/samples."""
     mesh = make_mesh(config)
     workdir = _workdir(flags)
     data_dir = _data_dir(config, workdir)
@@ -84,12 +85,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         where = config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
         held_out = pipeline.open_eval(*where, flags.split)
         if not held_out:
-            keys = (
-                "data.test_files or data.test_split"
-                if flags.split == "test"
-                else "data.valid_files, _fraction or _split"
-            )
-            raise InputMissing(f"{data_dir} holds no {flags.split} split: set {keys} and prepare again")
+            raise InputMissing(f"{data_dir} holds no {flags.split} split: set data.{_KEYS[flags.split]}, prepare again")
         model, step = _load_model(config, flags, mesh)
         setting = _setting(config, facts, data_dir, mesh, list(held_out.values()))
         report = tasks.make(setting, held_out)(model)
@@ -109,6 +105,8 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
     config, facts = _resolve(config, data_dir)
     with jax.set_mesh(mesh):
         setting = _setting(config, facts, data_dir, mesh)
+        if setting.words is None:
+            raise InputMissing(f"{data_dir} holds no tokenizer: this run was trained on synthetic data")
         model, step = _load_model(config, flags, mesh)
         writes = config.task.objective in ("causal", "seq2seq")
         if writes and len(prompts) == 1 and not flags.json:
