@@ -136,9 +136,16 @@ def test_parts_add_up_to_the_gradient_of_the_whole_however_uneven(config):
 
 
 @pytest.mark.slow
-@families
-def test_fifty_steps_give_the_same_losses_on_every_mesh(config):
-    meshes = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)]
+@pytest.mark.parametrize(
+    ("family", "meshes"),
+    [
+        ("decoder", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)]),
+        ("encoder", [(1, 1, 1), (2, 2, 2)]),
+        ("encoder_decoder", [(1, 1, 1), (2, 2, 2)]),
+    ],
+)
+def test_fifty_steps_give_the_same_losses_on_every_mesh(family, meshes):
+    config = FAMILIES[family]
     losses, states = {}, {}
     for sizes in meshes:
         data, fsdp, tensor = sizes
