@@ -82,9 +82,11 @@ def write_set(directory: epath.Path, num_tokens: int, shard_tokens: int) -> None
         length = min(num_tokens - written, 1 + int(rng.lognormal(np.log(400), 1.0)))
         document += 1
         written += length
-        writer.add(rng.integers(2, VOCAB_SIZE, length, np.int32), 4 * length, document)
+        writer.add([rng.integers(2, VOCAB_SIZE, length, np.int32)], 4 * length, document)
     writer.finish()
-    (directory / "manifest.json").write_text(json.dumps({"tokenizer": {"bos_id": 0, "eos_id": 1}}))
+    (directory / "manifest.json").write_text(
+        json.dumps({"tokenizer": {"bos_id": 0, "eos_id": 1, "vocab_size": VOCAB_SIZE}})
+    )
 
 
 def resident_bytes() -> int:

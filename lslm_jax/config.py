@@ -11,10 +11,14 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The Transformer. A family is a set of values (`models/presets.py`), not a branch in the code."""
+    """The Transformer. GPT, Llama, BERT and T5 are sets of values (`models/presets.py`), not branches in the code."""
 
+    family: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    """Which stacks there are: one that sees only what is before it (GPT), one that sees all (BERT), or both (T5)."""
     num_layers: int = 12
-    """Transformer blocks, L."""
+    """Transformer blocks, L, of each stack."""
+    num_decoder_layers: int = 0
+    """Blocks of an encoder-decoder's decoder. 0: num_layers."""
     d_model: int = 768
     """Width of the residual stream, D."""
     num_heads: int = 12
@@ -27,14 +31,28 @@ class ModelConfig:
     """Width of the MLP, F. 0: 4 * d_model."""
     vocab_size: int = 0
     """Tokens of the vocabulary, V. 0: as many as the tokenizer has."""
+    num_labels: int = 0
+    """Classes, or tags, that a head tells apart. 0: as many as the prepared data have."""
+    token_types: int = 0
+    """Rows of a table that tells first from second text of a pair (BERT has 2). 0: no table."""
     max_length: int = 1024
-    """Longest sequence: the size of a learned position table, and the limit of generation."""
-    positions: Literal["learned", "rotary"] = "learned"
-    """How a token knows its place: a learned table (GPT) or rotations of query and key (Llama)."""
+    """Longest sequence, source or target: the size of a position table, and the limit of generation."""
+    positions: Literal["learned", "rotary", "sinusoidal", "relative"] = "learned"
+    """A learned table (GPT, BERT), rotated queries and keys (Llama), a fixed table of waves, or T5's relative bias."""
     rope_theta: float = 10_000.0
     """Base wavelength of the rotary positions."""
+    relative_buckets: int = 32
+    """Distances that relative positions tell apart, of both directions together where a token sees both."""
+    relative_distance: int = 128
+    """From here on all distances share the last bucket."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation before each sub-layer and at the end."""
+    """Kind of normalisation."""
+    norm_first: bool = True
+    """Whether it comes before each sub-layer and at the end of a stack, or after each residual sum (BERT, 2017)."""
+    embed_norm: bool = False
+    """Whether embeddings are normalised before the first block (BERT)."""
+    embed_scale: bool = False
+    """Whether embeddings are multiplied by sqrt(D) (Transformer of 2017)."""
     norm_eps: float = 1e-5
     """Added to the variance before its root."""
     activation: Literal["gelu", "gelu_exact", "relu", "relu2", "silu"] = "gelu"
@@ -48,13 +66,21 @@ class ModelConfig:
     qk_norm: bool = False
     """Whether each head's query and key are RMS-normalised before their product."""
     window: int = 0
-    """Sliding-window attention: a token sees itself and the window - 1 tokens before it. 0: all before it."""
+    """Sliding-window attention: a token sees itself and the window - 1 before it; in encoders also after. 0: all."""
+    global_every: int = 0
+    """With a window, layers 0, n, 2n ... see everything all the same. 0: no layer does."""
+    attention_scale: bool = True
+    """Whether the product of query and key is divided by sqrt(C); T5 leaves that to its initial weights."""
+    logit_scale: bool = False
+    """Whether the final hidden state is divided by sqrt(D) before the output layer (T5 1.0)."""
     logit_softcap: float = 0.0
     """Squash output logits smoothly into (-cap, cap). 0: off."""
     dropout: float = 0.0
     """Rate of dropout on embeddings and on each sub-layer's output, in training."""
-    scale_residual_init: bool = True
-    """Whether projections into the residual stream start smaller by sqrt(2 L), as in GPT-2; all others N(0, 0.02)."""
+    init: Literal["normal", "residual", "fan_in"] = "residual"
+    """Weights N(0, 0.02); the same, but smaller by sqrt(2 L) into the residual stream (GPT-2); or N(0, 1 / fan-in)."""
+    pool: Literal["first", "mean"] = "first"
+    """What a whole-text head reads: the first token, or the mean of all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products. Parameters are always float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -72,15 +98,25 @@ class Source:
     source: Literal["files", "tfds", "shards", "synthetic"] = "files"
     """Files, a TFDS data set, token shards prepared before (in data.dir), or random tokens for benchmarks."""
     files: tuple[str, ...] = ()
-    """Files, directories or globs, local or gs://, perhaps .gz: .jsonl .tsv .csv .parquet; anything else is text."""
+    """Files, folders, globs, .gz and gs:// too: .jsonl .tsv .csv .parquet, SQuAD's .json, text (pairs: two by two)."""
     tfds: str = ""
     """TFDS data set, as `lm1b` or `c4/en:3.0.1`."""
     data_dir: str = ""
     """Where TFDS keeps its data. Empty: TFDS's own default."""
     split: str = "train"
     """TFDS split to train on, with TFDS's slicing (`train[:90%]`)."""
+    example: Literal["text", "pair", "label", "tags", "qa"] = "text"
+    """What one is: a text, source and target, a text and its label, words and their tags, or question and context."""
     text_key: str = "text"
     """Field, column or TFDS feature that holds the text; tab- or comma-separated files name it in their header."""
+    target_key: str = ""
+    """That of a pair's target, or of the second text of a labelled pair. Plain text pairs: see `files`."""
+    label_key: str = "label"
+    """That of a label, or of the tags, one for each word."""
+    labels: tuple[str, ...] = ()
+    """Names of labels or tags in the order of their numbers. Empty: TFDS's, or those found in training data, sorted."""
+    prefix: str = ""
+    """Put before each source text, to say what is asked (T5), as `translate English to German: `."""
     document: Literal["file", "line"] = "file"
     """What one document is in a plain text file."""
     valid_files: tuple[str, ...] = ()
@@ -89,6 +125,10 @@ class Source:
     """Share of the documents held out, chosen by a hash of their text; of a single text file, its end."""
     valid_split: str = ""
     """TFDS split to validate on."""
+    test_files: tuple[str, ...] = ()
+    """Files for `evaluate --split=test`, which training never looks at."""
+    test_split: str = ""
+    """TFDS split for `evaluate --split=test`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +150,9 @@ class DataConfig(Source):
     dir: str = ""
     """Where the prepared shards are or will be. Empty: WORKDIR/data."""
     seq_len: int = 1024
-    """Tokens a row, T."""
+    """Tokens a row, T; of an encoder-decoder, of the target."""
+    source_len: int = 0
+    """Tokens of an encoder-decoder's source row, S. 0: seq_len."""
     packing: Literal["stream", "bins", "pad"] = "stream"
     """`stream`: document after document, cut at row ends; `bins`: pieces packed whole into rows; `pad`: one a row."""
     mask_documents: bool = True
@@ -119,6 +161,28 @@ class DataConfig(Source):
     """Read at most so many documents of each source. 0: all."""
     shard_tokens: int = 1 << 26
     """Tokens in one shard file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is learnt from an example."""
+
+    objective: Literal[
+        "causal", "masked", "span_corruption", "seq2seq", "classification", "regression", "tagging", "qa"
+    ] = "causal"
+    """Next token, masked tokens (BERT), spans (T5), target from source; a head's class, number, tags, answer span."""
+    mask_rate: float = 0.15
+    """Share of tokens that are masked, or lie in corrupted spans."""
+    whole_words: bool = False
+    """Whether all tokens of a word are masked together."""
+    span_length: float = 3.0
+    """Mean length of a corrupted span, in tokens."""
+    stride: int = 128
+    """Tokens by which windows over a context too long for a row move on (qa)."""
+    max_answer: int = 30
+    """Longest answer, in tokens (qa)."""
+    null_threshold: float = 0.0
+    """A question counts as unanswerable if that scores more than the best answer by over so much (qa)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +242,7 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which evaluation then uses. 0: off."""
     init_from: str = ""
-    """Run directory whose latest weights a fresh run starts from. Empty: random weights."""
+    """Run directory whose latest weights a fresh run starts from, as far as they fit. Empty: random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +298,7 @@ class CheckpointConfig:
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for ever. 0: none."""
     best: str = ""
-    """Evaluation metric whose lowest value's checkpoint is kept too, as `eval/loss`. Empty: none."""
+    """Evaluation metric whose best value's checkpoint is kept too, as `eval/loss` or `eval/bleu`. Empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +329,10 @@ class GenerateConfig:
     """Leave out tokens less likely than this share of the likeliest one's probability."""
     repetition_penalty: float = 1.0
     """Divides (or multiplies, below 0) the logits of tokens seen before."""
+    beams: int = 1
+    """Texts kept side by side in beam search. 1: one, drawn as above."""
+    length_penalty: float = 0.6
+    """Beams are ranked by log-probability / ((5 + length) / 6) ** this (Wu et al. 2016)."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
 
@@ -291,6 +359,7 @@ class Config:
     """Seed of initial weights, data order, dropout and sampling."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     clean: CleanConfig = field(default_factory=CleanConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lslm_jax.config import Config, DataConfig, MixtureSource, ModelConfig, Source
+from lslm_jax.config import Config, DataConfig, GenerateConfig, MixtureSource, ModelConfig, Source
 from lslm_jax.errors import ConfigError
 
 
@@ -27,6 +27,7 @@ def fill_sizes(model: ModelConfig) -> ModelConfig:
         num_kv_heads=model.num_kv_heads or model.num_heads,
         head_dim=model.head_dim or model.d_model // model.num_heads,
         d_ff=model.d_ff or 4 * model.d_model,
+        num_decoder_layers=model.num_decoder_layers or model.num_layers,
     )
 
 
@@ -41,28 +42,43 @@ def resolve_vocabulary(model: ModelConfig, tokens: int) -> ModelConfig:
     return replace(model, vocab_size=model.vocab_size or tokens)
 
 
+def resolve_labels(model: ModelConfig, labels: int) -> ModelConfig:
+    """Sets the number of labels that a head tells apart.
+
+    Raises:
+      ConfigError: model.num_labels was given and is too small for the data.
+    """
+    if model.num_labels and model.num_labels < labels:
+        raise ConfigError(f"model.num_labels={model.num_labels} is smaller than the data's {labels} labels")
+    return replace(model, num_labels=model.num_labels or labels)
+
+
 def _problems(config: Config) -> Iterator[str]:
     yield from _out_of_range(config)
     yield from _model_problems(config.model)
     yield from _data_problems(config.data)
+    yield from _task_problems(config)
     yield from _run_problems(config)
     yield from _mesh_problems(config)
 
 
 _POSITIVE = (
-    "model.num_layers model.d_model model.num_heads model.max_length model.rope_theta model.norm_eps data.seq_len "
+    "model.num_layers model.d_model model.num_heads model.max_length model.rope_theta model.norm_eps "
+    "model.relative_buckets model.relative_distance data.seq_len task.span_length task.stride task.max_answer "
     "data.shard_tokens tokenizer.vocab_size tokenizer.sample_bytes train.steps train.batch_size train.accumulate "
     "optimizer.learning_rate optimizer.eps checkpoint.every checkpoint.keep log.every generate.max_tokens "
-    "generate.repetition_penalty"
+    "generate.repetition_penalty generate.beams"
 ).split()
 _NOT_NEGATIVE = (
-    "seed model.num_kv_heads model.head_dim model.d_ff model.vocab_size model.window model.logit_softcap "
+    "seed model.num_kv_heads model.head_dim model.d_ff model.num_decoder_layers model.vocab_size model.num_labels "
+    "model.token_types model.window model.global_every model.logit_softcap data.source_len "
     "data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss optimizer.warmup_steps "
     "optimizer.weight_decay optimizer.clip checkpoint.keep_every eval.every eval.batches generate.temperature "
     "generate.top_k"
 ).split()
 _BELOW_ONE = (
-    "model.dropout data.valid_fraction train.label_smoothing train.ema optimizer.b1 optimizer.b2 generate.min_p"
+    "model.dropout data.valid_fraction task.mask_rate train.label_smoothing train.ema optimizer.b1 optimizer.b2 "
+    "generate.min_p"
 ).split()
 
 
@@ -92,6 +108,19 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         yield f"rotary positions need an even head width, got {full.head_dim} (model.head_dim)"
     if full.attention == "cudnn" and full.dtype != "bfloat16":
         yield "model.attention=cudnn needs model.dtype=bfloat16"
+    if full.global_every and not full.window:
+        yield f"model.global_every={full.global_every} needs model.window, the reach of the other layers"
+    if full.positions == "relative" and full.relative_buckets < 4:
+        yield f"model.relative_buckets={full.relative_buckets} tells too little apart: use 4 or more"
+    if full.positions == "relative" and 2 * full.relative_distance <= full.relative_buckets:
+        yield (
+            f"model.relative_distance={full.relative_distance} is too small for "
+            f"model.relative_buckets={full.relative_buckets}: use more than half as much"
+        )
+    if full.token_types and full.family != "encoder":
+        yield f"model.token_types={full.token_types} needs model.family=encoder"
+    if full.num_decoder_layers != full.num_layers and full.family != "encoder_decoder":
+        yield f"model.num_decoder_layers={full.num_decoder_layers} needs model.family=encoder_decoder"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -117,22 +146,68 @@ def _source_problems(source: Source) -> Iterator[str]:
             yield f"{where} source={source.source} cannot be part of a mixture"
         if not source.weight > 0:
             yield f"{where} weight must be positive, got {source.weight}"
-        if not source.name.isidentifier() or source.name in ("train", "valid"):
-            yield f"{where} the name must be a plain word other than train and valid"
+        if not source.name.isidentifier() or source.name in ("train", "valid", "test"):
+            yield f"{where} the name must be a plain word other than train, valid and test"
     ways = [name for name in ("valid_files", "valid_fraction", "valid_split") if getattr(source, name)]
     if len(ways) > 1:
         yield f"{where} {' and '.join(ways)} exclude each other: validation is held out in one way"
-    if (source.valid_split and source.source != "tfds") or (source.valid_files and source.source != "files"):
-        yield f"{where} {ways[0]} does not go with source={source.source}"
+    ways += [name for name in ("test_files", "test_split") if getattr(source, name)]
+    for name in ways:
+        if (name.endswith("_split") and source.source != "tfds") or (
+            name.endswith("_files") and source.source != "files"
+        ):
+            yield f"{where} {name} does not go with source={source.source}"
+    if source.example == "pair" and source.source == "tfds" and not source.target_key:
+        yield f"{where} example=pair needs target_key, the feature that holds the target"
+    if len(set(source.labels)) < len(source.labels):
+        yield f"{where} labels must differ, got {', '.join(source.labels)}"
 
 
-_LOWEST_IS_BEST = ("eval/loss", "eval/perplexity", "eval/bits_per_byte")
+_EXAMPLES = {
+    "causal": ("text",),
+    "masked": ("text",),
+    "span_corruption": ("text",),
+    "seq2seq": ("pair", "label", "qa"),
+    "classification": ("label",),
+    "regression": ("label",),
+    "tagging": ("tags",),
+    "qa": ("qa",),
+}
+_FAMILIES = {
+    "causal": ("decoder",),
+    "span_corruption": ("encoder_decoder",),
+    "seq2seq": ("encoder_decoder", "decoder"),
+}
+
+
+def _task_problems(config: Config) -> Iterator[str]:
+    objective, family = config.task.objective, config.model.family
+    families = _FAMILIES[objective] if objective in _FAMILIES else ("encoder",)
+    if family not in families:
+        yield f"task.objective={objective} needs model.family={' or '.join(families)}, not {family}"
+    kinds = _EXAMPLES[objective]
+    for source in config.data.mixture or (config.data,):
+        where = f"data.mixture source {source.name}:" if isinstance(source, MixtureSource) else "data:"
+        if source.source != "synthetic" and source.example not in kinds:
+            yield f"{where} task.objective={objective} learns from example={' or '.join(kinds)}, not {source.example}"
+
+
+_LOWEST_IS_BEST = ("loss", "perplexity", "pseudo_perplexity", "bits_per_byte", "mse")
+_HIGHEST_IS_BEST = ("accuracy", "bleu", "chrf", "exact_match", "f1", "f1_macro", "matthews", "pearson", "spearman")
+
+
+def highest_is_best(metric: str) -> bool:
+    """Whether more is better of an evaluation metric, as `eval/bleu`; `eval/SOURCE/NAME` is judged by its name."""
+    return metric.rpartition("/")[-1] in _HIGHEST_IS_BEST
 
 
 def _run_problems(config: Config) -> Iterator[str]:
     train, data = config.train, config.data
-    if data.seq_len > config.model.max_length:
-        yield f"data.seq_len={data.seq_len} is longer than model.max_length={config.model.max_length}"
+    for key in ("seq_len", "source_len"):
+        if (length := getattr(data, key)) > config.model.max_length:
+            yield f"data.{key}={length} is longer than model.max_length={config.model.max_length}"
+    if data.source_len and config.model.family != "encoder_decoder":
+        yield f"data.source_len={data.source_len} needs model.family=encoder_decoder"
     if train.batch_size % train.accumulate:
         yield (
             f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}: "
@@ -140,13 +215,31 @@ def _run_problems(config: Config) -> Iterator[str]:
         )
     if config.optimizer.nesterov and config.optimizer.name in ("adafactor", "lion"):
         yield f"optimizer.nesterov does not go with optimizer.name={config.optimizer.name}"
-    if config.checkpoint.best not in ("", *_LOWEST_IS_BEST):
-        yield f"checkpoint.best wants one of {', '.join(_LOWEST_IS_BEST)}; got {config.checkpoint.best!r}"
-    if "" in config.generate.stop:
-        yield "generate.stop holds an empty string, which would end every text at once"
+    best, names = config.checkpoint.best, (*_LOWEST_IS_BEST, *_HIGHEST_IS_BEST)
+    if best and not (best.startswith("eval/") and best.rpartition("/")[-1] in names):
+        yield f"checkpoint.best wants eval/NAME with NAME one of {', '.join(names)}; got {best!r}"
+    if config.generate.prompts and config.task.objective in ("qa", "span_corruption"):
+        yield f"generate.prompts do not go with task.objective={config.task.objective}"
+    yield from generate_problems(config.generate)
     profile = config.log.profile
     if profile and (len(profile) != 2 or not 0 <= profile[0] <= profile[1]):
         yield f"log.profile wants a first and a last step, as 100,105, got {','.join(map(str, profile))}"
+
+
+_DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def generate_problems(generate: GenerateConfig) -> Iterator[str]:
+    """What is wrong with settings of generation."""
+    if "" in generate.stop:
+        yield "generate.stop holds an empty string, which would end every text at once"
+    neutral = [GenerateConfig(), GenerateConfig(temperature=0.0)]
+    drawing = [name for name in _DRAWING if getattr(generate, name) not in [getattr(each, name) for each in neutral]]
+    if generate.beams > 1 and drawing:
+        yield (
+            f"generate.beams={generate.beams} looks for the likeliest text and draws none: "
+            f"leave {', '.join(f'generate.{name}' for name in drawing)} alone"
+        )
 
 
 def _mesh_problems(config: Config) -> Iterator[str]:

@@ -266,11 +266,13 @@ def smoke(config: Config) -> Config:
     heads = 4 if model.num_heads % 4 == 0 else 2
     accumulate = min(train.accumulate, 2)
     grouped = model.num_kv_heads not in (0, model.num_heads)
+    path = "" if train.init_from else config.tokenizer.path  # that of a run too large to start from
     return replace(
         config,
         model=replace(
             model,
             num_layers=2,
+            num_decoder_layers=min(model.num_decoder_layers, 2),
             d_model=64,
             num_heads=heads,
             num_kv_heads=heads // 2 if grouped else 0,
@@ -282,9 +284,15 @@ def smoke(config: Config) -> Config:
             dtype="float32",
             attention="auto",
         ),
-        data=replace(config.data, seq_len=64, max_documents=config.data.max_documents or 300),
-        tokenizer=replace(config.tokenizer, vocab_size=512, sample_bytes=1_000_000),
-        train=replace(train, steps=20, batch_size=8 * accumulate, accumulate=accumulate),
+        data=replace(
+            config.data,
+            seq_len=64,
+            source_len=min(config.data.source_len, 64),
+            max_documents=config.data.max_documents or 300,
+        ),
+        task=replace(config.task, stride=min(config.task.stride, 16)),
+        tokenizer=replace(config.tokenizer, path=path, vocab_size=512, sample_bytes=1_000_000),
+        train=replace(train, steps=20, batch_size=8 * accumulate, accumulate=accumulate, init_from=""),
         optimizer=replace(config.optimizer, warmup_steps=2),
         mesh=replace(config.mesh, data=-1, fsdp=1, tensor=1),
         checkpoint=replace(config.checkpoint, every=10),

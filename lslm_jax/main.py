@@ -16,8 +16,8 @@ from lslm_jax.errors import ConfigError, LslmError
 VERBS = {
     "train": "prepare the data if needed, train or go on training, evaluate, save (the default)",
     "prepare": "clean text, train the vocabulary, write token shards",
-    "evaluate": "evaluate a checkpoint on the held-out documents",
-    "generate": "continue prompts",
+    "evaluate": "evaluate a checkpoint on the held-out examples",
+    "generate": "continue, translate, classify or answer prompts, as the model was trained to",
 }
 
 
@@ -38,8 +38,11 @@ def parser() -> argparse.ArgumentParser:
     chosen = flags.add_argument_group("evaluate, generate").add_mutually_exclusive_group()
     chosen.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")
     chosen.add_argument("--best", action="store_true", help="use the checkpoint kept by checkpoint.best")
+    held_out = flags.add_argument_group("evaluate")
+    held_out.add_argument("--split", choices=("valid", "test"), default="valid", help="what was held out, and for what")
     text = flags.add_argument_group("generate")
-    text.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated")
+    text.add_argument("--prompt", action="append", metavar="TEXT", help="text, or question; may be repeated")
+    text.add_argument("--context", metavar="FILE", help="text in which the questions are answered")
     text.add_argument("--prompts", metavar="FILE", help='file of prompts: a JSON line {"prompt": ...} each')
     text.add_argument("--json", action="store_true", help="print one JSON line a prompt")
     return flags

@@ -29,6 +29,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # Parameters only.
     "embed": "fsdp",
     "positions": None,
+    "types": None,
+    "buckets": None,
+    "labels": None,
     "layers": None,
     # Activations only; "width" also for norms and biases.
     "batch": ("data", "fsdp"),

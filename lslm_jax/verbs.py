@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,15 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import atomic, config_checks, config_loading
+from lslm_jax import atomic, config_checks, config_loading, respond
 from lslm_jax.config import Config
 from lslm_jax.data import pipeline, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
-from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
+from lslm_jax.data.shards import Shards
+from lslm_jax.data.special import special_ids
+from lslm_jax.errors import ConfigError, InputMissing, SaveError
 from lslm_jax.evaluate import metrics, tasks
-from lslm_jax.generate import decode
+from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import json_values
@@ -28,6 +30,7 @@ from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.loop import train as train_loop
 from lslm_jax.train.state import abstract_model
 
+_KEYS = {"valid": "valid_files, _fraction or _split", "test": "test_files or _split"}  # that hold examples out
 GZIP_LIMIT = 1 << 26  # bytes of held-out text above which the comparison with gzip is left out: it takes seconds
 
 
@@ -51,60 +54,68 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     config, facts = _resolve(config, data_dir)
     atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
     with jax.set_mesh(mesh):
-        hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
-        data = pipeline.open_train(config, data_dir, config.model.vocab_size, **hosts)
-        held_out = pipeline.open_eval(config, data_dir, config.model.vocab_size, **hosts)
-        if config.checkpoint.best and held_out is None:
+        where = config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
+        data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
+        if config.checkpoint.best and not held_out:
             raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
-        backend = _backend(config, mesh, [data] if held_out is None else [data, held_out])
+        setting = _setting(config, facts, data_dir, mesh, [data, *held_out.values()])
         made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh)
         summary = train_loop(
             config,
             workdir,
             mesh,
             data,
-            backend,
+            setting.backend,
             checkpoint.Checkpoints(workdir, config.checkpoint, made_by),
-            evaluate=held_out and tasks.language_modelling(config, held_out, backend, mesh),
-            sample=_sampler(config, data_dir) if config.generate.prompts else None,
+            evaluate=tasks.make(setting, held_out) if held_out else None,
+            sample=respond.sampler(setting) if config.generate.prompts and setting.words else None,
         )
-    summary = json_values(summary | _gzip_baseline(held_out, data_dir))
+        summary = json_values(summary | _gzip_baseline(setting, held_out))
     atomic.write(result, json.dumps(summary).encode() + b"\n")
     return summary
 
 
 def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
-    """`evaluate`: a checkpoint's metrics on all held-out documents."""
+    """`evaluate`: a checkpoint's metrics on all held-out examples; what it wrote goes to WORKDIR/samples."""
     mesh = make_mesh(config)
     workdir = _workdir(flags)
     data_dir = _data_dir(config, workdir)
-    config, _ = _resolve(config, data_dir)
+    config, facts = _resolve(config, data_dir)
     with jax.set_mesh(mesh):
-        held_out = pipeline.open_eval(
-            config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
-        )
-        if held_out is None:
-            raise InputMissing(f"{data_dir} holds no validation documents: set data.valid_files, _fraction or _split")
+        where = config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
+        held_out = pipeline.open_eval(*where, flags.split)
+        if not held_out:
+            raise InputMissing(f"{data_dir} holds no {flags.split} split: set data.{_KEYS[flags.split]}, prepare again")
         model, step = _load_model(config, flags, mesh)
-        evaluator = tasks.language_modelling(config, held_out, _backend(config, mesh, [held_out]), mesh)
-        results = {f"eval/{name}": value for name, value in evaluator(model)}
-    return json_values({"step": step, **results, **_gzip_baseline(held_out, data_dir)})
+        setting = _setting(config, facts, data_dir, mesh, list(held_out.values()))
+        report = tasks.make(setting, held_out)(model)
+        baseline = _gzip_baseline(setting, held_out)
+    for name, text in report.files.items():
+        (workdir / "samples").mkdir(exist_ok=True)
+        atomic.write(workdir / "samples" / f"{step}-{flags.split}-{name}", text.encode())
+    results = {f"eval/{name}": value for name, value in (report.metrics | report.facts).items()}
+    return json_values({"step": step, **results, **baseline})
 
 
-def generate(config: Config, flags: argparse.Namespace) -> dict[str, Any] | None:
-    """`generate`: continues prompts on stdout, streaming a single one; with --json, a JSON line for each."""
-    prompts = _prompts(flags)
+def generate(config: Config, flags: argparse.Namespace) -> None:
+    """`generate`: does with each prompt what the model was trained for; the text of a single one is streamed."""
+    prompts = respond.read_prompts(config, flags)
     mesh = make_mesh(replace(config, train=replace(config.train, batch_size=len(jax.devices()), accumulate=1)))
     data_dir = _data_dir(config, _workdir(flags))
-    config, _ = _resolve(config, data_dir)
-    words = _tokenizer(data_dir)
+    config, facts = _resolve(config, data_dir)
     with jax.set_mesh(mesh):
+        setting = _setting(config, facts, data_dir, mesh)
+        if setting.words is None:
+            raise InputMissing(f"{data_dir} holds no tokenizer: this run was trained on synthetic data")
         model, step = _load_model(config, flags, mesh)
-        if flags.json or len(prompts) > 1:
-            _print_all(config, model, words, prompts, step, flags.json)
-        else:
-            _stream(config, model, words, prompts[0])
-    return None
+        writes = config.task.objective in ("causal", "seq2seq")
+        if writes and len(prompts) == 1 and not flags.json:
+            for text in respond.stream(setting, model, prompts[0]):
+                print(text, end="", flush=True)
+            print()
+            return
+        for found in respond.answer(setting, model, prompts):
+            print(json.dumps(json_values(found | {"step": step})) if flags.json else respond.spell(setting, found))
 
 
 def _workdir(flags: argparse.Namespace) -> epath.Path:
@@ -128,9 +139,14 @@ def _data_dir(config: Config, workdir: epath.Path) -> epath.Path:
 
 
 def _resolve(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any]]:
-    """The config with the vocabulary of the prepared data, and that data's manifest with its sha256."""
+    """The config with the vocabulary and labels of the prepared data, and that data's manifest with its sha256."""
     if config.data.source == "synthetic" and not config.data.mixture:
-        facts = {"tokenizer": {"vocab_size": config.tokenizer.vocab_size, "sha256": ""}, "sha256": ""}
+        size = config.tokenizer.vocab_size
+        facts = {
+            "tokenizer": {"vocab_size": size, "sha256": "", "bos_id": 0, "eos_id": 0},
+            "sha256": "",
+            "labels": ["0", "1"],
+        }
     else:
         path = data_dir / "manifest.json"
         if not path.exists():
@@ -139,26 +155,34 @@ def _resolve(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, An
         # Of the content alone: the same shards may lie elsewhere.
         contents = {name: split["manifest_sha256"] for name, split in facts["splits"].items()}
         facts["sha256"] = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-    model = config_checks.resolve_vocabulary(config.model, facts["tokenizer"]["vocab_size"])
-    return replace(config, model=model), facts
+    facts.setdefault("labels", [])  # written by earlier versions
+    special = special_ids(facts["tokenizer"], config.model.family)
+    model = config_checks.resolve_vocabulary(config.model, special.size)
+    if config.task.objective in ("classification", "tagging"):
+        model = config_checks.resolve_labels(model, len(facts["labels"]))
+    return replace(config, model=model), facts | {"special": special}
 
 
-def _tokenizer(data_dir: epath.Path) -> tokenizer.Tokenizer:
-    path = data_dir / "manifest.json"
-    if not path.exists():
-        raise InputMissing(
-            f"{data_dir} holds no tokenizer: this run was trained on synthetic data or its data are gone"
-        )
-    return tokenizer.load(data_dir / atomic.read_json(path)["tokenizer"]["file"])
+def _setting(
+    config: Config, facts: dict[str, Any], data_dir: epath.Path, mesh: Mesh, inputs: Sequence[Any] = ()
+) -> Setting:
+    """What evaluators and answers to prompts work with; the kernel is right for the rows of all inputs."""
+    synthetic = config.data.source == "synthetic" and not config.data.mixture
+    words = None if synthetic else tokenizer.load(data_dir / facts["tokenizer"]["file"])
+    answerable = True
+    if config.task.objective == "qa" and words:
+        answerable = bool((Shards.open(data_dir / "train").numbers[:, 0] >= 0).all())
+    backend = _backend(config, mesh, inputs)
+    return Setting(config, words, facts["labels"], facts["special"], backend, mesh, answerable)
 
 
 def _backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend:
     """The attention kernel for the rows of these inputs on this mesh."""
     device = mesh.devices.flat[0]
     gpu = device.platform == "gpu"
-    segmented = config.data.mask_documents
+    segmented = config.data.mask_documents or config.task.objective != "causal"
     # Counting the documents of every row takes a while, and only cuDNN asks.
-    max_segments = max(data.max_segments() for data in inputs) if gpu and segmented else int(segmented)
+    max_segments = max((data.max_segments() for data in inputs), default=1) if gpu and segmented else int(segmented)
     return attention.choose(
         config.model.attention,
         platform=device.platform,
@@ -167,6 +191,8 @@ def _backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend:
         head_dim=config.model.head_dim,
         length=config.data.seq_len,
         max_segments=max_segments,
+        source_length=config.data.source_len,
+        extra=attention.demands(config.model),
     )
 
 
@@ -186,83 +212,11 @@ def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[
     return checkpoint.load_model(directory, abstract_model(config, mesh), step), step
 
 
-def _gzip_baseline(held_out: pipeline.EvalInput | None, data_dir: epath.Path) -> dict[str, float]:
-    """What gzip makes of the same held-out text, where it is small enough to ask."""
-    if held_out is None or held_out.num_bytes() > GZIP_LIMIT:
+def _gzip_baseline(setting: Setting, held_out: Mapping[str, pipeline.EvalInput]) -> dict[str, float]:
+    """What gzip makes of the same held-out text, where bits a byte are counted and it is small enough to ask."""
+    if setting.config.task.objective != "causal" or not held_out:
         return {}
-    words = _tokenizer(data_dir)
-    return {"gzip_bits_per_byte": metrics.gzip_bits_per_byte(words.decode(ids) for ids in held_out.documents())}
-
-
-def _prompts(flags: argparse.Namespace) -> list[str]:
-    """The prompts of the command line, then those of the file.
-
-    Raises:
-      ConfigError: there is none, or one is not text.
-      InputMissing, DataError: the file cannot be read or holds none, or not JSON lines with a `prompt` each.
-    """
-    if not (flags.prompt or flags.prompts):
-        raise ConfigError("generate needs --prompt=TEXT or --prompts=FILE")
-    prompts = list(flags.prompt or [])
-    if not all(map(_is_text, prompts)):
-        raise ConfigError("--prompt is not UTF-8")
-    return prompts + (list(_read_prompts(epath.Path(flags.prompts))) if flags.prompts else [])
-
-
-def _read_prompts(path: epath.Path) -> Iterator[str]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputMissing(f"cannot read prompts file {path}: {error.strerror or error}") from error
-    if not any(map(bytes.strip, lines)):
-        raise InputMissing(f"prompts file {path} is empty")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{path}:{number} is not a JSON object with a "prompt"') from error
-        if not _is_text(prompt):
-            raise DataError(f'{path}:{number}: "prompt" is not text: {json.dumps(prompt)}')
-        yield prompt
-
-
-def _is_text(prompt: Any) -> bool:
-    """Whether it is a string that UTF-8 can spell, which has no half surrogate pairs."""
-    return isinstance(prompt, str) and not any("\ud800" <= char <= "\udfff" for char in prompt)
-
-
-def _sampler(config: Config, data_dir: epath.Path) -> Callable[[Any], str]:
-    """Continues the config's prompts, as one text for people to read."""
-    words = _tokenizer(data_dir)
-    prompts = config.generate.prompts
-
-    def sample(model: Any) -> str:
-        results = decode.generate(model, words, [words.encode(p) for p in prompts], config.generate, config.seed)
-        return "\n".join(f"--- {p}{result.text}" for p, result in zip(prompts, results, strict=True)) + "\n"
-
-    return sample
-
-
-def _print_all(
-    config: Config, model: Any, words: tokenizer.Tokenizer, prompts: Sequence[str], step: int, as_json: bool
-) -> None:
-    """Prints the continuations of all prompts, a batch at a time."""
-    for first in range(0, len(prompts), config.train.batch_size):
-        part = prompts[first : first + config.train.batch_size]
-        ids = [words.encode(prompt) for prompt in part]
-        for prompt, result in zip(
-            part, decode.generate(model, words, ids, config.generate, config.seed, first), strict=True
-        ):
-            fields = {"prompt": prompt, "text": result.text, "ended": result.ended, "tokens": result.num_tokens}
-            print(json.dumps(fields | {"step": step}) if as_json else f"{prompt}{result.text}\n")
-
-
-def _stream(config: Config, model: Any, words: tokenizer.Tokenizer, prompt: str) -> None:
-    """Prints a prompt and its continuation as it is drawn."""
-    texts = decode.stream(model, words, words.encode(prompt), config.generate, config.seed)
-    print(prompt, end=next(texts, ""), flush=True)  # not before the prompt is known to fit the model
-    for text in texts:
-        print(text, end="", flush=True)
-    print()
+    if sum(part.num_bytes() for part in held_out.values()) > GZIP_LIMIT:
+        return {}
+    texts = (setting.words.decode(ids) for part in held_out.values() for ids in part.documents())
+    return {"gzip_bits_per_byte": metrics.gzip_bits_per_byte(texts)}

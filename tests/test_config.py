@@ -131,7 +131,7 @@ def test_the_last_of_two_flags_wins():
         ("modle.d_model", "1", "unknown key --config.modle.d_model; did you mean model.d_model?"),
         ("seed.x", "1", "unknown key --config.seed.x; did you mean seed?"),
         ("zzzzz", "1", "unknown key --config.zzzzz; --config.help lists all"),
-        ("model", "1", "--config.model is a section: set one of its keys, as model.num_layers"),
+        ("model", "1", "--config.model is a section: set one of its keys, as model.family"),
         ("train.batch_size", "3.5", "train.batch_size wants a whole number, got '3.5'"),
         ("train.z_loss", "high", "train.z_loss wants a number, got 'high'"),
         ("model.gated", "maybe", "model.gated wants true or false, got 'maybe'"),
@@ -243,6 +243,32 @@ def test_a_missing_file_is_a_missing_input():
             "data.source=tfds data.tfds=lm1b data.valid_files=b.txt",
             "data: valid_files does not go with source=tfds",
         ),
+        ("data.test_split=test", "data: test_split does not go with source=files"),
+        ("data.source=tfds data.tfds=a data.test_files=b", "data: test_files does not go with source=tfds"),
+        (
+            "data.source=tfds data.tfds=a data.example=pair task.objective=seq2seq",
+            "data: example=pair needs target_key, the feature that holds the target",
+        ),
+        ("data.labels=a,b,a", "data: labels must differ, got a, b, a"),
+        ("task.objective=masked", "task.objective=masked needs model.family=encoder, not decoder"),
+        ("model.family=encoder", "task.objective=causal needs model.family=decoder, not encoder"),
+        (
+            "task.objective=seq2seq model.family=encoder",
+            "task.objective=seq2seq needs model.family=encoder_decoder or decoder, not encoder",
+        ),
+        (
+            "task.objective=span_corruption model.family=decoder",
+            "task.objective=span_corruption needs model.family=encoder_decoder, not decoder",
+        ),
+        (
+            "task.objective=seq2seq model.family=encoder_decoder",
+            "data: task.objective=seq2seq learns from example=pair or label or qa, not text",
+        ),
+        ("data.example=qa", "data: task.objective=causal learns from example=text, not qa"),
+        (
+            "task.objective=tagging model.family=encoder data.example=label",
+            "data: task.objective=tagging learns from example=tags, not label",
+        ),
         ("data.seq_len=2048", "data.seq_len=2048 is longer than model.max_length=1024"),
         (
             "train.batch_size=10 train.accumulate=4",
@@ -255,7 +281,8 @@ def test_a_missing_file_is_a_missing_input():
         ),
         (
             "checkpoint.best=loss",
-            "checkpoint.best wants one of eval/loss, eval/perplexity, eval/bits_per_byte; got 'loss'",
+            "checkpoint.best wants eval/NAME with NAME one of loss, perplexity, pseudo_perplexity, bits_per_byte, mse, "
+            "accuracy, bleu, chrf, exact_match, f1, f1_macro, matthews, pearson, spearman; got 'loss'",
         ),
         ("log.profile=5", "log.profile wants a first and a last step, as 100,105, got 5"),
         ("log.profile=9,5", "log.profile wants a first and a last step, as 100,105, got 9,5"),
@@ -282,7 +309,7 @@ def test_an_impossible_setting_is_one_line_that_names_its_keys(changes, message)
         ([{"name": "a", "files": ("x",), "weight": 0.0}], "data.mixture source a: weight must be positive, got 0.0"),
         (
             [{"name": "../a", "files": ("x",)}],
-            "data.mixture source ../a: the name must be a plain word other than train and valid",
+            "data.mixture source ../a: the name must be a plain word other than train, valid and test",
         ),
         ([{"name": "a", "files": ("x",)}] * 2, "data.mixture names must differ, got a, a"),
     ],
@@ -292,10 +319,31 @@ def test_an_impossible_mixture_is_refused_by_the_name_of_its_source(sources, mes
     refused(lambda: validate(good(data=DataConfig(mixture=mixture))), message)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "task.objective=causal model.family=decoder data.example=text",
+        "task.objective=masked model.family=encoder data.example=text",
+        "task.objective=span_corruption model.family=encoder_decoder data.example=text",
+        *(
+            f"task.objective=seq2seq model.family={family} data.example={example}"
+            for family in ("decoder", "encoder_decoder")
+            for example in ("pair", "label", "qa")
+        ),
+        "task.objective=classification model.family=encoder data.example=label",
+        "task.objective=regression model.family=encoder data.example=label",
+        "task.objective=tagging model.family=encoder data.example=tags",
+        "task.objective=qa model.family=encoder data.example=qa",
+    ],
+)
+def test_every_objective_goes_with_its_family_and_its_examples(changes):
+    validate(override(good(), [tuple(change.split("=", 1)) for change in changes.split()]))
+
+
 def test_checking_fills_in_the_sizes_that_follow_from_others():
     model = validate(good()).model
     assert (model.num_kv_heads, model.head_dim, model.d_ff) == (12, 64, 3072)
-    given = ModelConfig(num_kv_heads=4, head_dim=32, d_ff=100)
+    given = ModelConfig(num_kv_heads=4, head_dim=32, d_ff=100, num_decoder_layers=3)
     assert fill_sizes(given) == given
     assert validate(validate(good())) == validate(good())
 

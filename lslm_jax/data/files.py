@@ -1,6 +1,7 @@
-"""Documents from files: which files a source names, and how to read each format.
+"""Examples from files: which files a source names, and how to read each format.
 
-A reader yields the text, as bytes where the format leaves it undecoded, and its place: FILE or FILE:LINE.
+A reader yields the parts of an example by name, text as bytes where the format leaves it undecoded, and its place: FILE
+or FILE:LINE.
 """
 
 import codecs
@@ -9,6 +10,7 @@ import csv
 import fnmatch
 import gzip
 import io
+import itertools
 import json
 import os
 import zlib
@@ -18,25 +20,64 @@ from typing import IO, Any, Literal
 from etils import epath
 
 from lslm_jax.config import Source
+from lslm_jax.data import squad
+from lslm_jax.data.columns import Column, columns, pick
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
-Raw = tuple[bytes | str, str]
+Split = Literal["train", "valid", "test"]
+Raw = tuple[dict[str, Any], str]
 
 
-def matching(source: Source, split: Literal["train", "valid"]) -> list[epath.Path]:
-    """The files of a split: patterns in their order, the files of each sorted, none twice, none held out.
+def inputs(source: Source, split: Split) -> list[tuple[epath.Path, ...]]:
+    """What a split is read from: files, or pairs of plain text files, source and target.
+
+    Patterns keep their order, and the files of each are sorted; none comes twice, and none that is held out.
 
     Raises:
-      ConfigError: there is no pattern.
+      ConfigError: there is no pattern, or a plain text file has no partner.
       InputMissing: a pattern matches no file.
+      DataError: two patterns that go together match unequal numbers of files.
     """
     if not source.files:
         raise ConfigError("data.files is empty: name files, directories or globs, or choose another data.source")
-    valid = _expand("data.valid_files", source.valid_files)
-    if split == "valid":
-        return list(valid)
-    held_out = {path.resolve() for path in valid}  # which may be written in another way in data.files
-    return [path for path in _expand("data.files", source.files) if not held_out or path.resolve() not in held_out]
+    held_out = [_inputs(f"data.{key}", getattr(source, key), source) for key in ("valid_files", "test_files")]
+    if split != "train":
+        return held_out[split == "test"]
+    resolved = {path.resolve() for found in held_out for paths in found for path in paths}  # perhaps written otherwise
+    found = _inputs("data.files", source.files, source)
+    return [paths for paths in found if not resolved or not any(path.resolve() in resolved for path in paths)]
+
+
+def matching(source: Source, split: Split) -> list[epath.Path]:
+    """All files of a split; see `inputs`."""
+    return [path for paths in inputs(source, split) for path in paths]
+
+
+def _inputs(key: str, patterns: tuple[str, ...], source: Source) -> list[tuple[epath.Path, ...]]:
+    if source.example != "pair":
+        return [(path,) for path in _expand(key, patterns)]
+    found: dict[tuple[epath.Path, ...], None] = {}
+    waiting: tuple[str, list[epath.Path]] | None = None
+    for pattern in patterns:
+        paths = list(_expand(key, (pattern,)))
+        if all(_suffix(path) in _FORMATS for path in paths):
+            found |= dict.fromkeys((path,) for path in paths)
+        elif waiting is None:
+            waiting = pattern, paths
+        else:
+            found |= dict.fromkeys(_partners(key, *waiting, pattern, paths))
+            waiting = None
+    if waiting is not None:
+        raise ConfigError(f"{key}: {waiting[0]} has no partner: pairs in plain text alternate, source then target")
+    return list(found)
+
+
+def _partners(
+    key: str, pattern: str, paths: list[epath.Path], other: str, others: list[epath.Path]
+) -> Iterator[tuple[epath.Path, ...]]:
+    if len(paths) != len(others):
+        raise DataError(f"{key}: {pattern} matches {len(paths)} files, {other} matches {len(others)}: no pairs")
+    return zip(paths, others, strict=True)
 
 
 def _expand(key: str, patterns: tuple[str, ...]) -> dict[epath.Path, None]:
@@ -91,19 +132,51 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__pycache__"
 
 
-def read(path: epath.Path, source: Source) -> Iterator[Raw]:
-    """The documents of one file, and where in it each stands.
+def read(paths: tuple[epath.Path, ...], source: Source) -> Iterator[Raw]:
+    """The examples of one file, or of two plain text files line by line, and where each stands.
 
     Raises:
-      DataError: it is not of its format, or a record has no text.
+      DataError: it is not of its format, a record lacks a part, or two files have unequal numbers of lines.
       InputMissing: it cannot be read.
-      ConfigError: a package is missing.
+      ConfigError: a package or a setting is missing.
     """
-    text = _read_lines if source.document == "line" else _read_whole
-    reader = _FORMATS.get(_suffix(path), text)
+    path, *partner = paths
+    if partner:
+        yield from _read_pairs(path, *partner)
+        return
+    suffix = _suffix(path)
+    with _reading(path) as stream:
+        if suffix == ".json" and source.example == "qa":
+            yield from squad.read(path, stream)
+        elif suffix in _FORMATS:
+            found = _FORMATS[suffix](path, stream, columns(source))
+            yield from ((squad.flat(*raw), raw[1]) for raw in found) if source.example == "qa" else found
+        elif source.example == "text":
+            yield from (_read_lines if source.document == "line" else _read_whole)(path, stream)
+        else:
+            known = ", ".join([*_FORMATS, *([".json"] if source.example == "qa" else [])])
+            raise DataError(f"{path}: data.example={source.example} is read from {known} files")
+
+
+def _read_pairs(path: epath.Path, other: epath.Path) -> Iterator[Raw]:
+    with _reading(path) as stream, _reading(other) as other_stream:
+        lines, other_lines = _lines(stream), _lines(other_stream)
+        for number in itertools.count(1):
+            pair = [next(found, (0, None))[1] for found in (lines, other_lines)]
+            if None in pair:
+                break
+            yield dict(zip(("source", "target"), pair, strict=True)), f"{path}:{number}"
+        if pair != [None, None]:
+            counts = [number - 1 + (line is not None) for line in pair]
+            counts = [count + sum(1 for _ in rest) for count, rest in zip(counts, (lines, other_lines), strict=True)]
+            raise DataError(f"{path} has {counts[0]} lines, {other} has {counts[1]}: pairs are aligned line by line")
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[IO[bytes]]:
     try:
         with _open(path) as stream:
-            yield from reader(path, stream, source.text_key)
+            yield stream
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is not whole gzip: {error}") from error
     except OSError as error:
@@ -112,7 +185,7 @@ def read(path: epath.Path, source: Source) -> Iterator[Raw]:
 
 def is_whole(path: epath.Path, source: Source) -> bool:
     """Whether a file is one document."""
-    return source.document == "file" and _suffix(path) not in _FORMATS
+    return source.example == "text" and source.document == "file" and _suffix(path) not in _FORMATS
 
 
 def _suffix(path: epath.Path) -> str:
@@ -135,61 +208,57 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         yield number, line.removesuffix(b"\n").removesuffix(b"\r")
 
 
-def _read_whole(path: epath.Path, stream: IO[bytes], key: str) -> Iterator[Raw]:
-    yield stream.read().removeprefix(codecs.BOM_UTF8), os.fspath(path)
+def _read_whole(path: epath.Path, stream: IO[bytes]) -> Iterator[Raw]:
+    yield {"text": stream.read().removeprefix(codecs.BOM_UTF8)}, os.fspath(path)
 
 
-def _read_lines(path: epath.Path, stream: IO[bytes], key: str) -> Iterator[Raw]:
+def _read_lines(path: epath.Path, stream: IO[bytes]) -> Iterator[Raw]:
     for number, line in _lines(stream):
-        yield line, f"{path}:{number}"
+        yield {"text": line}, f"{path}:{number}"
 
 
-def _read_jsonl(path: epath.Path, stream: IO[bytes], key: str) -> Iterator[Raw]:
+def _read_jsonl(path: epath.Path, stream: IO[bytes], wanted: list[Column]) -> Iterator[Raw]:
     for number, line in _lines(stream):
         if line and not line.isspace():
             origin = f"{path}:{number}"
-            yield _json_field(line, key, origin), origin
+            record = _json_object(line, wanted, origin)
+            yield {column.name: pick(record, column, origin) for column in wanted}, origin
 
 
-def _json_field(line: bytes, key: str, origin: str) -> str:
+def _json_object(line: bytes, wanted: list[Column], origin: str) -> dict[str, Any]:
     try:
         # Bytes that are not UTF-8 travel as lone surrogates, for clean.bad_utf8 to decide about.
         record = json.loads(line.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{origin}: not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise DataError(f"{origin}: a JSON {type(record).__name__}, not an object with the field {key!r}")
-    if key not in record:
-        raise DataError(f"{origin}: no field {key!r} (data.text_key); it has: {', '.join(record) or 'none'}")
-    if not isinstance(record[key], str):
-        raise DataError(f"{origin}: field {key!r} is {json.dumps(record[key])[:40]}, not text")
-    return record[key]
+        keys = ", ".join(repr(column.key) for column in wanted if column.holds != "id")
+        what = f"the field {keys}" if "," not in keys else f"the fields {keys}"
+        raise DataError(f"{origin}: a JSON {type(record).__name__}, not an object with {what}")
+    return record
 
 
-def _read_tsv(path: epath.Path, stream: IO[bytes], key: str) -> Iterator[Raw]:
+def _read_tsv(path: epath.Path, stream: IO[bytes], wanted: list[Column]) -> Iterator[Raw]:
     lines = _lines(stream)
     header = next(lines, (1, b""))[1].decode(errors="replace").split("\t")
-    column = _column(path, header, key)
+    places = _places(path, header, wanted)
     for number, line in lines:
         if line:
-            fields = line.split(b"\t")
-            _check_width(f"{path}:{number}", fields, header)
-            yield fields[column], f"{path}:{number}"
+            yield _row(f"{path}:{number}", line.split(b"\t"), header, places)
 
 
-def _read_csv(path: epath.Path, stream: IO[bytes], key: str) -> Iterator[Raw]:
+def _read_csv(path: epath.Path, stream: IO[bytes], wanted: list[Column]) -> Iterator[Raw]:
     csv.field_size_limit((1 << 31) - 1)  # its default refuses documents over 128 kB
     lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
     reader = csv.reader(lines, strict=True)
     first = 1
     try:
         header = next(reader, [])
-        column = _column(path, header, key)
+        places = _places(path, header, wanted)
         first = reader.line_num + 1
         for row in reader:
             if row:
-                _check_width(f"{path}:{first}", row, header)
-                yield row[column], f"{path}:{first}"
+                yield _row(f"{path}:{first}", row, header, places)
             first = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{first}: not CSV: {error}") from error
@@ -197,40 +266,59 @@ def _read_csv(path: epath.Path, stream: IO[bytes], key: str) -> Iterator[Raw]:
         lines.close()
 
 
-def _column(path: epath.Path, header: list[str], key: str) -> int:
-    if key not in header:
-        names = ", ".join(header)
-        raise DataError(f"{path}: no column {key!r} (data.text_key); its header has: {names or 'nothing'}")
-    return header.index(key)
+def _places(path: epath.Path, header: list[str], wanted: list[Column]) -> dict[str, int]:
+    """Where in each row the parts of an example stand."""
+    for column in wanted:
+        if column.holds not in ("text", "label"):
+            raise DataError(f"{path}: a table of plain columns cannot hold {column.key!r}: use JSONL or Parquet")
+    return {column.name: header.index(_known(path, header, column)) for column in wanted}
 
 
-def _check_width(origin: str, fields: list[Any], header: list[str]) -> None:
+def _known(path: epath.Path, header: list[str], column: Column) -> str:
+    if column.key not in header:
+        raise DataError(f"{path}: no column {column.said}; its header has: {', '.join(header) or 'nothing'}")
+    return column.key
+
+
+def _row(origin: str, fields: list[Any], header: list[str], places: dict[str, int]) -> Raw:
     if len(fields) != len(header):
         raise DataError(f"{origin}: {len(fields)} columns, the header has {len(header)}")
+    return {name: fields[place] for name, place in places.items()}, origin
 
 
-def _read_parquet(path: epath.Path, stream: IO[bytes], key: str) -> Iterator[Raw]:
+def _read_parquet(path: epath.Path, stream: IO[bytes], wanted: list[Column]) -> Iterator[Raw]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ConfigError(f"reading {path} needs pyarrow: pip install pyarrow") from error
-    row = 0
+    number = 0
     try:
         file = pq.ParquetFile(stream)
-        _column(path, file.schema_arrow.names, key)
-        for batch in file.iter_batches(batch_size=1024, columns=[key]):
-            texts = batch.column(0)
-            if pa.types.is_dictionary(texts.type):
-                texts = texts.dictionary_decode()
-            # As bytes: decoding is clean's to do.
-            for text in texts.cast(pa.large_binary()).to_pylist():
-                row += 1
-                if text is None:
-                    raise DataError(f"{path}:{row}: column {key!r} is null, not text")
-                yield text, f"{path}:{row}"
+        names = file.schema_arrow.names
+        tops = {column: _top(path, names, column) for column in wanted if column.holds != "id" or column.key in names}
+        for batch in file.iter_batches(batch_size=1024, columns=sorted(set(tops.values()))):
+            values = {top: _plain(batch.column(top), pa) for top in set(tops.values())}
+            for row in range(batch.num_rows):
+                number += 1
+                record = {top: value[row] for top, value in values.items()}
+                origin = f"{path}:{number}"
+                yield {column.name: pick(record, column, origin) for column in wanted}, origin
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(f"{path}: column {key!r} is not readable Parquet text: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path}: not readable Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _top(path: epath.Path, names: list[str], column: Column) -> str:
+    """The column of a table that holds a part; of a nested one, the outermost."""
+    return top if (top := column.key.split("/")[0]) in names else _known(path, names, column)
+
+
+def _plain(values: Any, pa: Any) -> list[Any]:
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        values = values.cast(pa.large_binary())  # decoding is clean's to do
+    return values.to_pylist()
 
 
 _FORMATS = {".jsonl": _read_jsonl, ".tsv": _read_tsv, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -1,4 +1,4 @@
-"""In which order rows are seen: permutations and mixtures that are computed, not stored."""
+"""What is drawn at random, computed and not stored: permutations, choices, mixtures."""
 
 import math
 
@@ -44,6 +44,30 @@ def combine(seed: np.ndarray | int, *numbers: np.ndarray | int) -> np.ndarray:
     return _mix(key + np.uint64(_GOLDEN))
 
 
+def choose(keys: np.ndarray, open_BT: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
+    """Draws so many places of each row, every set of so many equally likely.
+
+    Args:
+      keys: uint64 [B], what each row's draw depends on.
+      open_BT: bool, the places to draw from.
+      counts_B: int64, places to draw; no more than there are.
+
+    Returns:
+      int64 [B, P], sorted, P the greatest count; T in rows that have fewer.
+    """
+    length, most = open_BT.shape[1], int(counts_B.max(initial=0))
+    if not most:
+        return np.zeros((len(open_BT), 0), np.int64)
+    # The lowest scores win; each has its place in the lowest bits, so that no two are equal.
+    bits, place = np.uint64(length.bit_length()), np.arange(length, dtype=np.uint64)
+    score = (combine(keys[:, None], place) >> bits << bits) | place
+    score[~open_BT] = np.iinfo(np.uint64).max
+    won = np.sort(np.partition(score, most - 1, axis=1)[:, :most], axis=1)
+    places = (won & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+    places[np.arange(most) >= counts_B[:, None]] = length
+    return np.sort(places, axis=1)
+
+
 def mixture_pattern(weights: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """Which source each position of the pattern takes, spread evenly: every stretch has about each one's share.
 
@@ -60,6 +84,18 @@ def mixture_pattern(weights: list[float]) -> tuple[np.ndarray, np.ndarray]:
     pattern = source[np.argsort(due, kind="stable")]
     before = np.cumsum(pattern[:, None] == np.arange(len(weights)), axis=0)
     return pattern, np.concatenate([np.zeros((1, len(weights)), np.int64), before])
+
+
+def host_slice(batch_size: int, host: int, hosts: int) -> np.ndarray:
+    """Numbers of a host's rows within the global batch.
+
+    Raises:
+      ConfigError: the batch does not divide over the hosts.
+    """
+    size, rest = divmod(batch_size, hosts)
+    if rest:
+        raise ConfigError(f"train.batch_size {batch_size} is not a multiple of the {hosts} hosts")
+    return np.arange(host * size, (host + 1) * size)
 
 
 def _feistel(x: np.ndarray, a: int, b: int, seed: np.ndarray) -> np.ndarray:

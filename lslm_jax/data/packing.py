@@ -88,7 +88,7 @@ class Packer(abc.ABC):
 
     def layout(self, rows: np.ndarray) -> Layout:
         """Cells of `rows`, int64 [B], each in [0, num_rows)."""
-        return _lay_out(self.pieces(rows), len(rows), self.seq_len)
+        return lay_out(self.pieces(rows), len(rows), self.seq_len)
 
     def slots(self, documents: np.ndarray) -> np.ndarray:
         """Number of slots of each document."""
@@ -114,7 +114,7 @@ class Stream(Packer):
         begin = rows * self.seq_len
         end = np.minimum(begin + self.seq_len, self.num_slots)
         first, last = self._document_at(np.stack([begin, end - 1]))
-        row, within = _enumerate(last - first + 1)
+        row, within = enumerate_runs(last - first + 1)
         document = first[row] + within
         start = self._start(document)
         left = np.maximum(start, begin[row])
@@ -162,9 +162,9 @@ class Bins(Packer):
     def pieces(self, rows: np.ndarray) -> Pieces:
         plan = np.searchsorted(self._plan_rows, rows, "right") - 1
         in_plan = rows - self._plan_rows[plan]
-        row_of_run, within = _enumerate(self._plan_runs[plan + 1] - self._plan_runs[plan])
+        row_of_run, within = enumerate_runs(self._plan_runs[plan + 1] - self._plan_runs[plan])
         run = self._plan_runs[plan[row_of_run]] + within
-        run_of_piece, copy = _enumerate(self._run_copies[run])
+        run_of_piece, copy = enumerate_runs(self._run_copies[run])
         row, run = row_of_run[run_of_piece], run[run_of_piece]
         item = self._run_items[run] + in_plan[row] * self._run_copies[run] + copy
         document, offset = self._locate(item)
@@ -296,13 +296,13 @@ def best_fit_decreasing(counts: np.ndarray) -> list[Plan]:
     return [plan for room in rooms for plan in open_plans[room] if plan.runs]
 
 
-def _enumerate(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def enumerate_runs(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For counts [2, 3]: owners [0, 0, 1, 1, 1] and places within the owner [0, 1, 0, 1, 2]."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _lay_out(pieces: Pieces, num_rows: int, seq_len: int) -> Layout:
+def lay_out(pieces: Pieces, num_rows: int, seq_len: int) -> Layout:
     """Spreads pieces over the cells of their rows, and closes each row that has room with a piece of padding."""
     row_ends = np.searchsorted(pieces.row, np.arange(num_rows), "right")
     row_begins = np.concatenate([[0], row_ends[:-1]])

@@ -19,9 +19,11 @@ import numpy as np
 from etils import epath
 
 from lslm_jax.config import CleanConfig
-from lslm_jax.data import clean
+from lslm_jax.data import clean, examples
 from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data.sources import Document, Split
+from lslm_jax.data.examples import Encoded, Example, Recipe
+from lslm_jax.data.files import Split
+from lslm_jax.data.sources import Document
 from lslm_jax.errors import LslmError
 
 _BLOCK_CHARS = 1 << 20
@@ -33,12 +35,12 @@ class Task(NamedTuple):
 
     Attributes:
       split: where its documents belong.
-      valid_fraction: share of them that belongs to `valid` instead.
+      recipe: what is made of them; its source's `valid_fraction` is the share that belongs to `valid` instead.
       done: per split, raw documents that need no ids, since an earlier process wrote them.
     """
 
     split: Split
-    valid_fraction: float
+    recipe: Recipe
     done: dict[Split, int]
 
 
@@ -51,14 +53,26 @@ class Block(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of one document: dropped, or these ids of that many UTF-8 bytes for this split."""
+    """What became of one document.
+
+    Attributes:
+      dropped: why it is left out.
+      split: where it belongs.
+      digest, signature: what tells others equal or near to it.
+      exempt: whether it is kept even so, as each example is that something is measured on.
+      encoded: its tokens; None where they were written before.
+      num_bytes: of UTF-8 that are to be predicted.
+      example: as it was read, where that is kept.
+    """
 
     dropped: str | None = None
     split: Split = "train"
     digest: bytes = b""
     signature: np.ndarray | None = None
-    ids: np.ndarray | None = None
+    exempt: bool = False
+    encoded: Encoded | None = None
     num_bytes: int = 0
+    example: Example | None = None
 
 
 def blocks(stream: int, documents: Iterable[Document]) -> Iterator[Block]:
@@ -67,7 +81,7 @@ def blocks(stream: int, documents: Iterable[Document]) -> Iterator[Block]:
     size = start = 0
     for document in documents:
         block.append(document)
-        size += len(document.text)
+        size += examples.size(document.content)
         if size >= _BLOCK_CHARS or len(block) >= _BLOCK_DOCUMENTS:
             yield Block(stream, start, block)
             start, size, block = start + len(block), 0, []
@@ -76,7 +90,7 @@ def blocks(stream: int, documents: Iterable[Document]) -> Iterator[Block]:
 
 
 def is_held_out(document: Document, digest: bytes, valid_fraction: float) -> bool:
-    """Whether a document of the training source belongs to validation: by its place, or by the digest of its text."""
+    """Whether a document of the training source belongs to validation: by its place, or by its content's digest."""
     return clean.is_valid(digest, valid_fraction) if document.held_out is None else document.held_out
 
 
@@ -92,27 +106,43 @@ class Worker:
     def __call__(self, block: Block) -> list[Result]:
         """Results of the block's documents, in order."""
         task = self._tasks[block.stream]
-        texts = [self._clean(document) for document in block.documents]
-        results = [self._judge(*pair, task) for pair in zip(block.documents, texts, strict=True)]
+        raw = [self._decode(document, task) for document in block.documents]
+        cleaned = [None if one is None else examples.cleaned(one, task.recipe, self._config) for one in raw]
+        results = [self._judge(*parts, task) for parts in zip(block.documents, cleaned, raw, strict=True)]
         new = [
             i for i, result in enumerate(results) if not result.dropped and block.start + i >= task.done[result.split]
         ]
-        for i, ids in zip(new, self._tokenizer.encode_batch([texts[i] or "" for i in new]), strict=True):
-            results[i] = results[i]._replace(ids=ids)
+        kept = [one for one in (cleaned[i] for i in new) if one is not None]
+        for i, encoded in zip(new, examples.encode(kept, task.recipe, self._tokenizer), strict=True):
+            results[i] = results[i]._replace(encoded=encoded)
         return results
 
-    def _clean(self, document: Document) -> str | None:
-        decoded = clean.decode(document.text, self._config.bad_utf8, document.origin)
-        return None if decoded is None else clean.clean_text(decoded, self._config)
+    def _decode(self, document: Document, task: Task) -> Example | None:
+        policy = self._config.bad_utf8
+        if policy == "skip" and is_exempt(task.recipe, task.split):
+            policy = "replace"
+        return examples.decode(document.content, task.recipe, policy, document.origin)
 
-    def _judge(self, document: Document, text: str | None, task: Task) -> Result:
-        dropped = "bad_utf8" if text is None else clean.reason(text, self._config)
-        if text is None or dropped:
+    def _judge(self, document: Document, example: Example | None, raw: Example | None, task: Task) -> Result:
+        if example is None:
+            return Result("bad_utf8")
+        recipe = task.recipe
+        digest = examples.digest(example, recipe)
+        split = task.split
+        if split == "train" and is_held_out(document, digest, recipe.source.valid_fraction):
+            split = "valid"
+        exempt = is_exempt(recipe, split)
+        dropped = None if exempt else examples.reason(example, recipe, self._config)
+        if dropped:
             return Result(dropped)
-        digest = clean.digest(text)
-        signature = clean.signature(text) if self._config.deduplicate == "near" else None
-        split = "valid" if is_held_out(document, digest, task.valid_fraction) else task.split
-        return Result(None, split, digest, signature, None, len(text.encode()))
+        signature = examples.signature(example, recipe) if self._config.deduplicate == "near" else None
+        num_bytes = examples.num_bytes(example, recipe)
+        return Result(None, split, digest, signature, exempt, None, num_bytes, raw if exempt else None)
+
+
+def is_exempt(recipe: Recipe, split: Split) -> bool:
+    """Whether each example is kept, and kept as it was read: those held out, of every kind but plain text."""
+    return split != "train" and recipe.source.example != "text"
 
 
 def process(

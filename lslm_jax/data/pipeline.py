@@ -1,12 +1,14 @@
 """(seed, step) -> batch. The state of the input is the step: no shuffle buffer, no iterator to save.
 
 Position p of a run is row p of all the batches laid end to end. It names a source, through a fixed pattern of the
-mixture; a place in that source's endless sequence of epochs; and so, through the epoch's permutation, a row. A host
-takes its slice of the global batch and gathers nothing else, hence order and content do not depend on the hosts.
+mixture; a place in that source's endless sequence of epochs; and so, through the epoch's permutation, a row. What a row
+draws at random depends on seed, source, epoch and row alone. A host takes its slice of the global batch and gathers
+nothing else, hence order and content do not depend on the hosts.
 """
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -14,51 +16,29 @@ from etils import epath
 from lslm_jax import atomic
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
-from lslm_jax.data import objectives, order, packing
+from lslm_jax.data import heads, order, pairs, tokenizer
+from lslm_jax.data.rows import CausalRows, DocumentRows, MaskedRows, Rows, SpanRows
 from lslm_jax.data.shards import Shards
+from lslm_jax.data.special import Special, special_ids
+from lslm_jax.data.synthetic import SyntheticInput
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
-_SYNTHETIC_DOCUMENTS = 8  # at most, in a row of the synthetic source
-_PACKERS = {"stream": packing.Stream, "bins": packing.Bins, "pad": packing.Pad}
-
-
-class Rows:
-    """One prepared split, as rows.
-
-    Attributes:
-      shards: its documents.
-      packer: which of them make a row; `packer.fill` is the share of cells that are not padding.
-      num_rows: rows in the split.
-    """
-
-    def __init__(self, shards: Shards, config: Config, bos_id: int, eos_id: int):
-        if not shards.num_tokens:
-            raise InputMissing(f"{shards.directory} holds no tokens")
-        self.shards = shards
-        self.packer = _PACKERS[config.data.packing](shards.starts, objectives.CAUSAL_EXTRA, config.data.seq_len)
-        self.num_rows = self.packer.num_rows
-        self._bos_id, self._eos_id, self._mask = bos_id, eos_id, config.data.mask_documents
-
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The rows of these numbers, int64 [B].
-
-        Raises:
-          DataError: a token is outside the vocabulary.
-        """
-        return objectives.causal(self.packer.layout(rows), self.shards, self._bos_id, self._eos_id, self._mask)
-
-    def num_bytes(self, rows: np.ndarray) -> int:
-        """Bytes of text that these rows, int64 [B], predict.
-
-        A document's bytes are spread evenly over its slots and rounded so that all rows add up to all bytes exactly.
-        """
-        pieces = self.packer.pieces(rows)
-        size, slots = self.shards.num_bytes[pieces.document], self.packer.slots(pieces.document)
-        return int(((pieces.offset + pieces.length) * size // slots - pieces.offset * size // slots).sum())
-
-    def max_segments(self) -> int:
-        """Greatest number of segments in any row: 1 where documents are not kept apart."""
-        return self.packer.max_segments() if self._mask else 1
+_ROWS = {
+    "causal": CausalRows,
+    "span_corruption": SpanRows,
+    "classification": heads.LabelRows,
+    "regression": heads.LabelRows,
+    "tagging": heads.TagRows,
+    "qa": heads.AnswerRows,
+}
+# Texts that an example may have, and its numbers; one text and no number where nothing is said.
+_SHAPES = {
+    "seq2seq": ((2,), 0),
+    "classification": ((1, 2), 1),
+    "regression": ((1, 2), 1),
+    "tagging": ((2,), 0),
+    "qa": ((2,), 2),
+}
 
 
 class TrainInput:
@@ -72,7 +52,7 @@ class TrainInput:
         self._sources = sources
         self._seed = config.seed
         self._batch_size = config.train.batch_size
-        self._slice = _host_slice(config, host, hosts)
+        self._slice = order.host_slice(self._batch_size, host, hosts)
         self._pattern, self._before = order.mixture_pattern(weights)
         self.num_rows = sum(source.num_rows for source in sources)
 
@@ -85,21 +65,21 @@ class TrainInput:
         for i, rows in enumerate(self._sources):
             mine = source == i
             row[mine] = order.permute(place[mine], rows.num_rows, order.combine(self._seed, i, epoch[mine]))
-        return _gather(self._sources, source, row)
+        return _gather(self._sources, source, row, order.combine(self._seed, source, epoch, row))
 
     def epoch(self, step: int) -> float:
         """Passes over the data before a step: rows drawn to rows there are."""
         return step * self._batch_size / self.num_rows
 
     def max_segments(self) -> int:
-        """Greatest number of segments in any row."""
+        """Greatest number of segments in any row, of the target and, where there is one, of the source."""
         return max(source.max_segments() for source in self._sources)
 
     @property
     def fill(self) -> float:
         """Share of the cells of all rows that are not padding."""
-        slots = sum(source.packer.num_slots for source in self._sources)
-        return slots / (self.num_rows * self._sources[0].packer.seq_len)
+        slots = sum(source.num_slots for source in self._sources)
+        return slots / sum(source.num_rows * source.cells for source in self._sources)
 
     def _locate(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source of each position, and how many earlier positions had the same one."""
@@ -109,98 +89,61 @@ class TrainInput:
 
 
 class EvalInput:
-    """Every row once, in order: the sources of a mixture one after another.
+    """Every row of one source once, in order. What is drawn at random is the same in every evaluation of every run.
 
     Attributes:
+      shards: the examples.
       num_rows: rows that are evaluated.
       num_batches: global batches they make; the last is filled up with rows of weight 0.
     """
 
-    def __init__(self, sources: list[Rows], config: Config, host: int, hosts: int):
-        self._sources = sources
-        self._ends = np.cumsum([source.num_rows for source in sources])
+    def __init__(self, source: Rows, config: Config, host: int, hosts: int):
+        self.shards = source.shards
+        self._source = source
         self._batch_size = config.train.batch_size
-        self._slice = _host_slice(config, host, hosts)
-        self.num_batches = -(-int(self._ends[-1]) // self._batch_size)
+        self._slice = order.host_slice(self._batch_size, host, hosts)
+        self.num_batches = -(-source.num_rows // self._batch_size)
         if config.eval.batches:
             self.num_batches = min(self.num_batches, config.eval.batches)
-        self.num_rows = min(int(self._ends[-1]), self.num_batches * self._batch_size)
+        self.num_rows = min(source.num_rows, self.num_batches * self._batch_size)
 
     def batch(self, step: int) -> Batch:
         """This host's rows of batch `step`, in [0, num_batches)."""
-        rows = step * self._batch_size + self._slice
-        batch = _gather(self._sources, *self._locate(rows[rows < self.num_rows]))
-        missing = len(rows) - len(batch.tokens_BT)
+        numbers = step * self._batch_size + self._slice
+        mine = numbers[numbers < self.num_rows]
+        batch = self._source.batch(mine, order.combine(0, mine))
+        missing = len(numbers) - len(mine)
         return Batch(*(None if part is None else np.pad(part, ((0, missing), (0, 0))) for part in batch))
+
+    def examples(self, step: int) -> np.ndarray:
+        """The example behind each row of the global batch, the first where a row shows several; -1 in filling rows."""
+        return self._of_rows(step, self._source.examples)
+
+    def windows(self, step: int) -> np.ndarray:
+        """The first token of the context that each row of the global batch shows; -1 in filling rows."""
+        return self._of_rows(step, self._source.windows)
 
     def num_bytes(self) -> int:
         """Bytes of text that all evaluated rows, of all hosts, predict."""
-        total = 0
-        for first in range(0, self.num_rows, order.PATTERN):
-            source, row = self._locate(np.arange(first, min(first + order.PATTERN, self.num_rows)))
-            total += sum(rows.num_bytes(row[source == i]) for i, rows in enumerate(self._sources))
-        return total
+        firsts = range(0, self.num_rows, order.PATTERN)
+        numbers = (np.arange(first, min(first + order.PATTERN, self.num_rows)) for first in firsts)
+        return sum(self._source.num_bytes(part) for part in numbers)
 
     def documents(self) -> Iterator[np.ndarray]:
         """The token ids of each held-out document, without special ones."""
-        for shards in (source.shards for source in self._sources):
-            for first, end in itertools.pairwise(shards.starts):
-                yield shards.take(np.arange(first, end))
+        for first, end in itertools.pairwise(self.shards.starts):
+            yield self.shards.take(np.arange(first, end))
 
     def max_segments(self) -> int:
-        """Greatest number of segments in any row."""
-        return max(source.max_segments() for source in self._sources)
+        """Greatest number of segments in any row, of the target and, where there is one, of the source."""
+        return self._source.max_segments()
 
-    def _locate(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        source = np.searchsorted(self._ends, row, "right")
-        return source, row - np.concatenate([[0], self._ends])[source]
-
-
-class SyntheticInput:
-    """Random ids for benchmarks, in up to eight documents a row where documents are kept apart.
-
-    Attributes:
-      num_rows: 0, as there is no end to them.
-      fill: 1, as there is no padding.
-    """
-
-    num_rows = 0
-    fill = 1.0
-
-    def __init__(self, config: Config, vocab_size: int, host: int, hosts: int):
-        self._config = config
-        self._vocab_size = vocab_size
-        self._slice = _host_slice(config, host, hosts)
-
-    def batch(self, step: int) -> Batch:
-        """This host's rows of the batch of a step."""
-        seq_len = self._config.data.seq_len
-        row = (step * self._config.train.batch_size + self._slice)[:, None]
-        ids = order.combine(self._config.seed, row, np.arange(seq_len + 1)) % np.uint64(self._vocab_size)
-        ids = ids.astype(np.int32)
-        positions, segments = self._documents(row) if self._config.data.mask_documents else (None, None)
-        weights = np.ones((len(row), seq_len), np.float32)
-        return Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), weights, positions, segments)
-
-    def epoch(self, step: int) -> float:
-        """0: nothing is seen twice."""
-        return 0.0
-
-    def max_segments(self) -> int:
-        """Greatest number of segments in any row."""
-        return _SYNTHETIC_DOCUMENTS if self._config.data.mask_documents else 1
-
-    def _documents(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and segments of rows cut at random places."""
-        seq_len = self._config.data.seq_len
-        # Numbers beyond the ids' own, so that cuts and ids are independent.
-        cuts = order.combine(self._config.seed, row, seq_len + np.arange(1, _SYNTHETIC_DOCUMENTS)) % np.uint64(seq_len)
-        begins = np.zeros((len(row), seq_len), bool)
-        np.put_along_axis(begins, cuts.astype(np.int64), True, axis=1)
-        begins[:, 0] = True
-        place = np.arange(seq_len, dtype=np.int32)
-        positions = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
-        return positions, np.cumsum(begins, axis=1, dtype=np.int32)
+    def _of_rows(self, step: int, tell: Any) -> np.ndarray:
+        numbers = step * self._batch_size + np.arange(self._batch_size)
+        found = np.full(self._batch_size, -1)
+        real = numbers < self.num_rows
+        found[real] = tell(numbers[real])
+        return found
 
 
 def open_train(
@@ -222,70 +165,86 @@ def open_train(
     """
     if config.data.source == "synthetic" and not config.data.mixture:
         return SyntheticInput(config, vocab_size, host, hosts)
-    names, weights = _sources(config)
-    sources = _open(config, [epath.Path(directory) / name / "train" for name in names], directory, vocab_size)
+    weights = [source.weight for source in config.data.mixture] or [1.0]
+    sources = list(_open(config, epath.Path(directory), "train", vocab_size).values())
     for source in sources:
-        slots, seq_len = source.packer.num_slots, config.data.seq_len
-        if slots < seq_len:
+        if isinstance(source, DocumentRows) and source.packer.num_slots < source.packer.seq_len:
+            slots, seq_len = source.packer.num_slots, source.packer.seq_len
             where = source.shards.directory
             raise InputMissing(f"{where} holds {slots} slots, fewer than one row of {seq_len} (data.seq_len)")
     return TrainInput(sources, weights, config, host, hosts)
 
 
 def open_eval(
-    config: Config, directory: epath.Path, vocab_size: int, host: int = 0, hosts: int = 1
-) -> EvalInput | None:
-    """Opens the validation rows of a prepared directory; None where no documents were held out.
+    config: Config,
+    directory: epath.Path,
+    vocab_size: int,
+    host: int = 0,
+    hosts: int = 1,
+    split: str = "valid",
+) -> dict[str, EvalInput]:
+    """Opens the held-out rows of a prepared directory: by name of their source, "" for the only one; {} for none.
 
-    Args and errors are those of `open_train`, but a set may be shorter than one row.
+    Args and errors are those of `open_train`, but a set may be shorter than one row. `split` is `valid` or `test`.
     """
     if config.data.source == "synthetic" and not config.data.mixture:
-        return None
-    names, _ = _sources(config)
-    splits = [epath.Path(directory) / name / "valid" for name in names]
-    splits = [split for split in splits if split.exists()]
-    return EvalInput(_open(config, splits, directory, vocab_size), config, host, hosts) if splits else None
+        return {}
+    sources = _open(config, epath.Path(directory), split, vocab_size)
+    return {name: EvalInput(source, config, host, hosts) for name, source in sources.items()}
 
 
-def _sources(config: Config) -> tuple[list[str], list[float]]:
-    """Directories below the prepared one, and weights: one source lies in the prepared directory itself."""
-    if not config.data.mixture:
-        return [""], [1.0]
-    return [source.name for source in config.data.mixture], [source.weight for source in config.data.mixture]
+def _open(config: Config, directory: epath.Path, split: str, vocab_size: int) -> dict[str, Rows]:
+    """The rows of each source that has such a split; one that is alone lies in the prepared directory itself."""
+    path = directory / "manifest.json"
+    words, special = _tokenizer(path, config.model.family)
+    found = {}
+    for name in [source.name for source in config.data.mixture] or [""]:
+        if split != "train" and not (directory / name / split).exists():
+            continue
+        shards = Shards.open(directory / name / split)
+        _check_examples(shards, config.task.objective)
+        found[name] = make_rows(shards, config, special, directory / words["file"] if config.task.whole_words else None)
+        if (size := max(shards.vocab_size, special.size)) > vocab_size:
+            raise ConfigError(f"model.vocab_size {vocab_size} is too small: {shards.directory} needs {size}")
+    return found
 
 
-def _open(config: Config, splits: list[epath.Path], directory: epath.Path, vocab_size: int) -> list[Rows]:
-    bos_id, eos_id = _special_ids(epath.Path(directory) / "manifest.json")
-    sources = [Rows(Shards.open(split), config, bos_id, eos_id) for split in splits]
-    for source in sources:
-        size = max(source.shards.vocab_size, bos_id + 1, eos_id + 1)
-        if size > vocab_size:
-            raise ConfigError(f"model.vocab_size {vocab_size} is too small: {source.shards.directory} needs {size}")
-    return sources
+def make_rows(shards: Shards, config: Config, special: Special, words: epath.Path | None = None) -> Rows:
+    """A split as the rows of the config's objective; `words` is the tokenizer where whole words are masked."""
+    objective = config.task.objective
+    if objective == "masked":
+        return MaskedRows(shards, config, special, tokenizer.load(words).word_starts if words else None)
+    if objective == "seq2seq":
+        of_family = pairs.EncodedPairs if config.model.family == "encoder_decoder" else pairs.DecodedPairs
+        return of_family(shards, config, special)
+    return _ROWS[objective](shards, config, special)
 
 
-def _special_ids(path: epath.Path) -> tuple[int, int]:
+def _check_examples(shards: Shards, objective: str) -> None:
+    """Whether the examples were prepared for such an objective."""
+    fields, numbers = _SHAPES[objective] if objective in _SHAPES else ((1,), 0)
+    if shards.fields not in fields or shards.numbers.shape[1] != numbers:
+        raise ConfigError(
+            f"{shards.directory} was not prepared for task.objective={objective}: its examples have {shards.fields} "
+            f"text(s) and {shards.numbers.shape[1]} number(s); choose another data.dir"
+        )
+
+
+def _tokenizer(path: epath.Path, family: str) -> tuple[dict[str, Any], Special]:
+    """The entry of that name in a manifest, and the ids it gives the model."""
     if not atomic.exists(path):
         raise InputMissing(f"{path.parent} holds no prepared data (no {path.name}): run prepare")
     try:
-        tokenizer = atomic.read_json(path)["tokenizer"]
-        return tokenizer["bos_id"], tokenizer["eos_id"]
+        entry = atomic.read_json(path)["tokenizer"]
+        return entry, special_ids(entry, family)
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} does not name the tokenizer's bos_id and eos_id: run prepare again") from error
 
 
-def _host_slice(config: Config, host: int, hosts: int) -> np.ndarray:
-    """Numbers of this host's rows within the global batch."""
-    size, rest = divmod(config.train.batch_size, hosts)
-    if rest:
-        raise ConfigError(f"train.batch_size {config.train.batch_size} is not a multiple of the {hosts} hosts")
-    return np.arange(host * size, (host + 1) * size)
-
-
-def _gather(sources: list[Rows], source: np.ndarray, row: np.ndarray) -> Batch:
+def _gather(sources: list[Rows], source: np.ndarray, row: np.ndarray, keys: np.ndarray) -> Batch:
     """One batch from rows of several sources, in the order given."""
     if len(sources) == 1:
-        return sources[0].batch(row)
-    parts = [rows.batch(row[source == i]) for i, rows in enumerate(sources)]
+        return sources[0].batch(row, keys)
+    parts = [rows.batch(row[source == i], keys[source == i]) for i, rows in enumerate(sources)]
     back = np.argsort(np.argsort(source, kind="stable"))
     return Batch(*(None if field[0] is None else np.concatenate(field)[back] for field in zip(*parts, strict=True)))

@@ -1,8 +1,8 @@
 """Raw text -> cleaned documents -> vocabulary -> token shards, once.
 
-    DIR/tokenizer.model             (or tokenizer.json, bytes.json)
-    DIR/train/  DIR/valid/          shards; of a mixture DIR/NAME/train/, DIR/NAME/valid/
-    DIR/manifest.json               what was prepared from what, and how; written last
+    DIR/tokenizer.model                     (or tokenizer.json, bytes.json)
+    DIR/train/  DIR/valid/  DIR/test/       shards; of a mixture DIR/NAME/train/ and so on
+    DIR/manifest.json                       what was prepared from what, and how, and `labels`; written last
 
 Until the manifest is there, unfinished.json holds the settings and inputs, and a killed run goes on after its last
 whole shard: it reads, cleans and compares the documents before it again, but does not tokenise them.
@@ -24,15 +24,14 @@ from etils import epath
 
 from lslm_jax import __version__, atomic
 from lslm_jax.config import Config, Source
-from lslm_jax.data import clean, parallel, records, sources, vocabulary
-from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data import clean, examples, labels, parallel, records, sources, vocabulary
+from lslm_jax.data.examples import Recipe
+from lslm_jax.data.files import Split
 from lslm_jax.data.shards import ShardWriter
-from lslm_jax.data.sources import Document, Split
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
 
 _MANIFEST = "manifest.json"
 _UNFINISHED = "unfinished.json"
-_SAMPLE_SEED = 0
 _LOG_SECONDS = 2.0
 
 Log = Callable[[str], None]
@@ -45,7 +44,7 @@ def prepare(config: Config, directory: epath.Path, log: Log, workers: int = 0) -
     `if __name__ == "__main__":`.
 
     Args:
-      config: `data`, `clean` and `tokenizer` are read.
+      config: `data`, `task`, `clean` and `tokenizer` are read.
       directory: where the shards are or will be.
       log: told of progress about every two seconds.
       workers: processes. 0: as many as there are cores for this one.
@@ -73,7 +72,8 @@ def prepare(config: Config, directory: epath.Path, log: Log, workers: int = 0) -
         records.check(manifest, config, named, directory, finished=True)
         return _summary(manifest, True, started)
     record = _begin(config, named, directory, log)
-    manifest = record | _write(config, named, directory, record["tokenizer"], log, workers or _num_cores())
+    recipes = _recipes(record, config, named)
+    manifest = record | _write(config, recipes, directory, record["tokenizer"], log, workers or _num_cores())
     atomic.write_json(directory / _MANIFEST, manifest)
     (directory / _UNFINISHED).unlink()
     return _summary(manifest, False, started)
@@ -97,85 +97,49 @@ def _begin(config: Config, named: dict[str, Source], directory: epath.Path, log:
         directory.mkdir(parents=True, exist_ok=True)
     if not atomic.is_remote(directory) and not os.access(directory, os.W_OK):
         raise SaveError(f"{directory} is not writable by uid {os.getuid()}")
-    record["tokenizer"] = _vocabulary(config, named, directory, log)
+    record["source_labels"] = labels.names(config, named)
+    record["labels"] = labels.merged(record["source_labels"])
+    record["tokenizer"] = _vocabulary(config, _recipes(record, config, named), directory, log)
     atomic.write_json(directory / _UNFINISHED, record)
     return record
 
 
+def _recipes(record: dict[str, Any], config: Config, named: dict[str, Source]) -> dict[str, Recipe]:
+    """What is made of the examples of each source."""
+    known = record["source_labels"] if "source_labels" in record else {name: [] for name in named}  # older: text only
+    return {
+        name: Recipe(source, config.task.objective, {label: i for i, label in enumerate(known[name])})
+        for name, source in named.items()
+    }
+
+
 # The vocabulary.
 
+_TOKENIZER_KEYS = ("kind", "sha256", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id", "sentinel_ids")
 
-def _vocabulary(config: Config, named: dict[str, Source], directory: epath.Path, log: Log) -> dict[str, Any]:
+
+def _vocabulary(config: Config, recipes: dict[str, Recipe], directory: epath.Path, log: Log) -> dict[str, Any]:
     """Puts the tokenizer into the directory; returns its file name there and its ids."""
-    tokenizer = _tokenizer(config, named, directory, log)
-    ids = {key: getattr(tokenizer, key) for key in ("kind", "sha256", "vocab_size", "pad_id", "bos_id", "eos_id")}
-    return ids | {"file": tokenizer.save(directory)}
-
-
-def _tokenizer(config: Config, named: dict[str, Source], directory: epath.Path, log: Log) -> tokenizers.Tokenizer:
-    settings = config.tokenizer
-    if settings.kind == "bytes":
-        return tokenizers.Bytes()
-    if settings.path:
-        tokenizer = tokenizers.load(epath.Path(settings.path))
-        if tokenizer.kind != settings.kind:
-            raise ConfigError(f"tokenizer.kind={settings.kind}, but {settings.path} is of kind {tokenizer.kind}")
-        return tokenizer
-    if settings.kind == "huggingface":
-        raise ConfigError("tokenizer.path is empty: kind=huggingface needs a tokenizer.json")
-    size, most = settings.vocab_size, settings.sample_bytes / 1e6
-    log(f"prepare: training a vocabulary of {size:,} on {most:,.1f} MB of text at most")
-    return vocabulary.train(_training_texts(config, named), settings)
-
-
-def _training_texts(config: Config, named: dict[str, Source]) -> Iterator[str]:
-    dropped: collections.Counter[str] = collections.Counter()
-    weights = {name: getattr(source, "weight", 1.0) for name, source in named.items()}
-    whole = config.tokenizer.sample_bytes / sum(weights.values())
-    texts = itertools.chain.from_iterable(
-        _sample(config, source, int(weights[name] * whole), dropped) for name, source in named.items()
-    )
-    first = next(texts, None)
-    if first is None:
-        raise InputMissing(_nothing(named, dropped))
-    return itertools.chain([first], texts)
-
-
-def _sample(config: Config, source: Source, num_bytes: int, dropped: collections.Counter[str]) -> Iterator[str]:
-    def read(document: Document) -> str | None:
-        text = clean.decode(document.text, config.clean.bad_utf8, document.origin)
-        why = "bad_utf8"
-        if text is not None:
-            text = clean.clean_text(text, config.clean)
-            held_out = parallel.is_held_out(document, clean.digest(text), source.valid_fraction)
-            why = clean.reason(text, config.clean) or ("held out" if held_out else None)
-        dropped.update([why] if why else [])
-        return None if why else text
-
-    return sources.sample(source, num_bytes, _SAMPLE_SEED, read, config.data.max_documents)
+    tokenizer = vocabulary.choose(config, recipes, log)
+    return {key: getattr(tokenizer, key) for key in _TOKENIZER_KEYS} | {"file": tokenizer.save(directory)}
 
 
 # The shards.
 
 
 def _write(
-    config: Config, named: dict[str, Source], directory: epath.Path, tokenizer: dict[str, Any], log: Log, workers: int
+    config: Config, recipes: dict[str, Recipe], directory: epath.Path, tokenizer: dict[str, Any], log: Log, workers: int
 ) -> dict[str, Any]:
     """Writes all shards; returns the manifest's account of them."""
-    places = _places(named)
-    size, shard_tokens = tokenizer["vocab_size"], config.data.shard_tokens
-    writers = {place: ShardWriter(directory.joinpath(*place), size, shard_tokens) for place in places}
-    streams = _streams(named)
+    named = {name: recipe.source for name, recipe in recipes.items()}
+    places, streams = _places(named), _streams(named)
+    writers = {place: _writer(config, recipes, directory, tokenizer, place) for place in places}
     blocks = itertools.chain.from_iterable(
         parallel.blocks(i, sources.documents(named[name], split, config.data.max_documents))
         for i, (name, split) in enumerate(streams)
     )
     tasks = [
-        parallel.Task(
-            split=split,
-            valid_fraction=named[name].valid_fraction,
-            done={to: writers[name, to].cursor for to in _splits(named[name])},
-        )
+        parallel.Task(split, recipes[name], {to: writers[name, to].cursor for to in _splits(named[name])})
         for name, split in streams
     ]
     results = parallel.process(blocks, directory / tokenizer["file"], config.clean, tasks, workers)
@@ -183,9 +147,25 @@ def _write(
         kept, dropped = _fill(results, [name for name, _ in streams], writers, config.clean.deduplicate, log)
     for place in places:
         if not kept[place]:
-            _refuse_empty(place, named, dropped)
+            _refuse_empty(place, recipes, dropped)
     splits = {"/".join(filter(None, place)): _finish(writers[place], directory.joinpath(*place)) for place in places}
     return {"splits": splits, "dropped": dict(sorted(dropped.items())), "versions": _versions()}
+
+
+def _writer(
+    config: Config,
+    recipes: dict[str, Recipe],
+    directory: epath.Path,
+    tokenizer: dict[str, Any],
+    place: tuple[str, Split],
+) -> ShardWriter:
+    name, split = place
+    recipe, size = recipes[name], tokenizer["vocab_size"]
+    if recipe.source.example == "tags" and len(recipe.labels) >= size:
+        raise ConfigError(f"{len(recipe.labels)} tags are too many for a vocabulary of {size}")
+    shape = examples.shape(recipe.source, recipe.objective)
+    keep = parallel.is_exempt(recipe, split)
+    return ShardWriter(directory.joinpath(*place), size, config.data.shard_tokens, *shape, keep_examples=keep)
 
 
 def _places(named: dict[str, Source]) -> list[tuple[str, Split]]:
@@ -194,13 +174,19 @@ def _places(named: dict[str, Source]) -> list[tuple[str, Split]]:
 
 
 def _splits(source: Source) -> list[Split]:
-    return ["train", "valid"] if source.valid_files or source.valid_split or source.valid_fraction else ["train"]
+    found: dict[Split, bool] = {
+        "train": True,
+        "valid": bool(source.valid_files or source.valid_split or source.valid_fraction),
+        "test": bool(source.test_files or source.test_split),
+    }
+    return [split for split, is_there in found.items() if is_there]
 
 
 def _streams(named: dict[str, Source]) -> list[tuple[str, Split]]:
     """What is read, in order. Held-out files come first: a document that is in them too is then not trained on."""
+    test: list[tuple[str, Split]] = [(name, "test") for name, s in named.items() if s.test_files or s.test_split]
     valid: list[tuple[str, Split]] = [(name, "valid") for name, s in named.items() if s.valid_files or s.valid_split]
-    return valid + [(name, "train") for name in named]
+    return test + valid + [(name, "train") for name in named]
 
 
 def _fill(
@@ -218,14 +204,15 @@ def _fill(
     for stream, start, documents in results:
         for index, document in enumerate(documents, start):
             why = document.dropped or (memory and memory.seen(document.digest, document.signature))
-            if why:
+            if why and not document.exempt:
                 dropped[why] += 1
                 continue
             place = names[stream], document.split
             kept[place] += 1
-            if document.ids is not None:
-                writers[place].add(document.ids, document.num_bytes, index + 1)
-                progress.tokens += len(document.ids)
+            if document.encoded is not None:
+                fields, numbers = document.encoded
+                writers[place].add(fields, document.num_bytes, index + 1, numbers, document.example)
+                progress.tokens += sum(map(len, fields))
         progress.documents += len(documents)
         progress.tell()
     return kept, dropped
@@ -257,17 +244,13 @@ def _finish(writer: ShardWriter, directory: epath.Path) -> dict[str, Any]:
     return figures | {"shards": len(manifest["shards"]), "manifest_sha256": digest}
 
 
-def _nothing(named: dict[str, Source], dropped: collections.Counter[str]) -> str:
-    what = ", ".join(" ".join(source.files) or source.tfds for source in named.values())
-    reasons = ", ".join(f"{count:,} {why}" for why, count in sorted(dropped.items()))
-    return f"nothing to train on in {what}; dropped: {reasons or 'none'}"
-
-
-def _refuse_empty(place: tuple[str, Split], named: dict[str, Source], dropped: collections.Counter[str]) -> None:
+def _refuse_empty(place: tuple[str, Split], recipes: dict[str, Recipe], dropped: collections.Counter[str]) -> None:
     name, split = place
     if split == "train":
-        raise InputMissing(_nothing({name: named[name]}, dropped))
-    if fraction := named[name].valid_fraction:
+        raise InputMissing(examples.nothing({name: recipes[name]}, dropped))
+    if split == "test":
+        raise InputMissing("nothing to test on: every test document is empty or was dropped")
+    if fraction := recipes[name].source.valid_fraction:
         raise InputMissing(f"no document falls into data.valid_fraction={fraction}; set a larger one, or 0")
     raise InputMissing("nothing to validate on: every held-out document is empty or was dropped")
 

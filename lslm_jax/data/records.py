@@ -17,6 +17,13 @@ _SOURCE_KEYS = {
     "files": ("source", "files", "text_key", "document", "valid_files", "valid_fraction"),
     "tfds": ("source", "tfds", "split", "text_key", "valid_split", "valid_fraction"),
 }
+_KIND_KEYS = {
+    "text": (),
+    "pair": ("example", "target_key"),
+    "label": ("example", "target_key", "label_key", "labels"),
+    "tags": ("example", "label_key", "labels"),
+    "qa": ("example",),
+}
 _TRAINED_KEYS = ("model", "vocab_size", "byte_fallback", "sample_bytes")
 
 
@@ -42,12 +49,19 @@ def named_sources(config: Config) -> dict[str, Source]:
 
 
 def settings(config: Config, named: dict[str, Source]) -> dict[str, Any]:
-    """Every setting that the shards' content depends on, by key, as JSON gives it back."""
+    """Every setting that the shards' content depends on, by key, as JSON gives it back.
+
+    Keys that make no difference to plain text are left out there: what was prepared before they existed stays valid.
+    """
     trains = _trains_vocabulary(config)
     found: dict[str, Any] = {"data.max_documents": config.data.max_documents}
     for name, source in named.items():
         prefix = f"data.mixture.{name}" if name else "data"
-        keys = _SOURCE_KEYS[source.source] + (("weight",) if name and trains else ())
+        keys = _SOURCE_KEYS[source.source] + (("weight",) if name and trains else ()) + _KIND_KEYS[source.example]
+        keys += tuple(key for key in ("test_files", "test_split") if getattr(source, key))
+        if source.example != "text":
+            found["task.objective"] = config.task.objective
+            keys += ("prefix",) if config.task.objective == "seq2seq" else ()
         found |= {f"{prefix}.{key}": getattr(source, key) for key in keys}
     found |= {f"clean.{key}": value for key, value in dataclasses.asdict(config.clean).items()}
     found["tokenizer.kind"] = config.tokenizer.kind

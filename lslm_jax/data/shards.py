@@ -1,71 +1,100 @@
 """Token shards: the ids of all documents of a split on disk, flat and memory-mapped.
 
     tokens-00000.bin ...   little-endian uint16 (vocabularies up to 65,536) or uint32, documents without special ids
-    starts.bin             int64 [N + 1]: document d holds the tokens starts[d]:starts[d + 1] of the whole split
-    num_bytes.bin          int64 [N]: UTF-8 bytes of each document's text
+    starts.bin             int64 [N * F + 1]: document d holds the tokens starts[d]:starts[d + 1] of the whole split
+    num_bytes.bin          int64 [N]: UTF-8 bytes of each example's text
+    numbers.bin            float64 [N, W], where examples have numbers
+    examples.jsonl         the examples as they were read, where they are kept
     manifest.json          counts, and size and sha256 of each file; written last, so a set that has one is whole
+
+An example is F documents in a row (source and target, question and context; of plain text one) and W numbers (a class,
+the place of an answer; of plain text none).
 
 While a writer is at work a journal stands in the manifest's place. It lists the shards that are whole; a killed writer
 goes on after the last of them.
 """
 
-import hashlib
-import os
+import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from lslm_jax import atomic
+from lslm_jax.data.shard_files import MANIFEST, check_content, check_sizes, copy, entries, map_array
 from lslm_jax.errors import DataError, InputMissing
 
-_VERSION = 1
-_MANIFEST = "manifest.json"
+_EXAMPLES = "examples.jsonl"
 _JOURNAL = "journal.json"
 _INDEX = np.dtype("<i8")
+_NUMBER = np.dtype("<f8")
+_OURS = "tokens-*.bin* documents-*.bin* starts.bin* num_bytes.bin* numbers.bin* examples.jsonl* *.json.tmp".split()
 
 
 class ShardWriter:
-    """Writes a split, document by document, and goes on where a killed writer stopped.
+    """Writes a split, example by example, and goes on where a killed writer stopped.
 
     Attributes:
-      cursor: raw documents of the source already accounted for in whole shards, 0 when fresh. Documents below it must
+      cursor: raw examples of the source already accounted for in whole shards, 0 when fresh. Examples below it must
         not be added again.
     """
 
-    def __init__(self, directory: epath.Path, vocab_size: int, shard_tokens: int):
+    def __init__(
+        self,
+        directory: epath.Path,
+        vocab_size: int,
+        shard_tokens: int,
+        fields: int = 1,
+        numbers: int = 0,
+        keep_examples: bool = False,
+    ):
         """Opens `directory` for writing, or for going on.
 
         Args:
           directory: of this split only; created where missing.
           vocab_size: ids are below it.
-          shard_tokens: a shard is closed once it holds so many tokens; documents are never cut.
+          shard_tokens: a shard is closed once it holds so many tokens; examples are never cut.
+          fields: documents of one example, F.
+          numbers: numbers of one example, W.
+          keep_examples: whether examples are written down as they were read, too.
 
         Raises:
           DataError: the directory holds another writer's shards, of another vocabulary or shard size.
           SaveError: it cannot be written.
         """
         self._directory = epath.Path(directory)
-        self._settings: dict[str, Any] = {"version": _VERSION, "vocab_size": vocab_size, "shard_tokens": shard_tokens}
+        self._fields, self._numbers, self._keep = fields, numbers, keep_examples
+        self._settings: dict[str, Any] = {"version": 1, "vocab_size": vocab_size, "shard_tokens": shard_tokens}
+        if fields > 1 or numbers or keep_examples:
+            self._settings |= {"version": 2, "fields": fields, "numbers": numbers, "keep_examples": keep_examples}
         self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         with atomic.saving(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._manifest = self._read_own(_MANIFEST)
+            self._manifest = self._read_own(MANIFEST)
             self._shards = self._manifest["shards"] if self._manifest else list(self._whole_shards())
             self._remove_remains()
         self.cursor: int = self._shards[-1]["cursor"] if self._shards else 0
         self._documents = sum(shard["documents"] for shard in self._shards)
         self._open_shard()
 
-    def add(self, ids: np.ndarray, num_bytes: int, cursor: int) -> None:
-        """Appends one document, closing the shard when that fills it.
+    def add(
+        self,
+        fields: Sequence[np.ndarray],
+        num_bytes: int,
+        cursor: int,
+        numbers: Sequence[float] = (),
+        example: dict[str, Any] | None = None,
+    ) -> None:
+        """Appends one example, closing the shard when that fills it.
 
         Args:
-          ids: integers [n] without special ids; n may be 0.
-          num_bytes: UTF-8 length of the text that the ids spell.
-          cursor: raw index of this document in its source, plus 1.
+          fields: F arrays of integers [n] without special ids; n may be 0.
+          num_bytes: UTF-8 length of the text that is to be predicted.
+          cursor: raw index of this example in its source, plus 1.
+          numbers: W of them.
+          example: as it was read, where examples are kept.
 
         Raises:
           DataError: an id outside the vocabulary, or the set is complete already.
@@ -73,20 +102,29 @@ class ShardWriter:
         """
         if self._manifest:
             raise DataError(f"{self._directory} is complete and takes no more documents; remove it to write it anew")
-        vocab_size = self._settings["vocab_size"]
-        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-            token = ids[(ids < 0) | (ids >= vocab_size)][0]
-            document = self._documents + len(self._lengths)
-            raise DataError(f"token {token} in document {document} of {self._directory}, vocabulary {vocab_size}")
+        assert (len(fields), len(numbers)) == (self._fields, self._numbers)
+        for ids in fields:
+            self._check_ids(ids)
         if self._file is None:
             self._file = atomic.WholeFile(self._directory / f"tokens-{len(self._shards):05d}.bin")
-        self._file.write(ids.astype(self._dtype).tobytes())
-        self._lengths.append(ids.size)
+        for ids in fields:
+            self._file.write(ids.astype(self._dtype).tobytes())
+            self._lengths.append(ids.size)
+            self._tokens += ids.size
         self._num_bytes.append(int(num_bytes))
-        self._tokens += ids.size
+        self._values.extend(map(float, numbers))
+        if self._keep:
+            self._examples.append(json.dumps(example, ensure_ascii=False).encode() + b"\n")
         self._next_cursor = int(cursor)
         if self._tokens >= self._settings["shard_tokens"]:
             self._close_shard(self._file)
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        vocab_size = self._settings["vocab_size"]
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+            token = ids[(ids < 0) | (ids >= vocab_size)][0]
+            document = self._documents + len(self._num_bytes)
+            raise DataError(f"token {token} in document {document} of {self._directory}, vocabulary {vocab_size}")
 
     def finish(self) -> dict[str, Any]:
         """Writes the rest, the index, and last the manifest, which it returns.
@@ -109,7 +147,7 @@ class ShardWriter:
             "shards": self._shards,
             "index": index,
         }
-        atomic.write_json(self._directory / _MANIFEST, manifest)
+        atomic.write_json(self._directory / MANIFEST, manifest)
         self._manifest = manifest
         self._remove_remains()
         return manifest
@@ -118,39 +156,49 @@ class ShardWriter:
         self._file: atomic.WholeFile | None = None
         self._lengths: list[int] = []
         self._num_bytes: list[int] = []
+        self._values: list[float] = []
+        self._examples: list[bytes] = []
         self._tokens = 0
 
     def _close_shard(self, file: atomic.WholeFile) -> None:
         table = atomic.WholeFile(self._directory / f"documents-{len(self._shards):05d}.bin")
-        table.write(np.array([self._lengths, self._num_bytes], _INDEX).tobytes())
-        table.close()
+        table.write(np.array(self._lengths + self._num_bytes, _INDEX).tobytes())
+        table.write(np.array(self._values, _NUMBER).tobytes())
+        table.write(b"".join(self._examples))
+        size = table.close()["size"]
         shard = file.close() | {
             "tokens": self._tokens,
-            "documents": len(self._lengths),
+            "documents": len(self._num_bytes),
             "bytes": sum(self._num_bytes),
             "cursor": self._next_cursor,
+            **({"table": size} if self._settings["version"] > 1 else {}),
         }
         self._shards.append(shard)
         atomic.write_json(self._directory / _JOURNAL, self._settings | {"shards": self._shards})
-        self._documents += len(self._lengths)
+        self._documents += len(self._num_bytes)
         self.cursor = self._next_cursor
         self._open_shard()
 
     def _write_index(self) -> list[dict[str, Any]]:
         """Joins the shards' tables of documents, one shard in memory at a time."""
-        starts = atomic.WholeFile(self._directory / "starts.bin")
-        num_bytes = atomic.WholeFile(self._directory / "num_bytes.bin")
+        names = ["starts.bin", "num_bytes.bin"]
+        names += (["numbers.bin"] if self._numbers else []) + ([_EXAMPLES] if self._keep else [])
+        files = {name: atomic.WholeFile(self._directory / name) for name in names}
         end = np.zeros(1, _INDEX)
-        starts.write(end.tobytes())
-        for i in range(len(self._shards)):
+        files["starts.bin"].write(end.tobytes())
+        for i, shard in enumerate(self._shards):
             with atomic.saving(self._directory):
                 table = (self._directory / f"documents-{i:05d}.bin").read_bytes()
-            lengths, sizes = np.frombuffer(table, _INDEX).reshape(2, -1)
-            ends = end[-1] + np.cumsum(lengths, dtype=_INDEX)
-            starts.write(ends.tobytes())
-            num_bytes.write(sizes.tobytes())
-            end = ends
-        return [starts.close(), num_bytes.close()]
+            count = shard["documents"]
+            ends = [count * width * _INDEX.itemsize for width in np.cumsum([self._fields, 1, self._numbers])]
+            lengths = np.frombuffer(table[: ends[0]], _INDEX)
+            starts = end[-1] + np.cumsum(lengths, dtype=_INDEX)
+            parts = [starts.tobytes(), table[ends[0] : ends[1]], table[ends[1] : ends[2]], table[ends[2] :]]
+            for name, part in zip(("starts.bin", "num_bytes.bin", "numbers.bin", _EXAMPLES), parts, strict=True):
+                if name in files:
+                    files[name].write(part)
+            end = starts
+        return [file.close() for file in files.values()]
 
     def _read_own(self, name: str) -> dict[str, Any] | None:
         """The journal or manifest of a writer with the settings of this one; None where there is none."""
@@ -168,7 +216,8 @@ class ShardWriter:
         journal = self._read_own(_JOURNAL)
         for i, shard in enumerate(journal["shards"] if journal else []):
             table = self._directory / f"documents-{i:05d}.bin"
-            sizes = {self._directory / shard["file"]: shard["size"], table: 2 * _INDEX.itemsize * shard["documents"]}
+            size = shard["table"] if "table" in shard else 2 * _INDEX.itemsize * shard["documents"]
+            sizes = {self._directory / shard["file"]: shard["size"], table: size}
             if any(not path.exists() or path.stat().length != size for path, size in sizes.items()):
                 return
             yield shard
@@ -180,7 +229,7 @@ class ShardWriter:
             keep |= {entry["file"] for entry in self._manifest["index"]}
         else:
             keep |= {f"documents-{i:05d}.bin" for i in range(len(self._shards))} | {_JOURNAL}
-        for pattern in ("tokens-*.bin*", "documents-*.bin*", "starts.bin*", "num_bytes.bin*", "*.json.tmp", _JOURNAL):
+        for pattern in [*_OURS, _JOURNAL]:
             for path in self._directory.glob(pattern):
                 if path.name not in keep:
                     path.unlink()
@@ -191,21 +240,29 @@ class Shards:
 
     Attributes:
       directory: where it lies.
-      num_documents: N.
+      fields: documents of one example, F.
+      num_examples: N.
+      num_documents: N * F; field f of example e is document e * F + f.
       num_tokens: of all documents together.
       vocab_size: of the tokenizer that wrote the ids.
-      starts: int64 [N + 1], memory-mapped; document d holds the tokens starts[d]:starts[d + 1].
-      num_bytes: int64 [N], memory-mapped; UTF-8 bytes of each document's text.
+      starts: int64 [N * F + 1], memory-mapped; document d holds the tokens starts[d]:starts[d + 1].
+      num_bytes: int64 [N], memory-mapped; UTF-8 bytes of each example's text that is to be predicted.
+      numbers: float64 [N, W], memory-mapped.
     """
 
     def __init__(self, directory: epath.Path, manifest: dict[str, Any], local: pathlib.Path):
         self.directory = directory
-        self.num_documents: int = manifest["documents"]
+        self.fields, width = (manifest["fields"], manifest["numbers"]) if manifest["version"] > 1 else (1, 0)
+        self.num_examples: int = manifest["documents"]
+        self.num_documents = self.num_examples * self.fields
         self.num_tokens: int = manifest["tokens"]
         self.vocab_size: int = manifest["vocab_size"]
-        self.starts, self.num_bytes = (_map(local / entry["file"], _INDEX) for entry in manifest["index"])
+        self.starts, self.num_bytes = (map_array(local / name, _INDEX) for name in ("starts.bin", "num_bytes.bin"))
+        numbers = map_array(local / "numbers.bin", _NUMBER) if width else np.empty(0, _NUMBER)
+        self.numbers = numbers.reshape(self.num_examples, width)
+        self._examples = local / _EXAMPLES
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        self._shards = [_map(local / entry["file"], dtype) for entry in manifest["shards"]]
+        self._shards = [map_array(local / entry["file"], dtype) for entry in manifest["shards"]]
         self._begins = np.cumsum([0, *(len(shard) for shard in self._shards)], dtype=np.int64)[:-1]
 
     @classmethod
@@ -221,20 +278,31 @@ class Shards:
           DataError: a file is missing, truncated, too long or altered, or the manifest is unreadable.
         """
         directory = epath.Path(directory)
-        path = directory / _MANIFEST
+        path = directory / MANIFEST
         if not atomic.exists(path):
             state = "is half prepared" if atomic.exists(directory / _JOURNAL) else "holds no prepared shards"
-            raise InputMissing(f"{directory} {state} (no {_MANIFEST}): run prepare again")
+            raise InputMissing(f"{directory} {state} (no {MANIFEST}): run prepare again")
         manifest = atomic.read_json(path)
-        entries = _entries(manifest, path)
-        _check_sizes(directory, entries)
-        local = _copy(directory, entries) if atomic.is_remote(directory) else pathlib.Path(directory)
+        files = entries(manifest, path)
+        check_sizes(directory, files)
+        local = copy(directory, files) if atomic.is_remote(directory) else pathlib.Path(directory)
         if verify:
-            _check_content(local, entries)
+            check_content(local, files)
         shards = cls(directory, manifest, local)
         if len(shards.starts) != shards.num_documents + 1 or shards.starts[-1] != shards.num_tokens:
             raise DataError(f"{directory / 'starts.bin'} does not hold the {shards.num_documents} documents of {path}")
         return shards
+
+    def examples(self) -> Iterator[dict[str, Any]]:
+        """The examples as they were read, in their order.
+
+        Raises:
+          InputMissing: they were not kept, as in training splits and those of plain text.
+        """
+        if not self._examples.exists():
+            raise InputMissing(f"{self.directory} keeps no examples as they were read (no {_EXAMPLES})")
+        with self._examples.open("rb") as lines:
+            yield from map(json.loads, lines)
 
     def take(self, index: np.ndarray) -> np.ndarray:
         """Token ids at places of the whole split.
@@ -259,58 +327,3 @@ class Shards:
             which = shard[places[0]]
             ids[places] = self._shards[which][flat[places] - self._begins[which]]
         return ids.reshape(index.shape)
-
-
-def _entries(manifest: dict[str, Any], path: epath.Path) -> list[dict[str, Any]]:
-    """Name, size and sha256 of every file, none of which may lie outside the manifest's own directory."""
-    if manifest.get("version") != _VERSION:
-        raise DataError(f"{path} has version {manifest.get('version')}, this program reads {_VERSION}")
-    lacking = {"vocab_size", "dtype", "documents", "tokens", "shards", "index"} - manifest.keys()
-    if lacking:
-        raise DataError(f"{path} lacks {', '.join(sorted(lacking))}: restore or prepare again")
-    entries = manifest["shards"] + manifest["index"]
-    for entry in entries:
-        if pathlib.PurePath(entry["file"]).name != entry["file"]:
-            raise DataError(f"{path} names {entry['file']!r}, which is not a file beside it")
-    return entries
-
-
-def _check_sizes(directory: epath.Path, entries: list[dict[str, Any]]) -> None:
-    missing = [entry["file"] for entry in entries if not (directory / entry["file"]).exists()]
-    if missing:
-        raise DataError(f"{directory} lacks {', '.join(missing)} of its {_MANIFEST}: restore or prepare again")
-    for entry in entries:
-        path = directory / entry["file"]
-        size = path.stat().length
-        if size != entry["size"]:
-            state = "truncated" if size < entry["size"] else "too long"
-            raise DataError(f"{path} is {state}: {size} bytes, {_MANIFEST} says {entry['size']}")
-
-
-def _check_content(directory: pathlib.Path, entries: list[dict[str, Any]]) -> None:
-    for entry in entries:
-        with (directory / entry["file"]).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise DataError(f"{file.name} was altered: its sha256 is not the one in {_MANIFEST}")
-
-
-def _copy(directory: epath.Path, entries: list[dict[str, Any]]) -> pathlib.Path:
-    """A local copy of a split, kept for later runs under the digest of its content."""
-    digest = hashlib.sha256("".join(entry["sha256"] for entry in entries).encode()).hexdigest()
-    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    local = root / "lslm_jax" / "shards" / digest
-    with atomic.saving(epath.Path(local)):
-        local.mkdir(parents=True, exist_ok=True)
-        for entry in entries:
-            path = local / entry["file"]
-            if not path.exists() or path.stat().st_size != entry["size"]:
-                # Several processes of one machine may copy at once; each to its own name, and the last one wins.
-                part = local / f"{entry['file']}.{os.getpid()}.tmp"
-                (directory / entry["file"]).copy(part, overwrite=True)
-                os.replace(part, path)
-    return local
-
-
-def _map(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
-    # An empty file cannot be mapped.
-    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)

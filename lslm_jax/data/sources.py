@@ -1,4 +1,4 @@
-"""Raw documents, in an order that depends on nothing but the source: files of five formats, or a TFDS data set."""
+"""Raw documents and examples, in an order that depends on nothing but the source: files, or a TFDS data set."""
 
 import contextlib
 import hashlib
@@ -6,31 +6,34 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from lslm_jax.config import Source
-from lslm_jax.data import files, tfds
+from lslm_jax.data import files, squad, tfds
+from lslm_jax.data.columns import columns
+from lslm_jax.data.files import Split
 from lslm_jax.errors import InputMissing
 
 _MIN_SHARE = 1 << 14
 _TFDS_PARTS = 32
 _COMPRESSION = 3  # how much larger text is than its file, about
 
-Split = Literal["train", "valid"]
+Content = str | bytes | dict[str, Any]
 
 
 class Document(NamedTuple):
-    """One document as it was read.
+    """One document, or example of another kind, as it was read.
 
     Attributes:
-      text: bytes where its format leaves it undecoded. A str may hold lone surrogates; `clean.decode` deals with them.
+      content: a text, bytes where its format leaves it undecoded; of other kinds the parts by name: texts, labels,
+        lists. A str may hold lone surrogates; `clean.decode` deals with them.
       origin: where it was read, for messages: FILE, FILE:LINE or NAME:INDEX.
-      held_out: whether its place in the source makes it part of validation. None: a hash of its text decides.
+      held_out: whether its place in the source makes it part of validation. None: a hash of its content decides.
     """
 
-    text: str | bytes
+    content: Content
     origin: str
     held_out: bool | None = None
 
@@ -40,7 +43,7 @@ def documents(source: Source, split: Split, max_documents: int = 0) -> Iterator[
 
     Args:
       source: files or a TFDS data set, which is downloaded and prepared where it was not yet.
-      split: `valid` is what valid_files or valid_split name.
+      split: `valid` is what valid_files or valid_split name; likewise `test`.
       max_documents: stop after so many. 0: read all.
 
     Raises:
@@ -53,15 +56,20 @@ def documents(source: Source, split: Split, max_documents: int = 0) -> Iterator[
 
 
 def _from_files(source: Source, split: Split) -> Iterator[Document]:
-    paths = files.matching(source, split)
-    for path in paths:
-        found = itertools.starmap(Document, files.read(path, source))
-        yield from _in_two(found, source) if _is_lone_text(paths, source) else found
+    inputs = files.inputs(source, split)
+    for paths in inputs:
+        found = _documents(files.read(paths, source), source)
+        yield from _in_two(found, source) if split == "train" and _is_lone_text(inputs, source) else found
 
 
-def _is_lone_text(paths: list[epath.Path], source: Source) -> bool:
+def _documents(found: Iterator[files.Raw], source: Source) -> Iterator[Document]:
+    for parts, origin in found:
+        yield Document(parts["text"] if source.example == "text" else parts, origin)
+
+
+def _is_lone_text(inputs: list[tuple[epath.Path, ...]], source: Source) -> bool:
     """Whether the source is one document, of which a share can be held out only by cutting it."""
-    return source.valid_fraction > 0 and len(paths) == 1 and files.is_whole(paths[0], source)
+    return source.valid_fraction > 0 and len(inputs) == 1 and files.is_whole(inputs[0][0], source)
 
 
 def _in_two(documents: Iterator[Document], source: Source) -> Iterator[Document]:
@@ -75,18 +83,24 @@ def _in_two(documents: Iterator[Document], source: Source) -> Iterator[Document]
 
 
 def _from_tfds(source: Source, split: Split) -> Iterator[Document]:
-    if spec := source.split if split == "train" else source.valid_split:
-        builder = tfds.builder(source.tfds, source.data_dir)
-        yield from itertools.starmap(Document, tfds.read(builder, spec, source.text_key))
+    if spec := {"train": source.split, "valid": source.valid_split, "test": source.test_split}[split]:
+        yield from _from_slice(tfds.builder(source.tfds, source.data_dir), spec, source)
+
+
+def _from_slice(builder: Any, spec: Any, source: Source) -> Iterator[Document]:
+    found = tfds.read(builder, spec, columns(source))
+    if source.example == "qa":
+        found = ((squad.flat(*raw), raw[1]) for raw in found)
+    return _documents(found, source)
 
 
 def fingerprint(source: Source) -> list[list[Any]]:
     """What the input is: [file, bytes] of each file, or [TFDS name and version, split, examples] of each split."""
     if source.source == "tfds":
         builder = tfds.builder(source.tfds, source.data_dir)
-        specs = [spec for spec in (source.split, source.valid_split) if spec]
+        specs = [spec for spec in (source.split, source.valid_split, source.test_split) if spec]
         return [[builder.info.full_name, spec, tfds.num_examples(builder, spec)] for spec in specs]
-    paths = files.matching(source, "valid") + files.matching(source, "train")
+    paths = [path for split in ("test", "valid", "train") for path in files.matching(source, split)]
     return [[os.fspath(path), path.stat().length] for path in paths]
 
 
@@ -122,7 +136,7 @@ def _still_there(source: Source, before: list[list[Any]]) -> list[list[Any]]:
 
 
 def sample(
-    source: Source, sample_bytes: int, seed: int, read: Callable[[Document], str | None], max_documents: int = 0
+    source: Source, sample_bytes: int, seed: int, read: Callable[[Document], list[str]], max_documents: int = 0
 ) -> Iterator[str]:
     """Text to train a vocabulary on, about equally much from each file, so that a big one does not crowd out the rest.
 
@@ -133,17 +147,17 @@ def sample(
       source: where documents come from.
       sample_bytes: UTF-8 bytes to stop at; the last document of each file is cut to fit.
       seed: of the order.
-      read: text of a document, None to leave it out.
+      read: texts of a document, none to leave it out.
       max_documents: draw from the first so many documents only. 0: from all.
     """
-    if max_documents or (source.source == "files" and _is_lone_text(files.matching(source, "train"), source)):
+    if max_documents or (source.source == "files" and _is_lone_text(files.inputs(source, "train"), source)):
         parts, sizes = [lambda: documents(source, "train", max_documents)], [sample_bytes]
     else:
         parts, sizes = _tfds_parts(source, sample_bytes) if source.source == "tfds" else _file_parts(source)
     share = _share(sizes, sample_bytes)
     left = sample_bytes
     for i in sorted(range(len(parts)), key=lambda i: hashlib.blake2b(f"{seed}/{i}".encode()).digest()):
-        texts = (text for document in parts[i]() if (text := read(document)) is not None)
+        texts = (text for document in parts[i]() for text in read(document))
         for text in _cut(texts, min(share, left)):
             left -= len(text.encode())
             yield text
@@ -171,17 +185,16 @@ def _cut(texts: Iterator[str], num_bytes: int) -> Iterator[str]:
 
 
 def _file_parts(source: Source) -> tuple[list[Callable[[], Iterator[Document]]], list[int]]:
-    paths = files.matching(source, "train")
-    factors = [_COMPRESSION if path.suffix in (".gz", ".parquet") else 1 for path in paths]
-    sizes = [path.stat().length * factor for path, factor in zip(paths, factors, strict=True)]
-    return [lambda path=path: itertools.starmap(Document, files.read(path, source)) for path in paths], sizes
+    inputs = files.inputs(source, "train")
+    sizes = [sum(map(_text_size, paths)) for paths in inputs]
+    return [lambda paths=paths: _documents(files.read(paths, source), source) for paths in inputs], sizes
+
+
+def _text_size(path: epath.Path) -> int:
+    return path.stat().length * (_COMPRESSION if path.suffix in (".gz", ".parquet") else 1)
 
 
 def _tfds_parts(source: Source, sample_bytes: int) -> tuple[list[Callable[[], Iterator[Document]]], list[int]]:
     builder = tfds.builder(source.tfds, source.data_dir)
     specs = tfds.even_splits(builder, source.split, _TFDS_PARTS)
-
-    def part(spec: Any) -> Callable[[], Iterator[Document]]:
-        return lambda: itertools.starmap(Document, tfds.read(builder, spec, source.text_key))
-
-    return [part(spec) for spec in specs], [sample_bytes] * len(specs)
+    return [lambda spec=spec: _from_slice(builder, spec, source) for spec in specs], [sample_bytes] * len(specs)

@@ -1,4 +1,4 @@
-"""Documents from a TensorFlow data set. tensorflow and tensorflow_datasets are imported on first use."""
+"""Examples from a TensorFlow data set. tensorflow and tensorflow_datasets are imported on first use."""
 
 import difflib
 import functools
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from lslm_jax.data.columns import SAID, Column
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.imports import import_tensorflow
 
@@ -50,35 +51,61 @@ def even_splits(builder: Any, split: str, count: int) -> list[Any]:
     return _tfds().even_splits(split, count) if count else []
 
 
-def read(builder: Any, split: Any, key: str) -> Iterator[tuple[bytes, str]]:
-    """The text of each example, undecoded, and its place NAME:INDEX. Order is that of the files.
+def read(builder: Any, split: Any, wanted: list[Column]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The parts of each example by name, text undecoded, and its place NAME:INDEX. Order is that of the files.
 
     Args:
       builder: of a prepared data set.
       split: its name, a slice of it, or one of `even_splits`.
-      key: feature that holds the text; `a/b` where it is nested.
+      wanted: features that make an example.
 
     Raises:
       InputMissing: there is no such split.
-      DataError: there is no such feature, or it is not text; a file is damaged or missing.
+      DataError: there is no such feature, or it holds something else; a file is damaged or missing.
     """
     import tensorflow as tf
 
-    name, wanted = builder.info.full_name, num_examples(builder, split)
-    _check_feature(builder, key)
+    name, count = builder.info.full_name, num_examples(builder, split)
+    wanted = [column for column in wanted if column.holds != "id" or column.key in builder.info.features]
+    for column in wanted:
+        _check_feature(builder, column)
     index = 0
     try:
         for example in _examples(builder, split):
-            text = functools.reduce(lambda value, part: value[part], key.split("/"), example)
-            if text is None:  # all that a truncated ArrayRecord file says
+            parts = {column.name: _part(example, column) for column in wanted}
+            if None in parts.values():  # all that a truncated ArrayRecord file says
                 raise ValueError("the record is missing")
-            yield text, f"{name}:{index}"
+            yield parts, f"{name}:{index}"
             index += 1
     except (tf.errors.OpError, RuntimeError, OSError, ValueError) as error:
         place = _file_of(builder, split, index)
         raise DataError(f"{name}: example {index} of {split}, in {place}: {_one_line(error)}") from error
-    if index != wanted:
-        raise DataError(f"{name}: {index} examples of {split} in {builder.data_path}, its metadata says {wanted}")
+    if index != count:
+        raise DataError(f"{name}: {index} examples of {split} in {builder.data_path}, its metadata says {count}")
+
+
+def class_names(builder: Any, key: str) -> list[str] | None:
+    """Names of a feature's classes in the order of their numbers; None where it has none.
+
+    Raises:
+      DataError: there is no such feature.
+    """
+    feature = _feature(builder, Column("label", key, "label", "data.label_key"))
+    feature = feature.feature if isinstance(feature, _tfds().features.Sequence) else feature
+    return list(feature.names) if isinstance(feature, _tfds().features.ClassLabel) else None
+
+
+def _part(example: Any, column: Column) -> Any:
+    return _plain(functools.reduce(lambda value, part: value[part], column.key.split("/"), example))
+
+
+def _plain(value: Any) -> Any:
+    """Without NumPy: lists, numbers and bytes."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _tfds() -> Any:
@@ -134,16 +161,29 @@ def _file_of(builder: Any, split: Any, index: int) -> str:
     return str(builder.data_path)
 
 
-def _check_feature(builder: Any, key: str) -> None:
-    features = _tfds().features
-    name, feature = builder.info.full_name, builder.info.features
-    for part in key.split("/"):
-        if not isinstance(feature, features.FeaturesDict) or part not in feature:
+def _feature(builder: Any, column: Column) -> Any:
+    feature = builder.info.features
+    for part in column.key.split("/"):
+        if not isinstance(feature, _tfds().features.FeaturesDict) or part not in feature:
             has = ", ".join(builder.info.features)
-            raise DataError(f"{name} has no feature {key!r} (data.text_key); it has: {has}")
+            raise DataError(f"{builder.info.full_name} has no feature {column.said}; it has: {has}")
         feature = feature[part]
-    if not isinstance(feature, features.Text):
-        raise DataError(f"{name}: feature {key!r} (data.text_key) is not text")
+    return feature
+
+
+def _check_feature(builder: Any, column: Column) -> None:
+    feature = _feature(builder, column)
+    is_list = isinstance(feature, _tfds().features.Sequence)
+    inner = feature.feature if is_list else feature
+    scalar = not is_list and feature.shape == ()
+    fits = {
+        "text": isinstance(feature, _tfds().features.Text),
+        "texts": is_list and isinstance(inner, _tfds().features.Text),
+        "label": scalar,
+        "labels": is_list and inner.shape == (),
+    }
+    if column.holds in fits and not fits[column.holds]:
+        raise DataError(f"{builder.info.full_name}: feature {column.said} is not {SAID[column.holds]}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,18 +3,18 @@
 Ids never include special ones unless a caller adds them, and no text can spell one: text is data.
 """
 
-import abc
 import functools
-import hashlib
+import itertools
 import json
 import re
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from lslm_jax import atomic
+from lslm_jax.data.tokenizer_base import Spans, Tokenizer, sentinels
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 _BYTES_FILE = "bytes.json"
@@ -24,56 +24,9 @@ _WELL_KNOWN = {
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]", "<|endoftext|>"),
     "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]"),
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"),
+    "mask": ("[MASK]", "<mask>"),
 }
-
-
-class Tokenizer(abc.ABC):
-    """A vocabulary.
-
-    Attributes:
-      kind: which of the three.
-      vocab_size: ids are below it.
-      pad_id, bos_id, eos_id: special ids; where the vocabulary lacks one, another stands in for it.
-      sha256: of the file that defines it.
-    """
-
-    kind: Literal["sentencepiece", "bytes", "huggingface"]
-    _file: str
-
-    def __init__(self, content: bytes, vocab_size: int, pad_id: int | None, bos_id: int | None, eos_id: int | None):
-        self._content = content
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        self.vocab_size = vocab_size
-        known = [id for id in (bos_id, eos_id) if id is not None]
-        if not known:
-            raise ConfigError("no token begins or ends a text (such as <s>, </s> or <|endoftext|>)")
-        self.bos_id, self.eos_id = known[0], known[-1]
-        self.pad_id = self.eos_id if pad_id is None else pad_id
-
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int32 [n], without special ids."""
-        return self.encode_batch([text])[0]
-
-    @abc.abstractmethod
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [n], without special ids."""
-
-    @abc.abstractmethod
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text that ids spell; special ids are dropped, and bytes that are not UTF-8 become U+FFFD."""
-
-    @abc.abstractmethod
-    def piece(self, id: int) -> str:
-        """How the vocabulary writes one id, for people to read."""
-
-    def save(self, directory: epath.Path) -> str:
-        """Writes the file that `load` reads, and returns its name.
-
-        Raises:
-          SaveError: the directory cannot be written.
-        """
-        atomic.write(directory / self._file, self._content)
-        return self._file
+_BYTE_LEVEL = str.maketrans("\u0120\u010a\u0109\u010d", " \n\t\r")  # how byte-level BPE (GPT-2) writes blanks
 
 
 class Bytes(Tokenizer):
@@ -91,6 +44,10 @@ class Bytes(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + self._first for text in texts]
 
+    def encode_with_offsets(self, text: str) -> Spans:
+        begins = np.repeat(np.arange(len(text)), [len(character.encode()) for character in text])
+        return Spans(self.encode(text), begins, begins + 1)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         ids = np.asarray(ids, np.int64)
         return (ids[ids >= self._first] - self._first).astype(np.uint8).tobytes().decode(errors="replace")
@@ -101,6 +58,9 @@ class Bytes(Tokenizer):
         byte = id - self._first
         return chr(byte) if 0x21 <= byte <= 0x7E else f"<0x{byte:02X}>"
 
+    def _spelling(self, piece: str) -> str:
+        return piece
+
 
 class SentencePiece(Tokenizer):
     """A SentencePiece model, ours or another's. Ours give every text back exactly."""
@@ -110,9 +70,19 @@ class SentencePiece(Tokenizer):
 
     def __init__(self, content: bytes):
         self._processor = processor = sentencepiece().SentencePieceProcessor(model_proto=content)
-        ids = (processor.pad_id(), processor.bos_id(), processor.eos_id())
-        super().__init__(content, processor.vocab_size(), *(None if id < 0 else id for id in ids))
+        own = {"pad": processor.pad_id(), "bos": processor.bos_id(), "eos": processor.eos_id(), "mask": -1}
+        ids = {role: self._named(names) if own[role] < 0 else own[role] for role, names in _WELL_KNOWN.items()}
+        ids = (ids["pad"], ids["bos"], ids["eos"], ids["mask"])
+        super().__init__(content, processor.vocab_size(), *ids, sentinels(self._find))
+        self._special = {id: self.piece(id) for id in (self.mask_id, *self.sentinel_ids) if id is not None}
         self._mark = self._spell_mark()
+
+    def _named(self, names: Sequence[str]) -> int | None:
+        return next((id for id in map(self._find, names) if id is not None), None)
+
+    def _find(self, name: str) -> int | None:
+        id = self._processor.piece_to_id(name)
+        return id if self._processor.id_to_piece(id) == name else None
 
     def _spell_mark(self) -> np.ndarray | None:
         """U+2581 in bytes: the processor would take it for a space. None for models that change spaces anyway."""
@@ -122,20 +92,48 @@ class SentencePiece(Tokenizer):
         return np.array(ids, np.int32) if spells_bytes and keeps_spaces else None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        if self._mark is not None and any(SPACE_MARK in text for text in texts):
-            return [self._encode_marks(text, self._mark) for text in texts]
         # One thread: preparing runs one process a core.
-        return [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=1)]
+        arrays = [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=1)]
+        for i, text in enumerate(texts):
+            if (self._mark is not None and SPACE_MARK in text) or self._spells_special(arrays[i]):
+                arrays[i] = self.encode_with_offsets(text).ids
+        return arrays
 
-    def _encode_marks(self, text: str, mark: np.ndarray) -> np.ndarray:
-        first, *rest = (np.array(ids, np.int32) for ids in self._processor.encode(text.split(SPACE_MARK)))
-        return np.concatenate([first, *(part for ids in rest for part in (mark, ids))])
+    def _spells_special(self, ids: Sequence[int] | np.ndarray) -> bool:
+        return bool(self._special) and any(int(id) in self._special for id in ids)
+
+    def encode_with_offsets(self, text: str) -> Spans:
+        spans: list[tuple[int, int, int]] = []
+        place = 0
+        for i, part in enumerate([text] if self._mark is None else text.split(SPACE_MARK)):
+            if i and self._mark is not None:
+                spans += [(int(id), place - 1, place) for id in self._mark]
+            spans += [(id, place + begin, place + end) for id, begin, end in self._places(part)]
+            place += len(part) + 1
+        return _spans(spans)
+
+    def _places(self, text: str) -> list[tuple[int, int, int]]:
+        found = self._processor.encode(text, return_type="offset_mapping", return_bytes=False)
+        if self._spells_special(found["ids"]):
+            pieces = _letters_apart(text, self._special.values())
+            starts = itertools.accumulate(map(len, pieces), initial=0)
+            parts = [(start, self._places(piece)) for start, piece in zip(starts, pieces, strict=False)]
+            return [(id, start + begin, start + end) for start, part in parts for id, begin, end in part]
+        spans = [(id, *span) for id, span in zip(found["ids"], found["offsets"], strict=True)]
+        for i in reversed(range(len(spans) - 1)):
+            id, begin, end = spans[i]
+            if begin == end and self._processor.is_byte(id):  # the processor gives a character to its last byte
+                spans[i] = id, *spans[i + 1][1:]
+        return spans
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._processor.decode([int(id) for id in ids])
+        return self._processor.decode([int(id) for id in ids if int(id) not in self._special])
 
     def piece(self, id: int) -> str:
         return self._processor.id_to_piece(int(id))
+
+    def _spelling(self, piece: str) -> str:
+        return piece.replace(SPACE_MARK, " ")
 
 
 class HuggingFace(Tokenizer):
@@ -149,15 +147,18 @@ class HuggingFace(Tokenizer):
 
         Args:
           content: of tokenizer.json.
-          named: special tokens by role (bos, eos, pad), where other files tell; well-known names stand in.
+          named: special tokens by role (bos, eos, pad, mask), where other files tell; well-known names stand in.
         """
         self._tokenizer = tokenizer = _tokenizers().Tokenizer.from_str(content.decode())
+        self._model = json.loads(content)["model"]
+        self._is_byte_level = b'"ByteLevel"' in content
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True  # that is: as the ordinary text they are in a document
         ids = {role: self._find(names, named.get(role)) for role, names in _WELL_KNOWN.items()}
         vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        super().__init__(content, vocab_size, ids["pad"], ids["bos"], ids["eos"])
+        ids = (ids["pad"], ids["bos"], ids["eos"], ids["mask"])
+        super().__init__(content, vocab_size, *ids, sentinels(tokenizer.token_to_id))
         self._special = self._special_tokens()
 
     def _find(self, names: Sequence[str], first: str | None) -> int | None:
@@ -167,7 +168,8 @@ class HuggingFace(Tokenizer):
     def _special_tokens(self) -> dict[int, str]:
         added = self._tokenizer.get_added_tokens_decoder()
         special = {id: token.content for id, token in added.items() if token.special}
-        roles = {id: self._tokenizer.id_to_token(id) for id in (self.pad_id, self.bos_id, self.eos_id)}
+        ids = (self.pad_id, self.bos_id, self.eos_id, self.mask_id, *self.sentinel_ids)
+        roles = {id: self._tokenizer.id_to_token(id) for id in ids if id is not None}
         # An unknown character is told by its own id even when it stands in text.
         return {id: token for id, token in (special | roles).items() if token not in ("<unk>", "[UNK]")}
 
@@ -181,12 +183,25 @@ class HuggingFace(Tokenizer):
         ]
 
     def _encode_apart(self, text: str) -> np.ndarray:
+        return np.array(
+            [id for _, encoding in self._apart(text) for id in encoding.ids if id not in self._special], np.int32
+        )
+
+    def _apart(self, text: str) -> Iterator[tuple[int, Any]]:
         """For models that know a special token as ordinary text (T5 does): its letters are encoded one by one."""
-        pattern = "|".join(re.escape(token) for token in self._special.values())
-        parts = re.split(f"({pattern})", text)
-        pieces = [piece for i, part in enumerate(parts) for piece in (part if i % 2 else [part])]
-        encodings = self._tokenizer.encode_batch([piece for piece in pieces if piece], add_special_tokens=False)
-        return np.array([id for encoding in encodings for id in encoding.ids if id not in self._special], np.int32)
+        pieces = _letters_apart(text, self._special.values())
+        starts = itertools.accumulate(map(len, pieces), initial=0)
+        yield from zip(starts, self._tokenizer.encode_batch(pieces, add_special_tokens=False), strict=False)
+
+    def encode_with_offsets(self, text: str) -> Spans:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        apart = self._apart(text) if any(id in self._special for id in encoding.ids) else [(0, encoding)]
+        return _spans(
+            (id, place + begin, place + end)
+            for place, encoding in apart
+            for id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if id not in self._special
+        )
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode([int(id) for id in ids if int(id) not in self._special])
@@ -194,10 +209,31 @@ class HuggingFace(Tokenizer):
     def piece(self, id: int) -> str:
         return self._tokenizer.id_to_token(int(id))
 
+    def _spelling(self, piece: str) -> str:
+        model, suffix = self._model.get("type"), self._model.get("end_of_word_suffix")
+        if model in ("WordPiece", "WordLevel"):
+            continues = model == "WordPiece" and piece.startswith(self._model["continuing_subword_prefix"])
+            return piece if continues else f" {piece}"
+        if suffix and piece.endswith(suffix):
+            return piece.removesuffix(suffix) + " "
+        return piece.translate(_BYTE_LEVEL) if self._is_byte_level else piece.replace(SPACE_MARK, " ")
+
     def save(self, directory: epath.Path) -> str:
-        roles = {f"{role}_token": self.piece(getattr(self, f"{role}_id")) for role in _WELL_KNOWN}
+        roles = [role for role in _WELL_KNOWN if getattr(self, f"{role}_id") is not None]
+        roles = {f"{role}_token": self.piece(getattr(self, f"{role}_id")) for role in roles}
         atomic.write_json(directory / "tokenizer_config.json", roles)
         return super().save(directory)
+
+
+def _letters_apart(text: str, tokens: Iterable[str]) -> list[str]:
+    """A text in parts: those of its places that read like one of the tokens letter by letter, the rest whole."""
+    parts = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
+    return [piece for i, part in enumerate(parts) for piece in (part if i % 2 else [part]) if piece]
+
+
+def _spans(found: Iterable[tuple[int, int, int]]) -> Spans:
+    ids, begins, ends = np.array(list(found), np.int64).reshape(-1, 3).T
+    return Spans(ids.astype(np.int32), begins, ends)
 
 
 def load(path: epath.Path | str) -> Tokenizer:

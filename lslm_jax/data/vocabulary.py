@@ -1,14 +1,78 @@
 """A vocabulary from text: SentencePiece, trained so that it loses nothing."""
 
+import collections
 import io
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from lslm_jax.config import TokenizerConfig
+from etils import epath
+
+from lslm_jax.config import Config, TokenizerConfig
+from lslm_jax.data import examples, parallel, sources, tokenizer
+from lslm_jax.data.examples import Recipe
+from lslm_jax.data.sources import Document
 from lslm_jax.data.tokenizer import SPACE_MARK, SentencePiece, sentencepiece
 from lslm_jax.errors import ConfigError, InputMissing
 
 _SENTENCE_CHARS = 4096
+_SAMPLE_SEED = 0
+
+
+def choose(config: Config, recipes: Mapping[str, Recipe], log: Callable[[str], None]) -> tokenizer.Tokenizer:
+    """The vocabulary that a config asks for: given, or trained on text of all sources.
+
+    Args:
+      config: `data`, `clean` and `tokenizer` are read.
+      recipes: what is made of each source's examples; all texts that they give are drawn from, by the sources' weights.
+      log: told that one is trained.
+
+    Raises:
+      ConfigError: settings that do not go together, or do not fit the text.
+      InputMissing: there is no such file, or no text.
+      DataError: the input is bad.
+    """
+    settings = config.tokenizer
+    if settings.kind == "bytes":
+        return tokenizer.Bytes()
+    if settings.path:
+        given = tokenizer.load(epath.Path(settings.path))
+        if given.kind != settings.kind:
+            raise ConfigError(f"tokenizer.kind={settings.kind}, but {settings.path} is of kind {given.kind}")
+        return given
+    if settings.kind == "huggingface":
+        raise ConfigError("tokenizer.path is empty: kind=huggingface needs a tokenizer.json")
+    size, most = settings.vocab_size, settings.sample_bytes / 1e6
+    log(f"prepare: training a vocabulary of {size:,} on {most:,.1f} MB of text at most")
+    return train(_training_texts(config, recipes), settings)
+
+
+def _training_texts(config: Config, recipes: Mapping[str, Recipe]) -> Iterator[str]:
+    dropped: collections.Counter[str] = collections.Counter()
+    weights = {name: getattr(recipe.source, "weight", 1.0) for name, recipe in recipes.items()}
+    whole = config.tokenizer.sample_bytes / sum(weights.values())
+    texts = itertools.chain.from_iterable(
+        _sample(config, recipe, int(weights[name] * whole), dropped) for name, recipe in recipes.items()
+    )
+    first = next(texts, None)
+    if first is None:
+        raise InputMissing(examples.nothing(recipes, dropped))
+    return itertools.chain([first], texts)
+
+
+def _sample(config: Config, recipe: Recipe, num_bytes: int, dropped: collections.Counter[str]) -> Iterator[str]:
+    def read(document: Document) -> list[str]:
+        example = examples.decode(document.content, recipe, config.clean.bad_utf8, document.origin)
+        why = "bad_utf8"
+        if example is not None:
+            example = examples.cleaned(example, recipe, config.clean)
+            digest = examples.digest(example, recipe)
+            held_out = parallel.is_held_out(document, digest, recipe.source.valid_fraction)
+            why = examples.reason(example, recipe, config.clean) or ("held out" if held_out else None)
+        dropped.update([why] if why else [])
+        return [] if example is None or why else examples.texts(example, recipe)
+
+    return sources.sample(recipe.source, num_bytes, _SAMPLE_SEED, read, config.data.max_documents)
 
 
 def train(texts: Iterable[str], config: TokenizerConfig) -> SentencePiece:

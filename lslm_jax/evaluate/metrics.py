@@ -6,7 +6,10 @@ from collections.abc import Iterable
 
 
 def perplexity(nll: float, tokens: float) -> float:
-    """Exponential of the mean negative log-likelihood (nats) a token; infinite where that overflows."""
+    """Exponential of the mean negative log-likelihood (nats) a token; infinite where that overflows.
+
+    Over masked tokens, each guessed from all that is around it, this is the pseudo-perplexity of a masked model.
+    """
     try:
         return math.exp(nll / tokens)
     except OverflowError:

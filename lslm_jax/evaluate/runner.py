@@ -1,4 +1,4 @@
-"""Runs a step over a finite set of batches and adds up its sums, exactly and without waiting between batches."""
+"""Runs a step over a finite set of batches, without waiting between batches: adds up its sums, or gathers its rows."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,3 +22,15 @@ def total(step: Callable[[Any, Batch], Any], model: Any, batches: Iterable[Batch
     """
     parts = [step(model, to_global(batch, mesh)) for batch in batches]
     return jax.tree.map(lambda *values: float(np.sum(np.asarray(values, np.float64))), *jax.device_get(parts))
+
+
+def gather(step: Callable[[Any, Batch], Any], model: Any, batches: Iterable[Batch], mesh: Mesh) -> np.ndarray:
+    """What `step(model, batch)` returns for each row of all batches, in order, on every process.
+
+    Args:
+      step: jitted, its result copied to all devices (`out_shardings`); returns an array [B, ...].
+      model: its first argument.
+      batches: this process's rows of each global batch.
+      mesh: where the batches go.
+    """
+    return np.concatenate(jax.device_get([step(model, to_global(batch, mesh)) for batch in batches]))

@@ -19,7 +19,12 @@ def create(config: ModelConfig, batch: int, length: int) -> list[KeyValues]:
     """
     shape = (batch, length, config.num_kv_heads, config.head_dim)
     zeros = lambda: constrain(jnp.zeros(shape, config.dtype), AXES)
-    return [KeyValues(zeros(), zeros()) for _ in range(config.num_layers)]
+    return [KeyValues(zeros(), zeros()) for _ in range(num_layers(config))]
+
+
+def num_layers(config: ModelConfig) -> int:
+    """Layers that keep something: those that read token by token."""
+    return config.num_decoder_layers if config.family == "encoder_decoder" else config.num_layers
 
 
 def extend(cache: list[KeyValues], extra: int) -> list[KeyValues]:
@@ -30,5 +35,5 @@ def extend(cache: list[KeyValues], extra: int) -> list[KeyValues]:
 
 def num_bytes(config: ModelConfig, batch: int, length: int) -> int:
     """Bytes of a cache over all devices."""
-    entries = 2 * config.num_layers * batch * length * config.num_kv_heads * config.head_dim
+    entries = 2 * num_layers(config) * batch * length * config.num_kv_heads * config.head_dim
     return entries * jnp.dtype(config.dtype).itemsize

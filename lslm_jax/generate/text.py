@@ -13,26 +13,53 @@ class Result(NamedTuple):
       text: what they spell after the prompt, up to a stop string.
       ended: by the end of the text (`eos`), a `stop` string, or the `length` allowed.
       num_tokens: tokens drawn, the end of the text included.
+      score: of beam search, the log-probability of these tokens over ((5 + num_tokens) / 6)^length_penalty; else None.
     """
 
     ids: list[int]
     text: str
     ended: str
     num_tokens: int
+    score: float | None = None
 
 
 class Row:
     """One prompt as the host sees it: its new tokens, and the text they spell."""
 
-    def __init__(self, tokenizer: Any, number: int, prompt: list[int], limit: int, stop: tuple[str, ...]):
+    def __init__(
+        self,
+        tokenizer: Any,
+        number: int,
+        prompt: list[int],
+        limit: int,
+        stop: tuple[str, ...],
+        *,
+        source: list[int] | None = None,
+        context: list[int] | None = None,
+    ):
+        """Makes a row without new tokens.
+
+        Args:
+          tokenizer: decodes, and knows eos.
+          number: of the row.
+          prompt: what the model reads before the new tokens.
+          limit: tokens after which it ends.
+          stop: strings at which it ends.
+          source: what an encoder reads.
+          context: the tokens that the text goes on from. None: the prompt.
+        """
         self.number, self.prompt, self.limit = number, prompt, limit
+        self.source = source or []
+        self.score: float | None = None  # the search sets it
         self.ids: list[int] = []
         self.num_tokens = 0
         self.ended = ""  # how, once it has
         self._tokenizer, self._stop = tokenizer, stop
         self._text, self._told = "", 0
         self._held = ""  # spelt, but perhaps the beginning of a stop string
-        self._context = prompt  # tokens spelt last: how a token is written depends on the one before it
+        self._context = (
+            prompt if context is None else context
+        )  # tokens spelt last: how a token is written depends on the one before it
         self._unspelt: list[int] = []
 
     def push(self, id: int) -> None:
@@ -64,7 +91,7 @@ class Row:
     def result(self) -> Result:
         """What became of the prompt, once its row has ended."""
         self.spell()
-        return Result(self.ids, self._text, self.ended, self.num_tokens)
+        return Result(self.ids, self._text, self.ended, self.num_tokens, self.score)
 
     def _spell_all(self) -> str:
         """Spells many tokens with one call if they are whole characters, which gives the same text as one by one."""

@@ -1,19 +1,20 @@
-"""Attention as functions of arrays: one reference and two fused kernels that must agree with it.
+"""Attention as functions of arrays: one reference, and two fused kernels that must agree with it.
 
-Every back end computes causal attention within segments; `choose` picks the fastest one that does so for the case at
-hand. Rows of padding (segment 0) attend among themselves and are never read.
+Queries attend to keys of their own segment: those before them (causal), all of them (an encoder), or those of another
+sequence (cross-attention). `choose` picks the fastest back end that does so for the case at hand. Rows of padding
+(segment 0) attend among themselves and are never read.
 """
 
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lslm_jax.config import ModelConfig
 from lslm_jax.errors import ConfigError
-from lslm_jax.sharding import resolve
+from lslm_jax.models import kernels
 
 
 class KeyValues(NamedTuple):
@@ -39,11 +40,48 @@ class Backend(NamedTuple):
 
 XLA = Backend("xla", "the reference")
 
-SAVED = "attention"  # under this name the outputs of kernels can be kept for the backward pass
+
+class Demands(NamedTuple):
+    """What a model asks of a kernel other than causal attention and a window over what came before.
+
+    Attributes:
+      bidirectional: attention to what follows, too.
+      window: of that attention; 0 for none.
+      bias: a number added to each product of query and key.
+      mixed: layers that see different stretches.
+    """
+
+    bidirectional: bool = False
+    window: int = 0
+    bias: bool = False
+    mixed: bool = False
+
+
+PLAIN = Demands()
+
+
+def demands(config: ModelConfig) -> Demands:
+    """What a model of this config demands."""
+    bidirectional = config.family != "decoder"
+    return Demands(
+        bidirectional=bidirectional,
+        window=config.window if bidirectional else 0,
+        bias=config.positions == "relative",
+        mixed=bool(config.window and config.global_every),
+    )
 
 
 def choose(
-    name: str, *, platform: str, compute_capability: float, dtype: str, head_dim: int, length: int, max_segments: int
+    name: str,
+    *,
+    platform: str,
+    compute_capability: float,
+    dtype: str,
+    head_dim: int,
+    length: int,
+    max_segments: int,
+    source_length: int = 0,
+    extra: Demands = PLAIN,
 ) -> Backend:
     """Picks the kernel for training on rows of `length` tokens with up to `max_segments` documents each (0: unmasked).
 
@@ -51,13 +89,16 @@ def choose(
       name: a back end, or `auto`.
       platform: `cpu`, `gpu` or `tpu`, of the devices that will run it.
       compute_capability: of an NVIDIA GPU (9.0 is Hopper), 0 elsewhere.
+      source_length: tokens of the row that an encoder-decoder's encoder reads, 0 where there is none.
+      extra: from `demands`.
 
     Raises:
       ConfigError: the named back end cannot compute this case correctly.
     """
+    lengths = {"data.seq_len": length} | ({"data.source_len": source_length} if source_length else {})
     obstacles = {
-        "cudnn": _cudnn_obstacle(platform, compute_capability, dtype, head_dim, length, max_segments),
-        "splash": _splash_obstacle(platform, head_dim, length),
+        "cudnn": _cudnn_obstacle(platform, compute_capability, dtype, head_dim, lengths, max_segments, extra),
+        "splash": _splash_obstacle(platform, head_dim, lengths, extra),
         "xla": None,
     }
     if name == "auto":
@@ -71,7 +112,13 @@ def choose(
 
 
 def _cudnn_obstacle(
-    platform: str, compute_capability: float, dtype: str, head_dim: int, length: int, max_segments: int
+    platform: str,
+    compute_capability: float,
+    dtype: str,
+    head_dim: int,
+    lengths: dict[str, int],
+    max_segments: int,
+    extra: Demands,
 ) -> str | None:
     if platform != "gpu":
         return f"it needs an NVIDIA GPU, not {platform}"
@@ -84,168 +131,138 @@ def _cudnn_obstacle(
     limit = 256 if compute_capability >= 9.0 else 128
     if head_dim % 8 or head_dim > limit:
         return f"it needs a head width that is a multiple of 8 up to {limit}, not {head_dim}"
-    if length % 2:
-        return f"it needs an even data.seq_len, not {length}"
-    return None
+    for key, length in lengths.items():
+        if length % 2:
+            return f"it needs an even {key}, not {length}"
+    if extra.window:
+        return f"its window looks back only, and model.window={extra.window} looks both ways here"
+    return _neither_can(extra)
 
 
-def _splash_obstacle(platform: str, head_dim: int, length: int) -> str | None:
+def _splash_obstacle(platform: str, head_dim: int, lengths: dict[str, int], extra: Demands) -> str | None:
     if platform != "tpu":
         return f"it needs a TPU, not {platform}"
-    if length % 128:
-        return f"it needs data.seq_len to be a multiple of 128, not {length}"
+    for key, length in lengths.items():
+        if length % 128:
+            return f"it needs {key} to be a multiple of 128, not {length}"
     if head_dim % 64:
         return f"it needs a head width that is a multiple of 64, not {head_dim}"
+    return _neither_can(extra)
+
+
+def _neither_can(extra: Demands) -> str | None:
+    if extra.bias:
+        return "it has no model.positions=relative"
+    if extra.mixed:
+        return "it is one for all layers, and model.global_every makes them differ"
     return None
 
 
 def attend(
     q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
     *,
     segments_BT: jax.Array | None,
     window: int,
     backend: Backend,
+    source_segments_BS: jax.Array | None = None,
+    causal: bool = True,
+    bias_HTS: jax.Array | None = None,
+    scale: bool = True,
+    everywhere: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal self-attention within segments and, with `window`, over the latest so many tokens: [B, T, H, C]."""
-    match backend.name:
-        case "cudnn":
-            return _cudnn(q_BTHC, k_BTKC, v_BTKC, segments_BT, window, backend.max_segments)
-        case "splash":
-            return _splash(q_BTHC, k_BTKC, v_BTKC, segments_BT, window)
-        case _:
-            mask_BTS = causal_mask(q_BTHC.shape[1], segments_BT, window)
-            return checkpoint_name(attend_masked(q_BTHC, k_BTKC, v_BTKC, mask_BTS), SAVED)
+    """Attention within segments: [B, T, H, C].
+
+    Args:
+      q_BTHC: queries.
+      k_BSKC: keys, in cross-attention of another sequence (not causal, without a window).
+      v_BSKC: values.
+      segments_BT: which document a token belongs to, 0 for padding. None: all to one.
+      window: a query sees itself and the `window` - 1 tokens before it and, if not causal, behind it. 0: all.
+      backend: from `choose`.
+      source_segments_BS: the same of the keys, in cross-attention. None: as of the queries.
+      causal: whether a query sees only what is before it.
+      bias_HTS: added to the products of queries and keys.
+      scale: whether the products are divided by sqrt(C).
+      everywhere: a boolean: whether this layer ignores the window.
+    """
+    if source_segments_BS is not None and segments_BT is None:
+        segments_BT = jnp.ones(q_BTHC.shape[:2], source_segments_BS.dtype)
+    segments = segments_BT, source_segments_BS
+    if backend.name == "xla":
+        lengths = q_BTHC.shape[1], k_BSKC.shape[1]
+        mask_BTS = visible(*lengths, *segments, causal=causal, window=window, everywhere=everywhere)
+        out_BTHC = attend_masked(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_HTS=bias_HTS, scale=scale)
+        return checkpoint_name(out_BTHC, kernels.SAVED)
+    if bias_HTS is not None or everywhere is not None or (backend.name == "cudnn" and window and not causal):
+        raise ConfigError(f"model.attention={backend.name} cannot compute this attention; use auto or xla")
+    options = {"causal": causal, "window": window, "scale": 1.0 / _divisor(q_BTHC, scale)}
+    if backend.name == "cudnn":
+        return kernels.cudnn(q_BTHC, k_BSKC, v_BSKC, *segments, **options, max_segments=backend.max_segments)
+    return kernels.splash(q_BTHC, k_BSKC, v_BSKC, *segments, **options)
 
 
-def is_kernel_output(primitive: Any, *avals: Any, **params: Any) -> bool:
-    """Checkpoint policy that keeps what attention kernels return, softmax statistics too, so that none runs twice."""
-    # JAX's cuDNN call does not name its statistics; without them its backward pass would run the forward one again.
-    named = jax.checkpoint_policies.save_only_these_names(SAVED)
-    return primitive.name == "dot_product_attention_fwd_wrapper" or named(primitive, *avals, **params)
-
-
-def causal_mask(length: int, segments_BT: jax.Array | None, window: int) -> jax.Array:
-    """Which key each query may see: [B, T, S], or [1, T, S] where there are no segments."""
-    distance_TS = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-    near_TS = (distance_TS >= 0) & (distance_TS < window) if window else distance_TS >= 0
+def visible(
+    length: int,
+    source_length: int,
+    segments_BT: jax.Array | None = None,
+    source_segments_BS: jax.Array | None = None,
+    *,
+    causal: bool,
+    window: int,
+    everywhere: jax.Array | bool | None = None,
+) -> jax.Array:
+    """Which key each query may see: [B, T, S], or [1, T, S] where there are no segments. See `attend`."""
+    distance_TS = jnp.arange(length)[:, None] - jnp.arange(source_length)[None, :]
+    near_TS = near(distance_TS, window, everywhere)
+    if causal:
+        near_TS = near_TS & (distance_TS >= 0)
     if segments_BT is None:
         return near_TS[None]
-    return near_TS[None] & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    if source_segments_BS is None:
+        return near_TS[None] & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    mask_BTS = near_TS[None] & (segments_BT[:, :, None] == source_segments_BS[:, None, :])
+    # Padding of queries where there is none of keys sees all: a softmax over nothing would be NaN.
+    return mask_BTS | ~jnp.any(mask_BTS, axis=-1, keepdims=True)
 
 
-def attend_masked(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """The reference: softmax(q k / sqrt(C)) v where the mask allows. Logits and softmax are float32.
+def near(distance_TS: jax.Array, window: int, everywhere: jax.Array | bool | None) -> jax.Array:
+    """Which distances, of either sign, the window takes in; all where there is none or it is ignored."""
+    if not window:
+        return jnp.full(distance_TS.shape, True)
+    near_TS = jnp.abs(distance_TS) < window
+    return near_TS if everywhere is None else near_TS | everywhere
 
-    Each query must see at least one key. Query heads share key heads in groups, G = H / K, and the heads of a group
-    are laid out as M = T * G queries: one product for all of them, and no copy of keys and values.
+
+def attend_masked(
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    mask_BTS: jax.Array,
+    *,
+    bias_HTS: jax.Array | None = None,
+    scale: bool = True,
+) -> jax.Array:
+    """The reference: softmax(q k / sqrt(C) + bias) v where the mask allows. Logits and softmax are float32.
+
+    Each query must see at least one key; a mask [B, 1, S] is that of all queries. Query heads share key heads in
+    groups, G = H / K, and the heads of a group are laid out as M = T * G queries: one product for all of them, and no
+    copy of keys and values.
     """
     B, T, H, C = q_BTHC.shape
     K = k_BSKC.shape[2]
-    q_BMKC = jnp.swapaxes((q_BTHC / math.sqrt(C)).reshape(B, T, K, H // K, C), 2, 3).reshape(B, -1, K, C)
+    q_BMKC = jnp.swapaxes((q_BTHC / _divisor(q_BTHC, scale)).reshape(B, T, K, H // K, C), 2, 3).reshape(B, -1, K, C)
     # Added, not selected: on CPUs the softmax and its gradient then take half the time.
-    bias_BMS = jnp.repeat(jnp.where(mask_BTS, 0.0, -jnp.inf), H // K, axis=1)
+    copies = 1 if mask_BTS.shape[1] == 1 else H // K
+    bias_BMS = jnp.repeat(jnp.where(mask_BTS, 0.0, -jnp.inf), copies, axis=1)
     logits_BKMS = jnp.einsum("bmkc,bskc->bkms", q_BMKC, k_BSKC, preferred_element_type=jnp.float32)
+    if bias_HTS is not None:
+        logits_BKMS += jnp.swapaxes(bias_HTS.reshape(1, K, H // K, T, -1), 2, 3).reshape(1, K, H // K * T, -1)
     weights_BKMS = jax.nn.softmax(logits_BKMS + bias_BMS[:, None], axis=-1).astype(v_BSKC.dtype)
     out_BMKC = jnp.einsum("bkms,bskc->bmkc", weights_BKMS, v_BSKC)
     return jnp.swapaxes(out_BMKC.reshape(B, T, H // K, K, C), 2, 3).reshape(B, T, H, C)
 
 
-def _cudnn(
-    q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
-    segments_BT: jax.Array | None,
-    window: int,
-    max_segments: int,
-) -> jax.Array:
-    """The fused attention of cuDNN; packed rows go in as segment lengths and offsets, never as a T x T mask."""
-    # The public jax.nn.dot_product_attention has no offsets, without which cuDNN cannot tell packed documents apart.
-    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
-
-    lengths = offsets = None
-    mask_type = MaskType.CAUSAL
-    # The only document of a row begins it, and causality hides the padding behind it.
-    if segments_BT is not None and max_segments > 1:
-        mask_type = MaskType.PADDING_CAUSAL
-        lengths, offsets = segment_bounds(segments_BT, max_segments)
-        if jax.__version_info__ < (0, 12):
-            # There, offsets of keys are scaled by the number of query heads: grouped ones would be misread silently.
-            groups = q_BTHC.shape[2] // k_BTKC.shape[2]
-            k_BTKC, v_BTKC = (jnp.repeat(x, groups, axis=2) for x in (k_BTKC, v_BTKC))
-    out_BTHC: Any = dot_product_attention(
-        q_BTHC,
-        k_BTKC,
-        v_BTKC,
-        q_seqlen=lengths,
-        kv_seqlen=lengths,
-        q_offsets=offsets,
-        kv_offsets=offsets,
-        scale=1.0 / math.sqrt(q_BTHC.shape[-1]),
-        mask_type=mask_type,
-        sliding_window_length=window or None,
-    )
-    return out_BTHC
-
-
-def segment_bounds(segments_BT: jax.Array, max_segments: int) -> tuple[jax.Array, jax.Array]:
-    """Length [B, M] and first token [B, M + 1] of each segment of each row, -1 where a row has fewer than M.
-
-    Segments are numbered from 1 in the order they lie, as data/packing.py does. Padding (0) lies behind them and is
-    given as one segment more, M = max_segments + 1: the kernel leaves tokens that belong to none uninitialised.
-    """
-    number_M = jnp.append(jnp.arange(1, max_segments + 1), 0)
-    length_BM = jnp.sum(segments_BT[:, None, :] == number_M[None, :, None], axis=-1, dtype=jnp.int32)
-    start_BM = jnp.cumsum(length_BM, axis=1) - length_BM
-    present_BM = length_BM > 0
-    offsets_BM = jnp.pad(jnp.where(present_BM, start_BM, -1), ((0, 0), (0, 1)), constant_values=-1)
-    return jnp.where(present_BM, length_BM, -1), offsets_BM
-
-
-def _splash(
-    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, segments_BT: jax.Array | None, window: int
-) -> jax.Array:
-    """Splash attention, the fused TPU kernel, run on each device's own rows and heads."""
-    q_spec = resolve(("batch", "length", "heads", "head_dim"))
-    kv_spec = resolve(("batch", "length", "kv_heads", "head_dim"))
-    run = functools.partial(_splash_shard, window=window)
-    if segments_BT is None:
-        sharded = jax.shard_map(run, in_specs=(q_spec, kv_spec, kv_spec), out_specs=q_spec, check_vma=False)
-        return sharded(q_BTHC, k_BTKC, v_BTKC)
-    specs = (q_spec, kv_spec, kv_spec, resolve(("batch", "length")))
-    return jax.shard_map(run, in_specs=specs, out_specs=q_spec, check_vma=False)(q_BTHC, k_BTKC, v_BTKC, segments_BT)
-
-
-def _splash_shard(
-    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, segments_BT: jax.Array | None = None, *, window: int
-) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    _, T, H, C = q_BTHC.shape
-    one = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
-    block = math.gcd(T, 512)
-    sizes = kernels.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        use_fused_bwd_kernel=True,
-    )
-    kernel = kernels.make_splash_mha(
-        mask=masks.MultiHeadMask([one] * H),
-        head_shards=1,
-        q_seq_shards=1,
-        block_sizes=sizes,
-        residual_checkpoint_name=SAVED,
-    )
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHC * (1.0 / math.sqrt(C)), k_BTKC, v_BTKC))
-    out_BHTC: Any
-    if segments_BT is None:
-        out_BHTC = jax.vmap(kernel)(q, k, v)
-    else:
-        out_BHTC = jax.vmap(kernel)(q, k, v, segment_ids=kernels.SegmentIds(segments_BT, segments_BT))
-    return jnp.swapaxes(out_BHTC, 1, 2)
+def _divisor(q_BTHC: jax.Array, scale: bool) -> float:
+    return math.sqrt(q_BTHC.shape[-1]) if scale else 1.0

@@ -3,7 +3,7 @@
 Legend of the shapes, for the whole package:
   B batch        T query or target length    S key or source length    D model width    F MLP width
   H query heads  K key and value heads       G query heads per key head, H / K          C head width
-  V vocabulary   L layers                    P positions
+  V vocabulary   L layers                    P positions or predictions   N buckets, or distances
 
 Parameters are float32 and carry the logical name of each axis in their metadata (`axes`); `sharding.py` maps names to
 the mesh. They are cast to the type of the activations where they are used.
@@ -14,7 +14,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+
+from lslm_jax.config import ModelConfig
 
 INIT_STD = 0.02  # GPT-2 and Llama alike
 
@@ -27,6 +30,11 @@ def normal(key: jax.Array, shape: Sequence[int], axes: Sequence[str], std: float
 def constant(value: float, shape: Sequence[int], axes: Sequence[str]) -> nnx.Param:
     """A parameter that starts as one number everywhere."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=tuple(axes))
+
+
+def weight_std(config: ModelConfig, inputs: int) -> float:
+    """Initial size of a weight that so many inputs are summed with."""
+    return inputs**-0.5 if config.init == "fan_in" else INIT_STD
 
 
 class Linear(nnx.Module):
@@ -99,6 +107,59 @@ def rotate(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     sin, cos = jnp.sin(angle_BT1C), jnp.cos(angle_BT1C)
     first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHC.dtype)
+
+
+def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
+    """Positions as waves (Vaswani et al. 2017), [B, T, D]: the first half are sines and the second their cosines.
+
+    The wavelengths are those of the paper, 2 pi to 2 pi 10000; there sines and cosines take turns instead.
+    """
+    half = (width + 1) // 2
+    frequency_D = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-2.0 * math.log(10_000.0) / width))
+    angle_BTD = positions_BT[:, :, None].astype(jnp.float32) * frequency_D[None, None]
+    return jnp.concatenate([jnp.sin(angle_BTD), jnp.cos(angle_BTD)], axis=-1)[..., :width]
+
+
+def distance_buckets(buckets: int, farthest: int) -> np.ndarray:
+    """The bucket of each distance from 0 to the farthest (Raffel et al. 2020).
+
+    Half of the buckets hold one distance each, the others ever more, in proportion to the distance; the last one also
+    holds all that is farther.
+    """
+    single = buckets // 2
+    distance_N = np.arange(farthest + 1, dtype=np.float32)
+    share_N = np.log(np.maximum(distance_N, single) / single) / np.float32(math.log(farthest / single))
+    far_N = single + (share_N * (buckets - single)).astype(np.int32)
+    return np.where(distance_N < single, distance_N.astype(np.int32), np.minimum(far_N, buckets - 1))
+
+
+def relative_bias(
+    table_NH: jax.Array, length: int, source_length: int, start: jax.Array | int, *, causal: bool, farthest: int
+) -> jax.Array:
+    """What attention adds to the product of a query and a key for the distance between them: [H, T, S].
+
+    Args:
+      table_NH: a number for each bucket and head; if not causal, half of the buckets are for what follows.
+      length: of queries, T.
+      source_length: of keys, S; the first is at place 0.
+      start: place of the first query.
+      causal: whether queries only see what is before them.
+      farthest: `relative_distance`.
+    """
+    buckets = table_NH.shape[0] if causal else table_NH.shape[0] // 2
+    # From the first key as the last query sees it to the last key as the first one does.
+    after_N = jnp.arange(length + source_length - 1) - (length - 1) - start
+    distance_N = jnp.clip(-after_N, 0, farthest) if causal else jnp.minimum(jnp.abs(after_N), farthest)
+    bucket_N = jnp.asarray(distance_buckets(buckets, farthest))[distance_N]
+    if not causal:
+        bucket_N += buckets * (after_N > 0)
+    bias_HN = table_NH[bucket_N].T
+    # Each query's row is the one above moved by one place: copies of the row, each one longer than it will be read.
+    rows_HTN = jnp.broadcast_to(
+        jnp.pad(bias_HN, ((0, 0), (0, 1)))[:, None], (bias_HN.shape[0], length, after_N.size + 1)
+    )
+    moved_HN = rows_HTN.reshape(bias_HN.shape[0], -1)[:, : length * after_N.size]
+    return moved_HN.reshape(-1, length, after_N.size)[:, :, length - 1 :]
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

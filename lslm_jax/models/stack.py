@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lslm_jax.models.attention import is_kernel_output
+from lslm_jax.models.kernels import is_kernel_output
 
 REMAT = {
     "none": None,
@@ -43,6 +43,27 @@ def unstacked(layers: Any, dtype: Any) -> nnx.List:
     return nnx.List([jax.tree.map(lambda a, i=i: a[i], layers) for i in range(num_layers)])
 
 
+def each(layers: Any, function: Callable[[Any], Any], dtype: Any) -> Any:
+    """What `function` makes of each layer, its matrices cast to `dtype`: stacked, or a list as the layers are."""
+    if isinstance(layers, nnx.List):
+        return [function(layer) for layer in layers]
+    return jax.vmap(function)(_cast_matrices(layers, dtype))
+
+
+def beside(layers: Any, *parts: Any) -> Any:
+    """What each layer reads, for `run` to take as caches: tuples of parts, each stacked (or a list) or None."""
+    if not isinstance(layers, nnx.List):
+        return parts
+    return list(zip(*([None] * len(layers) if part is None else part for part in parts), strict=True))
+
+
+def every(layers: Any, period: int) -> Any:
+    """True for layers 0, n, 2n ..., of a period n: stacked, or a list."""
+    if isinstance(layers, nnx.List):
+        return [i % period == 0 for i in range(len(layers))]
+    return jnp.arange(jax.tree.leaves(layers)[0].shape[0]) % period == 0
+
+
 def run(
     layers: Any,
     x_BTD: jax.Array,
@@ -59,7 +80,7 @@ def run(
       layers: from `stacked`, or from `unstacked`: then caches are a list too.
       x_BTD: what the first layer reads; every other reads what the one before it returned.
       apply: one layer's forward pass.
-      caches: what layers keep, stacked; or None.
+      caches: what layers keep or read besides, stacked; or None.
       keys: one dropout key a layer; or None.
       remat: name of what the backward pass recomputes.
       scan: one compiled layer in a loop, or all of them unrolled.

@@ -18,11 +18,14 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from lslm_jax import config_checks
 from lslm_jax.config import CheckpointConfig, Config
 from lslm_jax.errors import CheckpointRefused, SaveError
 from lslm_jax.train import identity as identities
 from lslm_jax.train.manifest import check_manifest, write_manifest
-from lslm_jax.train.state import State, abstract_model, abstract_state, init_state
+from lslm_jax.train.state import State, abstract_state, init_state
+
+_HEAD = "top."  # of the names of what an encoder ends with
 
 
 def begin(
@@ -37,7 +40,8 @@ def begin(
     The ways a run can begin, in this order:
 
     1. From its own latest checkpoint: everything, bit for bit.
-    2. From the latest weights of another run (`train.init_from`): step and optimizer start anew.
+    2. From the latest weights of another run (`train.init_from`), as far as they fit: a body under a new head, say.
+       Step and optimizer start anew.
     3. From random weights.
 
     Raises:
@@ -51,8 +55,7 @@ def begin(
     state = init_state(config, optimizer, mesh)
     if config.train.init_from:
         source = epath.Path(config.train.init_from) / "checkpoints"
-        model = load_model(source, abstract_model(config, mesh), latest_step(source))
-        log(f"started from the weights in {source}")
+        model = checkpoints.load_fitting(source, state.model, log)
         ema = None if state.ema is None else jax.tree.map(jnp.copy, model)
         state = state._replace(model=model, ema=ema)
     return state
@@ -120,6 +123,42 @@ class Checkpoints:
         counters = restored.pop("counters")
         return State(**{"ema": None, **restored, **counters})
 
+    def load_fitting(self, source: epath.Path, model: Any, log: Callable[[str], None]) -> Any:
+        """A model with the latest weights of another run where it has the same parameters; tells which those are.
+
+        Args:
+          source: the `checkpoints` directory of that run.
+          model: fresh; what the other run lacks stays as it is.
+          log: told what was taken, what is fresh, and what was left behind.
+
+        Raises:
+          CheckpointRefused: the other run had another tokenizer, or its body another shape.
+        """
+        directory = epath.Path(source).resolve() / str(latest_step(source))
+        check_manifest(directory)
+        made_by: Any = ocp.checkpointables_metadata(directory).custom_metadata
+        theirs, mine = made_by["tokenizer_sha256"], self._identity["tokenizer_sha256"]
+        if theirs != mine:
+            raise CheckpointRefused(
+                f"{directory} was made with another tokenizer ({theirs[:12]}, now {mine[:12]}): its embeddings mean "
+                f"other tokens; set tokenizer.path to that run's"
+            )
+        part = "ema" if (directory / "ema").is_dir() else "model"
+        stored, wanted = ocp.checkpointables_metadata(directory).metadata[part], _flatten(model)
+        heads_too = _same_task(made_by, self._identity)
+        fits = lambda name: name in stored and (heads_too or not name.startswith(_HEAD))
+        taken = {name: _abstract(leaf) for name, leaf in wanted.items() if fits(name)}
+        _compare(f"{directory}: {part}", {name: stored[name] for name in taken}, taken)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            loaded = ocp.load_checkpointables(directory, {part: taken})[part]
+        log(f"started from {len(taken)} of {len(wanted)} parameters in {directory}")
+        for what, names in (("fresh", wanted.keys() - taken.keys()), ("left behind", stored.keys() - taken.keys())):
+            if names:
+                log(f"{what}: {', '.join(sorted(names))}")
+        return _unflatten(model, wanted | dict(loaded))
+
     def close(self) -> None:
         """Waits for saves in the background.
 
@@ -161,7 +200,7 @@ def list_steps(directory: epath.Path) -> list[int]:
 
 
 def best_step(directory: epath.Path, metric: str) -> int:
-    """The step of the checkpoint with the lowest value of an evaluation metric.
+    """The step of the checkpoint with the best value of an evaluation metric.
 
     Raises:
       CheckpointRefused: no checkpoint was saved with that metric.
@@ -253,10 +292,21 @@ def _preservation(config: CheckpointConfig) -> Any:
     return policies.AnyPreservationPolicy(kept)
 
 
+def _same_task(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+    """Whether heads of both say the same, of the same labels."""
+    mean = lambda config: (config["task"]["objective"], config["model"]["num_labels"])
+    return mean(theirs["config"]) == mean(mine["config"])
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
 def _rank(metrics: Mapping[str, float], name: str) -> float:
     """Lowest is best. Last is what was not a number, or saved without evaluation, as a preempted run does."""
-    value = metrics.get(name, math.inf)
-    return math.inf if math.isnan(value) else value
+    value = metrics.get(name, math.nan)
+    sign = -1.0 if config_checks.highest_is_best(name) else 1.0
+    return math.inf if math.isnan(value) else sign * value
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.data import pipeline, prefetch
 from lslm_jax.errors import NumericAbort, Preempted
+from lslm_jax.evaluate.evaluator import Evaluator
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.presets import flops_per_token
 from lslm_jax.observe import Metrics, Profiler, device_memory, mfu, parameter_table
@@ -29,9 +30,9 @@ from lslm_jax.train.state import State, abstract_state, evaluated_model, num_par
 from lslm_jax.train.step import make_train_step
 
 MAX_SKIPPED = 5  # non-finite steps in a row that end the run
+_SHOWN = 12  # figures of an evaluation that a person is shown; metrics.jsonl has them all
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "skipped")  # of the train step, in this order on the record
 
-Evaluate = Callable[[Any], Iterable[tuple[str, float]]]
 Sample = Callable[[Any], str]
 
 
@@ -43,7 +44,7 @@ def train(
     backend: Backend,
     checkpoints: Checkpoints,
     *,
-    evaluate: Evaluate | None,
+    evaluate: Evaluator | None,
     sample: Sample | None,
 ) -> dict[str, Any]:
     """Trains to `train.steps` from wherever the run stands; metrics, samples and checkpoints go to `workdir`.
@@ -57,7 +58,7 @@ def train(
       data: batches by step.
       backend: attention kernel.
       checkpoints: of this run.
-      evaluate: yields (name, value) for a model; None where nothing is held out.
+      evaluate: reports on a model; None where nothing is held out.
       sample: a text that shows what a model can do; None for no samples.
 
     Returns:
@@ -70,9 +71,16 @@ def train(
     """
     begun, steps = time.monotonic(), config.train.steps
     tokens_per_step = config.train.batch_size * config.data.seq_len
-    flops = flops_per_token(config.model, config.data.seq_len)
+    example = data.batch(0)
+    flops = flops_per_token(
+        config.model,
+        config.data.seq_len,
+        config.data.source_len,
+        config.task.objective,
+        example.targets_BT.shape[1],
+    )
     optimizer = make_optimizer(config.optimizer, steps)
-    timer, speeds, last, results = StepTimer(tokens_per_step), [], {}, {}
+    timer, speeds, last, results, facts = StepTimer(tokens_per_step), [], {}, {}, {}
 
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
@@ -85,7 +93,7 @@ def train(
 
         # XLA compiles the step while the weights are made or read; then tensorflow is imported for the first batch.
         aside = stack.enter_context(ThreadPoolExecutor(1))
-        compiling = aside.submit(_compile, config, optimizer, backend, data.batch(0), mesh)
+        compiling = aside.submit(_compile, config, optimizer, backend, example, mesh)
         state = begin(config, optimizer, mesh, checkpoints, progress.message)
         start = int(state.step)
         record.truncate(start)
@@ -139,14 +147,14 @@ def train(
             pending = None
             with timer.pause():
                 if evaluating:
-                    results = _evaluate(state, evaluate, sample, record, progress, workdir)
+                    results, facts = _evaluate(state, evaluate, sample, record, progress, workdir)
                 if saving:
                     checkpoints.save(state, results if evaluating else None)
             if stopping and step < steps:
                 raise Preempted(f"{preemption.requested}: step {step} is saved; the same command goes on from there")
 
         if start >= steps:  # killed after its last step was saved and recorded, before its result was written
-            results = _results(state, evaluate)
+            results, facts = _evaluate(state, evaluate, None, None, progress, workdir)
 
     speed = statistics.median(speeds) if speeds else None
     used = mfu(speed, flops, mesh.size, mesh.devices.flat[0].device_kind) if speed else None
@@ -154,6 +162,7 @@ def train(
         "step": int(state.step),
         **{name: last[name] for name in ("loss", "grad_norm", "learning_rate") if name in last},
         **results,
+        **facts,
         "tokens_per_second": speed,
         "mfu": used,
         "parameters": num_parameters(state.model),
@@ -176,26 +185,29 @@ def _compile(
 
 def _evaluate(
     state: State,
-    evaluate: Evaluate | None,
+    evaluate: Evaluator | None,
     sample: Sample | None,
-    record: Metrics,
+    record: Metrics | None,
     progress: Progress,
     workdir: epath.Path,
-) -> dict[str, float]:
-    """Evaluates and samples one state, on the record."""
-    step, results = int(state.step), _results(state, evaluate)
-    if results:
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Evaluates and samples one state; texts go to files, numbers on the record unless they are there already."""
+    step, results, facts, files = int(state.step), {}, {}, {}
+    if evaluate:
+        report = evaluate(evaluated_model(state))
+        results = {f"eval/{name}": value for name, value in report.metrics.items()}
+        facts = {f"eval/{name}": value for name, value in report.facts.items()}
+        files = {f"{step}-{name}": text for name, text in report.files.items()}
+        shown = list(results.items())[:_SHOWN]
+        progress.message(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in shown))
+    if record and results:
         record.write(step, results)
-        progress.message(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in results.items()))
     if sample:
-        text = sample(evaluated_model(state))
+        files[f"{step}.txt"] = text = sample(evaluated_model(state))
         progress.message(text)
-        record.text(step, "samples", text)
-        path = workdir / "samples" / f"{step}.txt"
-        path.parent.mkdir(exist_ok=True)
-        atomic.write(path, text.encode())
-    return results
-
-
-def _results(state: State, evaluate: Evaluate | None) -> dict[str, float]:
-    return {f"eval/{name}": value for name, value in evaluate(evaluated_model(state))} if evaluate else {}
+        if record:
+            record.text(step, "samples", text)
+    for name, text in files.items():
+        (workdir / "samples").mkdir(exist_ok=True)
+        atomic.write(workdir / "samples" / name, text.encode())
+    return results, facts

@@ -1,4 +1,4 @@
-"""Cross-entropy over large vocabularies, in sums: divide by the weight once, globally."""
+"""What training minimises: cross-entropy over large vocabularies, squared error, answer spans. All are sums."""
 
 import functools
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from lslm_jax.sharding import constrain, num_shards
 
 
 class Sums(NamedTuple):
-    """Totals over the tokens of a batch, each token counted by its weight; float32 scalars.
+    """Totals over the targets of a batch, each counted by its weight; float32 scalars. Divide once, globally.
 
     Attributes:
-      objective: what training minimises: cross-entropy with smoothed targets, plus the z-loss.
-      nll: negative log-likelihood of the targets, in nats.
-      correct: how often the target was the likeliest token.
-      weight: number of tokens that count.
+      objective: what training minimises: cross-entropy with smoothed targets, plus the z-loss; or the squared error.
+      nll: negative log-likelihood of the targets, in nats; or the squared error.
+      correct: how often the target was the likeliest (`cross_entropy`), with the other end of its answer (`span`).
+      weight: number of targets that count.
     """
 
     objective: jax.Array
@@ -44,61 +44,77 @@ class Settings(NamedTuple):
 
 
 def cross_entropy(
-    x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, settings: Settings
+    x_BTD: jax.Array,
+    w_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    settings: Settings,
+    b_V: jax.Array | None = None,
 ) -> Sums:
-    """Scores targets against softmax(x w), a chunk of tokens at a time: [tokens, V] never exists.
+    """Scores targets against softmax(x w + b), a chunk of tokens at a time: [tokens, V] never exists.
 
-    Only `objective` has a gradient, with respect to x and w. It is worked out chunk by chunk together with the loss,
+    Only `objective` has a gradient, with respect to x, w and b. It is worked out chunk by chunk together with the loss,
     while the logits are there, instead of computing them again in the backward pass.
 
     Args:
-      x_BTD: final hidden states, in the compute type.
+      x_BTD: final hidden states, in the compute type; T or as many as there are targets in a row.
       w_VD: output layer, float32.
-      targets_BT: token ids.
+      targets_BT: token ids, or labels.
       weights_BT: how much each target counts.
       settings: see there.
+      b_V: bias of the output layer, float32, or None.
     """
-    return _cross_entropy(settings, x_BTD, w_VD, targets_BT, weights_BT)
+    return _cross_entropy(settings, x_BTD, w_VD, b_V, targets_BT, weights_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(settings, x_BTD, w_VD, targets_BT, weights_BT):
-    w = constrain(w_VD.astype(x_BTD.dtype), ("vocab", "width"))
+def _cross_entropy(settings, x_BTD, w_VD, b_V, targets_BT, weights_BT):
+    w, b = _output_layer(x_BTD, w_VD, b_V)
 
     def body(sums, chunk):
-        return jax.tree.map(jnp.add, sums, _score(settings, w, *chunk)[0]), None
+        return jax.tree.map(jnp.add, sums, _score(settings, w, b, *chunk)[0]), None
 
     zero = jnp.zeros((), jnp.float32)
     return jax.lax.scan(body, Sums(zero, zero, zero, zero), _chunks(settings, x_BTD, targets_BT, weights_BT))[0]
 
 
-def _forward(settings, x_BTD, w_VD, targets_BT, weights_BT):
-    w = constrain(w_VD.astype(x_BTD.dtype), ("vocab", "width"))
+def _forward(settings, x_BTD, w_VD, b_V, targets_BT, weights_BT):
+    w, b = _output_layer(x_BTD, w_VD, b_V)
     x_CNSD, targets_CNS, weights_CNS = _chunks(settings, x_BTD, targets_BT, weights_BT)
+    N = x_CNSD.shape[1]
 
     def body(carry, chunk):
-        sums, dw_NVD = carry
-        more, d_NSV = _score(settings, w, *chunk)
+        sums, dw_NVD, db_NV = carry
+        more, d_NSV = _score(settings, w, b, *chunk)
         dx_NSD = jnp.einsum("nsv,vd->nsd", d_NSV, w)
         dw_NVD += jnp.einsum("nsv,nsd->nvd", d_NSV, chunk[0], preferred_element_type=jnp.float32)
-        return (jax.tree.map(jnp.add, sums, more), dw_NVD), dx_NSD
+        if db_NV is not None:
+            db_NV += jnp.sum(d_NSV, axis=1, dtype=jnp.float32)
+        return (jax.tree.map(jnp.add, sums, more), dw_NVD, db_NV), dx_NSD
 
-    # Each batch shard adds up its own gradient of w; they are summed once after the loop, not once a chunk.
+    # Each batch shard adds up its own gradients of w and b; they are summed once after the loop, not once a chunk.
     zero = jnp.zeros((), jnp.float32)
-    dw_NVD = constrain(jnp.zeros((x_CNSD.shape[1], *w.shape), jnp.float32), ("batch", "vocab", "width"))
-    carry = Sums(zero, zero, zero, zero), dw_NVD
-    (sums, dw_NVD), dx_CNSD = jax.lax.scan(body, carry, (x_CNSD, targets_CNS, weights_CNS))
+    dw_NVD = constrain(jnp.zeros((N, *w.shape), jnp.float32), ("batch", "vocab", "width"))
+    db_NV = None if b is None else constrain(jnp.zeros((N, *b.shape), jnp.float32), ("batch", "vocab"))
+    carry = Sums(zero, zero, zero, zero), dw_NVD, db_NV
+    (sums, dw_NVD, db_NV), dx_CNSD = jax.lax.scan(body, carry, (x_CNSD, targets_CNS, weights_CNS))
     dx_BTD = constrain(jnp.moveaxis(dx_CNSD, 0, 1).reshape(x_BTD.shape), ("batch", "length", "width"))
-    return sums, (dx_BTD, constrain(jnp.sum(dw_NVD, axis=0), ("vocab", "embed")))
+    db_V = None if db_NV is None else constrain(jnp.sum(db_NV, axis=0), ("vocab",))
+    return sums, (dx_BTD, constrain(jnp.sum(dw_NVD, axis=0), ("vocab", "embed")), db_V)
 
 
 def _backward(settings, residuals, cotangent):
-    dx_BTD, dw_VD = residuals
     scale = cotangent.objective
-    return (dx_BTD * scale.astype(dx_BTD.dtype), dw_VD * scale, None, None)
+    gradients = jax.tree.map(lambda d: d * scale.astype(d.dtype), residuals)
+    return (*gradients, None, None)
 
 
 _cross_entropy.defvjp(_forward, _backward)
+
+
+def _output_layer(x_BTD, w_VD, b_V):
+    """Weights in the compute type and bias, where they are multiplied."""
+    return constrain(w_VD.astype(x_BTD.dtype), ("vocab", "width")), None if b_V is None else constrain(b_V, ("vocab",))
 
 
 def _chunks(settings, x_BTD, targets_BT, weights_BT):
@@ -114,10 +130,10 @@ def _chunks(settings, x_BTD, targets_BT, weights_BT):
     return cut(x_BTD, D), cut(targets_BT), cut(weights_BT)
 
 
-def _score(settings, w_VD, x_NSD, targets_NS, weights_NS):
+def _score(settings, w_VD, b_V, x_NSD, targets_NS, weights_NS):
     """The sums of one chunk, and the gradient of its objective with respect to the logits, in the compute type."""
     raw_NSV = jnp.einsum("nsd,vd->nsv", x_NSD, w_VD, preferred_element_type=jnp.float32)
-    raw_NSV = constrain(raw_NSV, ("batch", None, "vocab"))
+    raw_NSV = constrain(raw_NSV if b_V is None else raw_NSV + b_V[None, None], ("batch", None, "vocab"))
     cap, smooth, z = settings.softcap, settings.label_smoothing, settings.z_loss
     capped_NSV = cap * jnp.tanh(raw_NSV / cap) if cap else raw_NSV
     ids_V = jnp.arange(w_VD.shape[0], dtype=targets_NS.dtype)
@@ -142,3 +158,49 @@ def _score(settings, w_VD, x_NSD, targets_NS, weights_NS):
 
     totals = (objective_NS, nll_NS, target_NS >= top_NS, jnp.ones_like(nll_NS))
     return Sums(*(jnp.sum(weights_NS * a) for a in totals)), d_NSV
+
+
+def squared_error(
+    x_BPD: jax.Array, w_1D: jax.Array, targets_BP: jax.Array, weights_BP: jax.Array, b_1: jax.Array | None = None
+) -> Sums:
+    """The squared difference between numbers and x w + b, in float32; nothing is ever `correct`."""
+    error_BP = _products(x_BPD, w_1D, b_1)[..., 0] - targets_BP
+    total = jnp.sum(weights_BP * jnp.square(error_BP))
+    return Sums(total, total, jnp.zeros((), jnp.float32), jnp.sum(weights_BP))
+
+
+def span(
+    x_BTD: jax.Array,
+    w_2D: jax.Array,
+    targets_B2: jax.Array,
+    weights_B2: jax.Array,
+    segments_BT: jax.Array | None = None,
+    b_2: jax.Array | None = None,
+) -> Sums:
+    """Cross-entropy of an answer's first and last position among those of its row, each one target.
+
+    Args:
+      x_BTD: final hidden states, in the compute type.
+      w_2D: output layer of starts and ends, float32.
+      targets_B2: positions in the row.
+      weights_B2: how much each counts.
+      segments_BT: 0 where no answer can be. None: nowhere.
+      b_2: bias of the output layer, float32, or None.
+    """
+    logits_B2T = jnp.swapaxes(_products(x_BTD, w_2D, b_2), 1, 2)
+    if segments_BT is not None:
+        real_BT = segments_BT > 0
+        # A row of nothing but padding weighs 0, but 0 times NaN is NaN.
+        real_BT = real_BT | ~jnp.any(real_BT, axis=1, keepdims=True)
+        logits_B2T = jnp.where(real_BT[:, None], logits_B2T, -jnp.inf)
+    logp_B2T = jax.nn.log_softmax(logits_B2T, axis=-1)
+    nll_B2 = -jnp.take_along_axis(logp_B2T, targets_B2[:, :, None], axis=-1)[..., 0]
+    both_B1 = jnp.all(jnp.argmax(logits_B2T, axis=-1) == targets_B2, axis=1, keepdims=True)
+    total = jnp.sum(weights_B2 * nll_B2)
+    return Sums(total, total, jnp.sum(weights_B2 * both_B1), jnp.sum(weights_B2))
+
+
+def _products(x_BTD, w_VD, b_V):
+    """Products with a small output layer, x w + b, in float32."""
+    y_BTV = jnp.einsum("btd,vd->btv", x_BTD, w_VD.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    return y_BTV if b_V is None else y_BTV + b_V[None, None]

@@ -37,7 +37,9 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
 
 def abstract_model(config: Config, mesh: Mesh) -> Any:
     """Shapes, types and shardings of the model alone."""
-    return _placed(jax.eval_shape(lambda: presets.build(config.model, jax.random.key(config.seed))), mesh)
+    return _placed(
+        jax.eval_shape(lambda: presets.build(config.model, jax.random.key(config.seed), config.task.objective)), mesh
+    )
 
 
 def _placed(shapes: Any, mesh: Mesh) -> Any:
@@ -68,7 +70,7 @@ def evaluated_model(state: State) -> Any:
 
 
 def _create(config: Config, optimizer: optax.GradientTransformation) -> State:
-    model = presets.build(config.model, jax.random.key(config.seed))
+    model = presets.build(config.model, jax.random.key(config.seed), config.task.objective)
     return State(
         step=jnp.zeros((), jnp.int32),
         model=model,

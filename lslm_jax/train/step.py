@@ -92,28 +92,49 @@ def accumulate_gradients(
 
 
 def _objective(config: Config, backend: Backend, model: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-    x_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, backend=backend, key=key)
+    x_BPD = model.features(batch, backend=backend, key=key)
     with jax.named_scope("loss"):
-        sums = losses.cross_entropy(
-            x_BTD, model.output_weights(), batch.targets_BT, batch.weights_BT, _loss_settings(config)
-        )
+        sums = _score(config, model, x_BPD, batch, _loss_settings(config))
     return sums.objective, sums
 
 
 def make_eval_step(config: Config, backend: Backend) -> Callable[[Any, Batch], Sums]:
-    """The step (model, batch) -> sums over its tokens, with neither dropout, smoothing nor z-loss."""
+    """The step (model, batch) -> sums over its targets, with neither dropout, smoothing nor z-loss."""
     settings = _loss_settings(config)._replace(z_loss=0.0, label_smoothing=0.0)
 
     def eval_step(model: Any, batch: Batch) -> Sums:
-        x_BTD = model(batch.tokens_BT, batch.positions_BT, batch.segments_BT, backend=backend)
-        return losses.cross_entropy(x_BTD, model.output_weights(), batch.targets_BT, batch.weights_BT, settings)
+        return _score(config, model, model.features(batch, backend=backend), batch, settings)
 
     return eval_step
 
 
+def make_predict_step(config: Config, backend: Backend) -> Callable[[Any, Batch], jax.Array]:
+    """The step (model, batch) -> scores [B, P, V] of a head's labels, float32: its classes, tags, number, or spans."""
+
+    def predict_step(model: Any, batch: Batch) -> jax.Array:
+        x_BPD = model.features(batch, backend=backend)
+        w_VD, b_V = model.output()
+        scores_BPV = jnp.einsum("bpd,vd->bpv", x_BPD, w_VD.astype(x_BPD.dtype), preferred_element_type=jnp.float32)
+        return scores_BPV if b_V is None else scores_BPV + b_V[None, None]
+
+    return predict_step
+
+
+def _score(config: Config, model: Any, x_BPD: jax.Array, batch: Batch, settings: losses.Settings) -> Sums:
+    w_VD, b_V = model.output()
+    match config.task.objective:
+        case "regression":
+            return losses.squared_error(x_BPD, w_VD, batch.targets_BT, batch.weights_BT, b_V)
+        case "qa":
+            return losses.span(x_BPD, w_VD, batch.targets_BT, batch.weights_BT, batch.segments_BT, b_V)
+        case _:
+            return losses.cross_entropy(x_BPD, w_VD, batch.targets_BT, batch.weights_BT, settings, b_V)
+
+
 def _loss_settings(config: Config) -> losses.Settings:
+    labelled = config.task.objective in ("classification", "tagging")
     return losses.Settings(
-        vocab_size=config.model.vocab_size,
+        vocab_size=config.model.num_labels if labelled else config.model.vocab_size,
         chunk=config.train.loss_chunk or (512 if jax.default_backend() == "cpu" else 8192),
         softcap=config.model.logit_softcap,
         z_loss=config.train.z_loss,

@@ -1,9 +1,9 @@
-"""Order: permutations and mixtures that are computed, not stored."""
+"""What is drawn at random: permutations, choices and mixtures that are computed, not stored."""
 
 import numpy as np
 import pytest
 
-from lslm_jax.data.order import PATTERN, mixture_pattern, permute
+from lslm_jax.data.order import PATTERN, choose, combine, host_slice, mixture_pattern, permute
 from lslm_jax.errors import ConfigError
 
 
@@ -39,6 +39,35 @@ def test_neighbours_are_scattered_and_epochs_differ():
     assert abs(np.corrcoef(first, np.arange(n))[0, 1]) < 0.05
     assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.05
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
+
+
+def test_a_choice_has_as_many_open_places_as_it_should_in_order():
+    rng = np.random.default_rng(0)
+    for length in (1, 7, 200):
+        open_BT = rng.random((50, length)) < 0.6
+        counts = rng.integers(0, open_BT.sum(axis=1) + 1)
+        keys = rng.integers(0, 1 << 63, 50, np.uint64)
+        places = choose(keys, open_BT, counts)
+        assert places.shape == (50, counts.max())
+        for row, count in enumerate(counts):
+            chosen = places[row, :count]
+            assert (np.diff(chosen) > 0).all() and open_BT[row, chosen].all() and (places[row, count:] == length).all()
+        alone = choose(keys[3:4], open_BT[3:4], counts[3:4])
+        np.testing.assert_array_equal(alone[0], places[3, : counts[3]])
+    assert choose(keys[:0], open_BT[:0], counts[:0]).shape == (0, 0)
+
+
+def test_every_set_of_places_is_as_likely_as_any_other():
+    places = choose(combine(1, np.arange(60_000)), np.ones((60_000, 5), bool), np.full(60_000, 2))
+    _, counts = np.unique(places @ [5, 1], return_counts=True)
+    assert len(counts) == 10
+    np.testing.assert_allclose(counts / 60_000, 0.1, atol=0.006)
+
+
+def test_hosts_share_a_batch_without_remainder():
+    np.testing.assert_array_equal(np.concatenate([host_slice(12, host, 3) for host in range(3)]), np.arange(12))
+    with pytest.raises(ConfigError, match=r"^train\.batch_size 12 is not a multiple of the 5 hosts$"):
+        host_slice(12, 0, 5)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [5.0, 2.0, 1.0, 1.0], [1000.0, 1.0]])

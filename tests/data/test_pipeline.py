@@ -30,13 +30,15 @@ def write_split(directory, lengths, first_token=3):
     """A split in which no token occurs twice, so that each tells where it comes from."""
     writer = ShardWriter(epath.Path(directory), VOCAB_SIZE, 400)
     for i, length in enumerate(lengths):
-        writer.add(np.arange(first_token, first_token + length), 5 * length + 1, i + 1)
+        writer.add([np.arange(first_token, first_token + length)], 5 * length + 1, i + 1)
         first_token += length
     writer.finish()
 
 
 def write_manifest(directory):
-    (directory / "manifest.json").write_text(json.dumps({"tokenizer": {"bos_id": BOS, "eos_id": EOS}}))
+    (directory / "manifest.json").write_text(
+        json.dumps({"tokenizer": {"bos_id": BOS, "eos_id": EOS, "vocab_size": VOCAB_SIZE}})
+    )
 
 
 def lengths_of(name, count):
@@ -74,8 +76,8 @@ def assert_equal(got, want):
 
 def rows_of(batch_list):
     """Each row as a hashable thing, with all that a batch says of it."""
-    tokens, targets, weights, positions, segments = joined(batch_list)
-    return [row.tobytes() for row in np.concatenate([tokens, targets, weights, positions, segments], axis=1)]
+    parts = [part for part in joined(batch_list) if part is not None]
+    return [row.tobytes() for row in np.concatenate(parts, axis=1)]
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -116,9 +118,9 @@ def test_a_host_gathers_only_its_own_rows(directory, monkeypatch):
     rows = open_train(config_of(batch_size=8), directory, VOCAB_SIZE, 1, 4)
     asked = []
     (source,) = rows._sources
-    monkeypatch.setattr(source, "batch", lambda numbers: asked.append(len(numbers)))
+    monkeypatch.setattr(source, "batch", lambda numbers, keys: asked.append((len(numbers), len(keys))))
     rows.batch(5)
-    assert asked == [2]
+    assert asked == [(2, 2)]
 
 
 @pytest.mark.parametrize("through", ["tf.data", "threads"])
@@ -163,64 +165,48 @@ def test_another_seed_is_another_order(directory):
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("batch_size", [4, 12, 200])
 def test_an_evaluation_holds_every_row_once_whatever_the_batch_and_the_hosts(directory, packing, mixture, batch_size):
-    def run(hosts):
-        parts = [
-            open_eval(config_of(packing, batch_size, mixture), directory, VOCAB_SIZE, host, hosts)
-            for host in range(hosts)
-        ]
-        return [joined([part.batch(i) for part in parts]) for i in range(parts[0].num_batches)], parts[0]
-
-    (whole, rows), (halves, _) = run(1), run(2)
-    for got, want in zip(halves, whole, strict=True):
-        assert_equal(got, want)
-    assert {len(batch[0]) for batch in whole} == {batch_size}
-    lengths = np.array([3, 40, 20]) if mixture else lengths_of("valid", 11)
-    real = np.concatenate([batch[1][batch[2] > 0] for batch in whole])
-    assert len(real) == len(np.unique(real[real != EOS])) + len(lengths) == lengths.sum() + len(lengths)
-    assert rows.num_bytes() == (5 * lengths + 1).sum()
-    last = whole[-1]
-    filler = slice(rows.num_rows - (rows.num_batches - 1) * batch_size, None)
-    assert all((part[filler] == 0).all() for part in last)
+    config = config_of(packing, batch_size, mixture)
+    whole = open_eval(config, directory, VOCAB_SIZE)
+    halves = [open_eval(config, directory, VOCAB_SIZE, host, 2) for host in range(2)]
+    lengths = {"news": [3, 40], "poems": [20]} if mixture else {"": lengths_of("valid", 11)}
+    assert whole.keys() == halves[0].keys() == lengths.keys()
+    for name, rows in whole.items():
+        batch_list = [rows.batch(i) for i in range(rows.num_batches)]
+        for i, batch in enumerate(batch_list):
+            assert_equal(joined([half[name].batch(i) for half in halves]), batch)
+            assert len(batch.tokens_BT) == batch_size
+        count = np.array(lengths[name])
+        real = np.concatenate([batch.targets_BT[batch.weights_BT > 0] for batch in batch_list])
+        assert len(real) == len(np.unique(real[real != EOS])) + len(count) == count.sum() + len(count)
+        assert rows.num_bytes() == (5 * count + 1).sum()
+        filler = slice(rows.num_rows - (rows.num_batches - 1) * batch_size, None)
+        assert all((part[filler] == 0).all() for part in batch_list[-1] if part is not None)
+        examples = np.concatenate([rows.examples(i) for i in range(rows.num_batches)])
+        assert (examples[: rows.num_rows] >= 0).all() and (examples[rows.num_rows :] == -1).all()
 
 
 def test_an_evaluation_may_be_limited_to_some_batches(directory):
-    whole = open_eval(config_of("pad", 2), directory, VOCAB_SIZE)
-    some = open_eval(config_of("pad", 2, eval_batches=3), directory, VOCAB_SIZE)
+    whole = open_eval(config_of("pad", 2), directory, VOCAB_SIZE)[""]
+    some = open_eval(config_of("pad", 2, eval_batches=3), directory, VOCAB_SIZE)[""]
     assert (some.num_batches, some.num_rows) == (3, 6)
     assert some.num_bytes() < whole.num_bytes()
     assert_equal(some.batch(2), whole.batch(2))
 
 
 def test_an_evaluation_hands_out_its_documents(directory):
-    ids = [ids.tolist() for ids in open_eval(config_of(mixture=MIXTURE), directory, VOCAB_SIZE).documents()]
-    assert ids == [list(range(3, 6)), list(range(6, 46)), list(range(8003, 8023))]
+    found = open_eval(config_of(mixture=MIXTURE), directory, VOCAB_SIZE)
+    ids = {name: [ids.tolist() for ids in rows.documents()] for name, rows in found.items()}
+    assert ids == {"news": [list(range(3, 6)), list(range(6, 46))], "poems": [list(range(8003, 8023))]}
+    assert found["poems"].shards.num_examples == 1
 
 
 def test_without_held_out_documents_there_is_no_evaluation(tmp_path):
     write_split(tmp_path / "train", [100])
+    write_split(tmp_path / "test", [7])
     write_manifest(tmp_path)
-    assert open_eval(config_of(), tmp_path, VOCAB_SIZE) is None
-    assert open_eval(config_of(source="synthetic"), tmp_path, VOCAB_SIZE) is None
-
-
-@pytest.mark.parametrize("mask", [True, False])
-def test_synthetic_rows_are_a_function_of_seed_and_step(tmp_path, mask):
-    config = config_of(source="synthetic", seq_len=64, batch_size=8, mask_documents=mask)
-    rows = open_train(config, tmp_path, 100)
-    batch = rows.batch(9)
-    assert_equal(batch, open_train(config, tmp_path, 100).batch(9))
-    assert_equal(joined([open_train(config, tmp_path, 100, host, 4).batch(9) for host in range(4)]), batch)
-    assert not np.array_equal(batch.tokens_BT, rows.batch(10).tokens_BT)
-    np.testing.assert_array_equal(batch.targets_BT[:, :-1], batch.tokens_BT[:, 1:])
-    many = np.concatenate([rows.batch(step).tokens_BT for step in range(40)])
-    np.testing.assert_allclose(np.bincount(many.reshape(-1), minlength=100) / many.size, 0.01, atol=0.004)
-    if not mask:
-        assert batch.segments_BT is None and batch.positions_BT is None
-        return
-    begins = batch.positions_BT == 0
-    np.testing.assert_array_equal(batch.segments_BT, np.cumsum(begins, axis=1))
-    np.testing.assert_array_equal(np.diff(batch.positions_BT, axis=1)[~begins[:, 1:]], 1)
-    assert 1 < batch.segments_BT.max() <= rows.max_segments()
+    assert open_eval(config_of(), tmp_path, VOCAB_SIZE) == {}
+    assert open_eval(config_of(), tmp_path, VOCAB_SIZE, split="test")[""].num_rows == 1
+    assert open_eval(config_of(source="synthetic"), tmp_path, VOCAB_SIZE) == {}
 
 
 def test_a_token_outside_the_vocabulary_is_refused_with_its_document(tmp_path):
@@ -271,5 +257,5 @@ def test_what_cannot_be_trained_on_is_refused_in_one_line(tmp_path, damage, erro
 
 
 def test_an_evaluation_may_be_shorter_than_a_row(directory):
-    rows = open_eval(config_of(seq_len=4096), directory, VOCAB_SIZE)
+    rows = open_eval(config_of(seq_len=4096), directory, VOCAB_SIZE)[""]
     assert (rows.num_batches, rows.num_rows) == (1, 1)

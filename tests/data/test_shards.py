@@ -24,7 +24,7 @@ writer = ShardWriter(epath.Path(sys.argv[1]), 1000, 500)
 print(writer.cursor, flush=True)
 for i in range(writer.cursor, 400):
     ids = np.random.default_rng(i).integers(0, 1000, i % 40)
-    writer.add(ids, 3 * len(ids), i + 1)
+    writer.add([ids], 3 * len(ids), i + 1)
     print(f"{i:4000}", flush=True)  # fills the pipe, so that the writer is never far ahead of its reader
 writer.finish()
 print("done", flush=True)
@@ -34,7 +34,7 @@ print("done", flush=True)
 def write(directory, documents, vocab_size=1000, shard_tokens=500):
     writer = ShardWriter(epath.Path(directory), vocab_size, shard_tokens)
     for i, ids in enumerate(documents):
-        writer.add(np.asarray(ids, np.int64), 3 * len(ids), i + 1)
+        writer.add([np.asarray(ids, np.int64)], 3 * len(ids), i + 1)
     return writer.finish()
 
 
@@ -59,6 +59,55 @@ def test_documents_come_back(tmp_path, vocab_size, size):
     for i, ids in enumerate(documents):
         np.testing.assert_array_equal(shards.take(np.arange(shards.starts[i], shards.starts[i + 1])), ids)
         assert shards.num_bytes[i] == 3 * len(ids)
+
+
+def write_pairs(directory, pairs, finish=True):
+    """Examples of two fields, two numbers, and a record of their own."""
+    writer = ShardWriter(epath.Path(directory), 1000, 500, fields=2, numbers=2, keep_examples=True)
+    for i, pair in list(enumerate(pairs))[writer.cursor :]:
+        writer.add(pair, len(pair[1]), i + 1, (i, -0.5), {"id": i, "text": "\u00e9\n\u2028" * (i % 3)})
+    return writer.finish() if finish else writer
+
+
+def some_pairs(count=100):
+    documents = some_documents(2 * count)
+    return list(zip(documents[::2], documents[1::2], strict=True))
+
+
+def test_examples_of_several_fields_and_numbers_come_back(tmp_path):
+    pairs = [*some_pairs(), ([], [1]), ([], [])]
+    pairs = [tuple(np.asarray(ids, np.int64) for ids in pair) for pair in pairs]
+    manifest = write_pairs(tmp_path, pairs)
+    shards = Shards.open(epath.Path(tmp_path), verify=True)
+    assert len(manifest["shards"]) > 3
+    assert (shards.fields, shards.num_examples, shards.num_documents) == (2, len(pairs), 2 * len(pairs))
+    for i, ids in enumerate(ids for pair in pairs for ids in pair):
+        np.testing.assert_array_equal(shards.take(np.arange(shards.starts[i], shards.starts[i + 1])), ids)
+    assert shards.num_bytes.tolist() == [len(target) for _, target in pairs]
+    assert shards.numbers.tolist() == [[i, -0.5] for i in range(len(pairs))]
+    assert list(shards.examples()) == [{"id": i, "text": "\u00e9\n\u2028" * (i % 3)} for i in range(len(pairs))]
+
+
+def test_plain_documents_are_examples_of_one_field_in_the_format_of_old(tmp_path):
+    manifest = write(tmp_path, some_documents())
+    assert manifest["version"] == 1 and not {"fields", "numbers", "keep_examples"} & manifest.keys()
+    shards = Shards.open(tmp_path)
+    assert (shards.fields, shards.num_examples, shards.num_documents) == (1, 100, 100)
+    assert shards.numbers.shape == (100, 0)
+    with pytest.raises(InputMissing, match=rf"^{tmp_path} keeps no examples as they were read"):
+        next(shards.examples())
+
+
+def test_a_writer_of_examples_goes_on_to_the_same_bytes(tmp_path):
+    pairs = some_pairs()
+    for count in (30, 55, 80):
+        write_pairs(tmp_path / "killed", pairs[:count], finish=False)
+    (tmp_path / "killed" / "documents-00002.bin").write_bytes(b"cut")
+    write_pairs(tmp_path / "killed", pairs)
+    write_pairs(tmp_path / "whole", pairs)
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    with pytest.raises(DataError, match="was written with version 2, not 1; remove"):
+        ShardWriter(epath.Path(tmp_path / "whole"), 1000, 500)
 
 
 def test_tokens_are_taken_in_any_shape_and_order(tmp_path):
@@ -89,12 +138,12 @@ def test_a_shard_lost_before_the_writer_goes_on_is_written_again(tmp_path):
     documents, directory = some_documents(), epath.Path(tmp_path) / "lost"
     writer = ShardWriter(directory, 1000, 500)
     for i, ids in enumerate(documents[:70]):
-        writer.add(ids, 3 * len(ids), i + 1)
+        writer.add([ids], 3 * len(ids), i + 1)
     (directory / "tokens-00001.bin").write_bytes(b"cut")
     writer = ShardWriter(directory, 1000, 500)
     assert 0 < writer.cursor < 40
     for i, ids in enumerate(documents[writer.cursor :], writer.cursor):
-        writer.add(ids, 3 * len(ids), i + 1)
+        writer.add([ids], 3 * len(ids), i + 1)
     writer.finish()
     write(tmp_path / "whole", documents)
     assert content(directory) == content(tmp_path / "whole")
@@ -107,7 +156,7 @@ def test_a_finished_set_stays_as_it_is(tmp_path):
     assert writer.cursor == 100
     assert writer.finish() == manifest
     with pytest.raises(DataError, match="is complete"):
-        writer.add(np.zeros(1, np.int32), 1, 101)
+        writer.add([np.zeros(1, np.int32)], 1, 101)
     with pytest.raises(DataError, match="with vocab_size 1000, not 1001; remove"):
         ShardWriter(epath.Path(tmp_path), 1001, 500)
     assert content(tmp_path) == before
@@ -162,6 +211,11 @@ def forget(directory):
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "tokens"}))
 
 
+def age(directory):
+    path = directory / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
+
+
 def unfinish(directory):
     (directory / "manifest.json").unlink()
 
@@ -176,6 +230,7 @@ def unfinish(directory):
         (scribble, DataError, "DIR/manifest.json is not JSON"),
         (escape, DataError, "DIR/manifest.json names '../tokens-00000.bin', which is not a file beside it"),
         (forget, DataError, "DIR/manifest.json lacks tokens"),
+        (age, DataError, "DIR/manifest.json has version 9, this program reads 1 and 2"),
         (unfinish, InputMissing, "DIR holds no prepared shards (no manifest.json): run prepare"),
     ],
 )
@@ -201,7 +256,7 @@ def test_a_refusing_disk_is_told_with_its_path_and_reason(tmp_path):
     (tmp_path / "tokens-00000.bin.tmp").symlink_to("/dev/full")
     with pytest.raises(SaveError, match=r"could not write .*tokens-00000\.bin: No space left on device"):
         for i in range(100):
-            writer.add(np.arange(900), 900, i + 1)
+            writer.add([np.arange(900)], 900, i + 1)
 
 
 def test_a_remote_set_is_copied_once_and_read_from_the_copy(tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def test_undecodable_bytes_reach_the_cleaner(tmp_path):
     for name, content in [("a.txt", b"a\xff"), ("a.jsonl", b'{"text": "a\xff"}'), ("a.csv", b"text\r\na\xff\r\n")]:
         path = write(tmp_path / name, content)
         [document] = sources.documents(files(path), "train")
-        assert document.text in (b"a\xff", "a\udcff")
+        assert document.content in (b"a\xff", "a\udcff")
 
 
 def test_directories_globs_and_files_are_read_sorted_and_once(tmp_path, monkeypatch):
@@ -179,7 +179,7 @@ def test_a_fingerprint_tells_what_changed(tmp_path):
 
 
 def draw(source: Source, sample_bytes: int, seed: int = 0) -> list[str]:
-    return list(sources.sample(source, sample_bytes, seed, lambda document: document.text.decode()))
+    return list(sources.sample(source, sample_bytes, seed, lambda document: [document.content.decode()]))
 
 
 def test_a_sample_takes_about_equally_from_each_file(tmp_path):
@@ -301,6 +301,6 @@ def test_a_share_of_a_single_text_file_is_held_out_by_cutting_off_its_end_after_
     (tmp_path / "book.txt").write_bytes(b"one\ntwo\nthree\nfour\n")
     source = Source(files=(f"{tmp_path}/book.txt",), valid_fraction=0.4)
     head, tail = sources.documents(source, "train")
-    assert (head.text, head.held_out) == (b"one\ntwo\nthree\n", False)
-    assert (tail.text, tail.held_out) == (b"four\n", True)
-    assert list(sources.sample(source, 100, 0, lambda document: None if document.held_out else "kept")) == ["kept"]
+    assert (head.content, head.held_out) == (b"one\ntwo\nthree\n", False)
+    assert (tail.content, tail.held_out) == (b"four\n", True)
+    assert list(sources.sample(source, 100, 0, lambda document: [] if document.held_out else ["kept"])) == ["kept"]

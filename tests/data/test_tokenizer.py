@@ -131,7 +131,7 @@ def test_a_saved_tokenizer_is_the_same_one(trained, tmp_path, hugging_face):
         again = tokenizers.load(path)
         assert again.kind == tokenizer.kind
         assert again.sha256 == tokenizer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-        for name in ("vocab_size", "pad_id", "bos_id", "eos_id"):
+        for name in ("vocab_size", "pad_id", "bos_id", "eos_id", "mask_id", "sentinel_ids"):
             assert getattr(again, name) == getattr(tokenizer, name)
         assert np.array_equal(again.encode("a b"), tokenizer.encode("a b"))
 
@@ -227,3 +227,154 @@ def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, name, content,
 def test_a_tokenizer_without_begin_and_end_is_refused(hugging_face):
     with pytest.raises(ConfigError, match=r"tokenizer.json: no token begins or ends a text"):
         tokenizers.load(hugging_face(special=("x1", "x2")))
+
+
+# Places in the text, words, and the special ids of encoders and encoder-decoders.
+
+
+def word_piece(tmp_path) -> epath.Path:
+    """A BERT in small: lower case, no accents, word pieces, and a mask."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##able", "able", "to", ".", *"abcdefe", "##e", "##b"]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([AddedToken(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")])
+    path = epath.Path(tmp_path) / "bert.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def byte_level(shared, tmp_path) -> epath.Path:
+    from tokenizers import ByteLevelBPETokenizer
+
+    gpt2 = shared / "tokenizers" / "gpt2"
+    path = epath.Path(tmp_path) / "gpt2.json"
+    ByteLevelBPETokenizer(str(gpt2 / "vocab.json"), str(gpt2 / "merges.txt")).save(str(path))
+    return path
+
+
+@pytest.fixture
+def others(shared, hugging_face, tmp_path) -> dict[str, tokenizers.Tokenizer]:
+    """Vocabularies that were not trained here: with normalisation, a blank before each text, or bytes in pieces."""
+    paths = {
+        "google": shared / "tokenizers" / "sentencepiece_tests" / "sentencepiece_test.model",
+        "t5": shared / "tokenizers" / "sentencepiece_tests" / "seqio_test.model",
+        "llama": shared / "models" / "stories260K" / "tokenizer.json",
+        "gpt2": byte_level(shared, tmp_path),
+        "unigram": hugging_face(),
+        "bert": word_piece(tmp_path),
+    }
+    return {name: tokenizers.load(path) for name, path in paths.items()}
+
+
+ODD = [*AWKWARD, "caf\u00e9 \U0001f600x\ufb01  a\u2581b\n\nfoo \ud55c", "\u1e9b\u0323 \u00bd\u2460 e\u0301"]
+
+
+def check_offsets(tokenizer: tokenizers.Tokenizer, text: str) -> None:
+    ids, begins, ends = tokenizer.encode_with_offsets(text)
+    np.testing.assert_array_equal(ids, tokenizer.encode(text))
+    assert (ids.dtype, begins.dtype, ends.dtype) == (np.int32, np.int64, np.int64)
+    assert len(begins) == len(ends) == len(ids)
+    assert (begins >= 0).all() and (ends <= len(text)).all() and (begins <= ends).all()
+    assert (np.diff(begins) >= 0).all() and (np.diff(ends) >= 0).all()
+
+
+def test_each_token_spells_the_characters_it_says(trained, sources):
+    for tokenizer in (trained, tokenizers.Bytes()):
+        for text in [*ODD, sources[0][:3000]]:
+            check_offsets(tokenizer, text)
+            ids, begins, ends = tokenizer.encode_with_offsets(text)
+            assert set(np.concatenate([np.arange(*span) for span in zip(begins, ends, strict=True)] or [[]])) == set(
+                range(len(text))
+            )
+            for first, end in {*zip(begins, ends, strict=True)}:
+                inside = (begins >= first) & (ends <= end)
+                assert tokenizer.decode(ids[inside]) == text[first:end]
+
+
+@pytest.mark.parametrize("name", ["google", "t5", "llama", "gpt2", "unigram", "bert"])
+def test_offsets_of_other_vocabularies_go_with_the_ids_of_encode(others, name):
+    for text in ODD:
+        check_offsets(others[name], text)
+
+
+@pytest.mark.parametrize("name", ["google", "llama", "gpt2", "unigram", "bert"])
+@pytest.mark.parametrize("text", ["unable to", "to  able"])
+def test_the_tokens_of_a_word_are_found_by_its_characters(others, name, text):
+    ids, _, ends = others[name].encode_with_offsets(text)
+    assert others[name].decode(ids[ends > text.index(" ") + 1]).strip() == text.split()[1]
+
+
+def test_the_bytes_of_one_character_share_its_place(trained):
+    for tokenizer in (trained, tokenizers.Bytes()):
+        ids, begins, ends = tokenizer.encode_with_offsets("a\u2581\U0001f600")
+        assert begins.tolist() == [0] + [1] * 3 + [2] * 4
+        assert (ends - begins).tolist() == [1] * len(ids)
+
+
+def words(tokenizer: tokenizers.Tokenizer, text: str) -> list[str]:
+    ids = tokenizer.encode(text)
+    cuts = np.flatnonzero(tokenizer.word_starts(ids))
+    return [tokenizer.decode(part) for part in np.split(ids, cuts)[1:]]
+
+
+def test_words_are_what_blanks_separate_and_begin_with_them(trained):
+    for tokenizer in (trained, tokenizers.Bytes()):
+        assert words(tokenizer, "import os  and\n\nthe r\u00e9st") == [
+            "import",
+            " os",
+            "  and",
+            "\n\nthe",
+            " r\u00e9st",
+        ]
+        assert words(tokenizer, "") == []
+        assert words(tokenizer, "   return") == ["   return"]
+        assert tokenizer.word_starts(np.array([tokenizer.vocab_size, *tokenizer.encode("ab")])).tolist()[0]
+
+
+@pytest.mark.parametrize("name", ["google", "llama", "gpt2", "unigram", "bert"])
+def test_words_of_other_vocabularies(others, name):
+    assert [word.strip() for word in words(others[name], "unable to able")] == ["unable", "to", "able"]
+
+
+def test_mask_and_sentinels_are_found_where_the_vocabulary_has_them(trained, others, hugging_face):
+    for tokenizer in (trained, tokenizers.Bytes(), others["llama"], others["google"]):
+        assert (tokenizer.mask_id, tokenizer.sentinel_ids) == (None, ())
+    assert others["bert"].mask_id == 4
+    assert not np.isin(others["bert"].encode("a [MASK] b"), [4]).any()
+    special = ("</s>", "<extra_id_2>", "<extra_id_1>", "<extra_id_0>", "<mask>")
+    tokenizer = tokenizers.load(hugging_face(special=special))
+    assert (tokenizer.mask_id, tokenizer.sentinel_ids) == (5, (4, 3, 2))
+    assert not np.isin(tokenizer.encode("a <mask> <extra_id_1>"), [2, 3, 4, 5]).any()
+
+
+def test_a_sentencepiece_model_may_have_a_mask_and_sentinels_and_no_text_spells_them():
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a man saw a dog with a mask"] * 9),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        user_defined_symbols=["[MASK]", "<extra_id_1>", "<extra_id_0>"],
+        control_symbols=["[CLS]", "[SEP]"],
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    tokenizer = tokenizers.SentencePiece(model.getvalue())
+    cls, sep, mask, second, first = (
+        tokenizer._find(f) for f in ("[CLS]", "[SEP]", "[MASK]", "<extra_id_1>", "<extra_id_0>")
+    )
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id) == (cls, sep, mask)
+    assert tokenizer.sentinel_ids == (first, second)
+    for text in ("a [MASK] dog", "<extra_id_1>", "[CLS] saw <extra_id_0>a", "a dog"):
+        check_offsets(tokenizer, text)
+        assert not np.isin(tokenizer.encode(text), [cls, sep, mask, first, second]).any()
+    assert tokenizer.decode([cls, *tokenizer.encode("a dog"), mask, sep]) == "a dog"

@@ -13,10 +13,13 @@ from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Tokeniz
 from lslm_jax.data import pipeline
 from lslm_jax.data.prepare import prepare
 from lslm_jax.data.shards import Shards
+from lslm_jax.data.special import special_ids
 from lslm_jax.evaluate import tasks
+from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.models import attention, presets
 from lslm_jax.sharding import make_mesh
 
+SPECIAL = special_ids({"vocab_size": 259, "bos_id": 1, "eos_id": 2}, "decoder")
 LENGTHS = [3, 50, 16, 0, 120, 7, 31, 64, 5, 90, 1, 12, 33]
 
 
@@ -48,7 +51,8 @@ def evaluate(config: Config) -> dict[str, float]:
     with jax.set_mesh(mesh):
         data = pipeline.open_eval(config, epath.Path(config.data.dir), 259)
         model = presets.build(config.model, jax.random.key(1))
-        return dict(tasks.language_modelling(config, data, attention.XLA, mesh)(model))
+        setting = Setting(config, None, [], SPECIAL, attention.XLA, mesh)
+        return tasks.make(setting, data)(model).metrics
 
 
 def by_hand(config: Config) -> dict[str, float]:

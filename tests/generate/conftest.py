@@ -1,5 +1,5 @@
 import pytest
-from tiny_models import GPT, LLAMA, make_model
+from tiny_models import GPT, LLAMA, T5, TRANSFORMER, make_model
 
 from lslm_jax.data.tokenizer import Bytes
 
@@ -16,7 +16,24 @@ def llama():
     return make_model(LLAMA)
 
 
+@pytest.fixture(scope="session")
+def transformer():
+    """Encoder and decoder, normalised after each sub-layer, layers scanned."""
+    return make_model(TRANSFORMER)
+
+
+@pytest.fixture(scope="session")
+def t5():
+    """Encoder and a deeper decoder, relative positions, grouped heads, layers unrolled."""
+    return make_model(T5)
+
+
 @pytest.fixture(params=["gpt", "llama"])
+def decoder(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["gpt", "llama", "transformer", "t5"])
 def model(request):
     return request.getfixturevalue(request.param)
 

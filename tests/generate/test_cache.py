@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,12 @@ def test_a_cache_costs_what_it_says():
     cache = caches.create(LLAMA, 3, 10)
     assert caches.num_bytes(LLAMA, 3, 10) == sum(a.nbytes for a in jax.tree.leaves(cache))
     assert len(cache) == LLAMA.num_layers and cache[0].k_BSKC.shape == (3, 10, 2, 8)
+
+
+def test_a_cache_has_the_layers_that_write():
+    config = replace(LLAMA, family="encoder_decoder", num_decoder_layers=3)
+    assert len(caches.create(config, 1, 1)) == 3
+    assert caches.num_bytes(config, 1, 1) == 3 * caches.num_bytes(LLAMA, 1, 1) / LLAMA.num_layers
 
 
 def test_a_longer_cache_keeps_what_it_held():
@@ -30,15 +38,15 @@ def test_rows_lie_over_the_data_axes_and_heads_over_the_tensor_axis():
     assert one.sharding.shard_shape(one.shape) == (1, 10, 1, 8)
 
 
-def test_reading_with_a_cache_gives_the_logits_of_reading_at_once(model):
+def test_reading_with_a_cache_gives_the_logits_of_reading_at_once(decoder):
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 24), 3, 259)
-    expected_BTV = all_logits(model, tokens_BT)
-    model = model.unstacked()
+    expected_BTV = all_logits(decoder, tokens_BT)
+    model = decoder.unstacked()
 
     @jax.jit
     def read(model, tokens_BT, cache, index):
         positions_BT = index + jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        mask_BTS = visible(positions_BT, 24, model.config.window)
+        mask_BTS = positions_BT[:, :, None] >= jnp.arange(24)[None, None]
         x_BTD, cache = model.with_cache(tokens_BT, positions_BT, cache, index, mask_BTS)
         return model.logits(x_BTD), cache
 
@@ -48,8 +56,3 @@ def test_reading_with_a_cache_gives_the_logits_of_reading_at_once(model):
         logits_B1V, cache = read(model, tokens_BT[:, t : t + 1], cache, t)
         parts.append(logits_B1V)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), expected_BTV, atol=1e-5, rtol=1e-5)
-
-
-def visible(positions_BT, length, window):
-    distance_BTS = positions_BT[:, :, None] - jnp.arange(length)[None, None]
-    return (distance_BTS >= 0) & (distance_BTS < (window or length))

@@ -3,7 +3,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from tiny_models import GPT, all_logits, make_model
+from tiny_models import GPT, T5, all_logits, make_model, text_logits
 
 from lslm_jax.config import Config, GenerateConfig, MeshConfig
 from lslm_jax.data.tokenizer import Bytes
@@ -32,17 +32,17 @@ def padded(ids):
 
 def test_each_token_is_the_likeliest_after_those_before_it(model, tokenizer):
     for prompt, result in zip(PROMPTS, generate(model, tokenizer, PROMPTS, GREEDY, 0), strict=True):
-        read = [tokenizer.bos_id, *prompt]
         drawn = result.ids + [tokenizer.eos_id] * (result.ended == "eos")
-        logits_TV = all_logits(model, padded(read + drawn))[0]
-        assert drawn == np.argmax(logits_TV[len(read) - 1 :][: len(drawn)], axis=-1).tolist()
+        assert drawn == np.argmax(text_logits(model, tokenizer, prompt, drawn), axis=-1).tolist()
         assert len(drawn) == result.num_tokens and (result.ended == "eos" or len(drawn) == 24)
-        assert result.text == tokenizer.decode(result.ids)
+        assert result.text == tokenizer.decode(result.ids) and result.score is None
         assert len(set(drawn)) > 3  # a model that says one thing only would prove nothing
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("gpt", WARM), ("llama", GREEDY)], ids=["gpt, sampled", "llama, greedy"]
+    ("name", "settings"),
+    [("gpt", WARM), ("llama", GREEDY), ("t5", WARM)],
+    ids=["gpt, sampled", "llama, greedy", "t5, sampled"],
 )
 def test_a_row_does_not_depend_on_the_rows_beside_it(name, tokenizer, settings, request):
     model = request.getfixturevalue(name)
@@ -128,8 +128,9 @@ def test_no_prompts_no_results(llama, tokenizer):
     assert generate(llama, tokenizer, [], GREEDY, 0) == []
 
 
-def test_only_tokens_of_the_tokenizer_are_drawn(tokenizer):
-    model = make_model(replace(GPT, vocab_size=300, dtype="bfloat16"))  # 300, and padded to 384
+@pytest.mark.parametrize("config", [replace(GPT, vocab_size=300), T5], ids=["gpt", "t5"])
+def test_only_tokens_of_the_tokenizer_are_drawn(tokenizer, config):
+    model = make_model(replace(config, dtype="bfloat16"))  # 300, or 359, and padded to 384
     settings = GenerateConfig(max_tokens=64, temperature=1000.0)
     ids = [id for result in generate(model, tokenizer, [[5]] * 16, settings, 0) for id in result.ids]
     assert max(ids) < tokenizer.vocab_size and len(ids) > 500
@@ -146,14 +147,38 @@ def test_prompts_of_like_length_compile_once(llama, tokenizer):
     assert programs() == before
 
 
-@pytest.mark.parametrize(("rows", "settings"), [(1, GREEDY), (4, WARM)], ids=["one row", "four rows, sampled"])
-def test_eight_devices_say_what_one_says(llama, tokenizer, settings, rows):
-    prompts = PROMPTS[:rows]
+def test_a_source_is_cut_before_its_end(t5, tokenizer):
+    long = [3 + n % 50 for n in range(200)]
+    whole = long[: t5.config.max_length - 1]
+    settings = GenerateConfig(max_tokens=4, beams=2)  # whose scores tell sources apart
+    cut, full, shorter = (generate(t5, tokenizer, [ids], settings, 0) for ids in (long, whole, whole[:-1]))
+    assert cut == full and full[0].score != shorter[0].score
+
+
+def test_the_text_after_a_suffix_is_one_of_its_own(llama, t5, tokenizer):
+    bos, prompt = tokenizer.bos_id, PROMPTS[0]
+    (after,) = generate(llama, tokenizer, [prompt], GREEDY, 0, suffix_ids=(bos,))
+    assert [after] == generate(llama, tokenizer, [[*prompt, bos]], GREEDY, 0)
+    assert after.ids != generate(llama, tokenizer, [prompt], GREEDY, 0)[0].ids
+    assert streamed(llama, tokenizer, prompt, GREEDY, 0, suffix_ids=(bos,))[1] == after
+    # An encoder-decoder goes on from what it would have said.
+    (free,) = generate(t5, tokenizer, [prompt], GREEDY, 0)
+    (rest,) = generate(t5, tokenizer, [prompt], replace(GREEDY, max_tokens=20), 0, suffix_ids=free.ids[:4])
+    assert rest.ids == free.ids[4:]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "settings"),
+    [("llama", 1, GREEDY), ("llama", 4, WARM), ("t5", 4, GREEDY)],
+    ids=["one row", "four rows, sampled", "an encoder-decoder"],
+)
+def test_eight_devices_say_what_one_says(name, tokenizer, settings, rows, request):
+    model, prompts = request.getfixturevalue(name), PROMPTS[:rows]
     settings = replace(settings, stop=("\x00\x00\x00\x00",))
-    expected = generate(llama, tokenizer, prompts, settings, 0)
+    expected = generate(model, tokenizer, prompts, settings, 0)
     mesh = make_mesh(Config(mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
     with jax.set_mesh(mesh):
-        sharded = jax.device_put(llama, shardings_of(llama, mesh))
+        sharded = jax.device_put(model, shardings_of(model, mesh))
         results = generate(sharded, tokenizer, prompts, settings, 0)
         before = decode._decode._cache_size()
         assert generate(sharded, tokenizer, prompts, settings, 0) == results == expected

@@ -42,6 +42,14 @@ def test_the_text_goes_on_where_the_prompt_stopped(any_tokenizer, cut):
     assert prompt + told(any_tokenizer, ids[cut:], prompt=ids[:cut])[1].text == any_tokenizer.decode(ids)
 
 
+def test_a_text_of_its_own_does_not_go_on_from_the_prompt(any_tokenizer):
+    prompt, ids = (any_tokenizer.encode(text).tolist() for text in ("Once upon", "a time"))
+    row = Row(any_tokenizer, 0, [any_tokenizer.bos_id, *prompt], len(ids), (), context=[any_tokenizer.bos_id])
+    for id in ids:
+        row.push(id)
+    assert row.result().text == any_tokenizer.decode(ids)
+
+
 @pytest.mark.parametrize("chunk", [2, 5, 1000])
 def test_bytes_that_are_no_characters_read_the_same_in_any_chunks(any_tokenizer, chunk):
     ids = [(7919 * n) % any_tokenizer.vocab_size for n in range(1, 400)]
@@ -77,4 +85,4 @@ def test_nothing_after_the_end_of_the_text_counts():
     tokenizer = tokenizers.Bytes()
     ids = [*tokenizer.encode("ab"), tokenizer.eos_id, *tokenizer.encode("cd")]
     _, result = told(tokenizer, ids)
-    assert result == (ids[:2], "ab", "eos", 3)
+    assert result == (ids[:2], "ab", "eos", 3, None)

@@ -1,6 +1,8 @@
 """Every kernel computes the attention of the reference, and the one chosen is the fastest that does."""
 
 import functools
+import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,10 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-from lslm_jax.config import Config, MeshConfig
+from lslm_jax.config import Config, MeshConfig, ModelConfig
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import attention
-from lslm_jax.models.attention import Backend
+from lslm_jax.models import attention, kernels
+from lslm_jax.models.attention import Backend, Demands
 from lslm_jax.sharding import make_mesh
 
 B, T, H, C = 3, 256, 4, 64
@@ -78,10 +80,96 @@ def test_a_kernel_named_in_the_config_is_taken_or_refused_but_never_replaced():
             attention.choose(name, **(FAST | {"platform": platform}), max_segments=0)
 
 
+BOTH_WAYS = Demands(bidirectional=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "extra", "reason"),
+    [
+        ({}, BOTH_WAYS, None),
+        ({"source_length": 512}, BOTH_WAYS, None),
+        ({"source_length": 511}, BOTH_WAYS, "it needs an even data.source_len, not 511"),
+        (
+            {},
+            BOTH_WAYS._replace(window=9),
+            "its window looks back only, and model.window=9 looks both ways here",
+        ),
+        ({}, Demands(bias=True), "it has no model.positions=relative"),
+        ({}, Demands(mixed=True), "it is one for all layers, and model.global_every makes them differ"),
+        ({"platform": "tpu"}, BOTH_WAYS._replace(window=9), None),
+        ({"platform": "tpu"}, Demands(bias=True), "it has no model.positions=relative"),
+        (
+            {"platform": "tpu", "source_length": 100},
+            BOTH_WAYS,
+            "it needs data.source_len to be a multiple of 128, not 100",
+        ),
+    ],
+)
+def test_what_encoders_demand_is_refused_where_a_kernel_cannot_do_it(case, extra, reason):
+    case = FAST | case
+    fused = "splash" if case["platform"] == "tpu" else "cudnn"
+    chosen = attention.choose("auto", **case, max_segments=1, extra=extra)
+    assert (chosen.name, chosen.reason) == (
+        ("xla", f"{fused}: {reason}") if reason else (fused, f"fused, on {case['platform']}")
+    )
+    if reason:
+        with pytest.raises(ConfigError, match=re.escape(reason)):
+            attention.choose(fused, **case, max_segments=1, extra=extra)
+
+
+def test_a_model_demands_what_its_config_says():
+    decoder = ModelConfig(window=8)
+    assert attention.demands(decoder) == attention.PLAIN
+    assert attention.demands(replace(decoder, family="encoder")) == Demands(bidirectional=True, window=8)
+    assert attention.demands(replace(decoder, global_every=3)) == Demands(mixed=True)
+    assert attention.demands(ModelConfig(family="encoder_decoder", positions="relative")) == Demands(
+        bidirectional=True, bias=True
+    )
+
+
+@pytest.mark.parametrize("name", ["cudnn", "splash"])
+def test_a_kernel_never_leaves_out_silently_what_it_cannot_do(name):
+    q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads=2)
+    for extra in ({"bias_HTS": jnp.zeros((H, T, T))}, {"everywhere": True}):
+        with pytest.raises(ConfigError, match=f"model.attention={name} cannot compute this attention"):
+            attention.attend(q_BTHC, k_BTKC, v_BTKC, segments_BT=None, window=3, backend=Backend(name, ""), **extra)
+
+
+def test_the_mask_of_an_encoder_looks_both_ways_and_that_of_a_pair_across():
+    segments_BT, source_BS = np.array([[1, 1, 1, 2, 0, 0]]), np.array([[1, 1, 2, 2, 2]])
+    for window, everywhere in [(0, None), (2, None), (2, False), (2, True)]:
+        mask_BTS = np.asarray(
+            attention.visible(6, 6, jnp.asarray(segments_BT), causal=False, window=window, everywhere=everywhere)
+        )
+        for t, s in np.ndindex(6, 6):
+            near = not window or everywhere or abs(t - s) < window
+            assert mask_BTS[0, t, s] == (near and segments_BT[0, t] == segments_BT[0, s])
+    for source in (source_BS, np.array([[1, 1, 2, 0, 0]])):
+        mask_BTS = np.asarray(
+            attention.visible(6, 5, jnp.asarray(segments_BT), jnp.asarray(source), causal=False, window=0)
+        )
+        np.testing.assert_array_equal(mask_BTS[0, :4], segments_BT[0, :4, None] == source)
+        # Padding sees that of the source, or all where it has none.
+        np.testing.assert_array_equal(mask_BTS[0, 4:], [source[0] == 0 if 0 in source else source[0] > 0] * 2)
+
+
+def test_a_bias_is_added_before_the_softmax_and_scaling_can_be_left_out():
+    q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads=2)
+    bias_HTS = jax.random.normal(jax.random.key(7), (H, T, T))
+    mask_BTS = attention.visible(T, T, packed_rows(), causal=False, window=0)
+    out_BTHC = np.asarray(attention.attend_masked(q_BTHC, k_BTKC, v_BTKC, mask_BTS, bias_HTS=bias_HTS, scale=False))
+    q, k, v, bias, mask_BTS = *map(np.float64, (q_BTHC, k_BTKC, v_BTKC, bias_HTS)), np.asarray(mask_BTS)
+    for b, h in np.ndindex(B, H):
+        logits_TS = np.where(mask_BTS[b], q[b, :, h] @ k[b, :, h // 2].T + bias[h], -np.inf)
+        weights_TS = np.exp(logits_TS - logits_TS.max(axis=1, keepdims=True))
+        expected_TC = weights_TS / weights_TS.sum(1, keepdims=True) @ v[b, :, h // 2]
+        np.testing.assert_allclose(out_BTHC[b, :, h], expected_TC, atol=2e-5)
+
+
 def test_the_mask_is_causality_within_segments_and_window():
     segments_BT = np.array([[1, 1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 3, 3]])
     for window in (0, 1, 3):
-        mask_BTS = np.asarray(attention.causal_mask(8, jnp.asarray(segments_BT), window))
+        mask_BTS = np.asarray(attention.visible(8, 8, jnp.asarray(segments_BT), causal=True, window=window))
         for b, t, s in np.ndindex(2, 8, 8):
             near = s <= t and (not window or t - s < window)
             assert mask_BTS[b, t, s] == (near and segments_BT[b, t] == segments_BT[b, s])
@@ -89,7 +177,7 @@ def test_the_mask_is_causality_within_segments_and_window():
 
 def test_the_reference_is_softmax_of_scaled_products():
     q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads=2)
-    mask_BTS = attention.causal_mask(T, packed_rows(), 0)
+    mask_BTS = attention.visible(T, T, packed_rows(), causal=True, window=0)
     out_BTHC = np.asarray(attention.attend_masked(q_BTHC, k_BTKC, v_BTKC, mask_BTS))
     q, k, v, mask_BTS = np.float64(q_BTHC), np.float64(k_BTKC), np.float64(v_BTKC), np.asarray(mask_BTS)
     for b, h in np.ndindex(B, H):
@@ -118,6 +206,36 @@ def test_a_fused_kernel_equals_the_reference(name, packed, num_kv_heads, window,
     np.testing.assert_allclose(fused, attend(attention.XLA), atol=1e-5)
 
 
+@pytest.mark.parametrize("num_kv_heads", [H, 2])
+@pytest.mark.parametrize("rows", ["plain", "padded", "packed"])
+@pytest.mark.parametrize(
+    ("name", "source_length", "window"),
+    [("cudnn", T, 0), ("cudnn", 128, 0), ("splash", T, 0), ("splash", T, 48), ("splash", 128, 0)],
+)
+def test_a_fused_kernel_looks_both_ways_and_across_as_the_reference_does(
+    name, source_length, window, rows, num_kv_heads, monkeypatch
+):
+    monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
+    monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_as_documented)
+    q_BTHC, k_BSKC, v_BSKC = arrays(num_kv_heads)
+    k_BSKC, v_BSKC = k_BSKC[:, :source_length], v_BSKC[:, :source_length]
+    segments_BT = {"plain": None, "padded": padded_rows(T, [T, 100, 0]), "packed": packed_rows()}[rows]
+    source = {"plain": None, "padded": padded_rows(128, [128, 7, 0]), "packed": packed_sources()}[rows]
+    cross = {"source_segments_BS": source} if source_length != T else {}
+
+    def attend(backend):
+        return attention.attend(
+            q_BTHC, k_BSKC, v_BSKC, segments_BT=segments_BT, window=window, backend=backend, causal=False, **cross
+        )
+
+    most = {"plain": 0, "padded": 1, "packed": 6}[rows]
+    with jax.set_mesh(make_mesh(Config(mesh=MeshConfig(data=1)), jax.devices()[:1])):
+        fused = np.asarray(attend(Backend(name, "", max_segments=most)))
+    assert np.all(np.isfinite(fused))
+    real = np.ones((B, T), bool) if segments_BT is None else np.asarray(segments_BT) > 0
+    np.testing.assert_allclose(fused[real], attend(attention.XLA)[real], atol=1e-5)
+
+
 def test_one_document_a_row_needs_no_segments_of_cudnn(monkeypatch):
     monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_as_documented)
     q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads=2)
@@ -134,7 +252,7 @@ def test_segment_bounds_say_where_each_segment_lies():
     rng = np.random.default_rng(0)
     for most in (2, 5, 9):
         segments_BT = np.array([random_row(rng, 40, most) for _ in range(20)])
-        lengths_BM, offsets_BM = map(np.asarray, attention.segment_bounds(jnp.asarray(segments_BT), most))
+        lengths_BM, offsets_BM = map(np.asarray, kernels.segment_bounds(jnp.asarray(segments_BT), most))
         assert lengths_BM.shape == (20, most + 1) and offsets_BM.shape == (20, most + 2)
         for row_T, lengths_M, offsets_M in zip(segments_BT, lengths_BM, offsets_BM, strict=True):
             for number, length, offset in zip([*range(1, most + 1), 0], lengths_M, offsets_M, strict=False):
@@ -156,6 +274,17 @@ def packed_rows():
     return jnp.asarray([np.pad(row, (0, T - len(row))) for row in rows])
 
 
+def packed_sources():
+    """Sources of packed_rows, of 128 tokens."""
+    lengths = [[28, 10, 1, 60], [20, 30, 10, 10, 1, 57], []]
+    rows = [np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]
+    return jnp.asarray([np.pad(row, (0, 128 - len(row))) for row in rows])
+
+
+def padded_rows(length, lengths):
+    return (jnp.arange(length)[None] < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
+
+
 def random_row(rng, length, most):
     lengths = rng.integers(1, length // most + 1, size=rng.integers(0, most + 1))
     return np.pad(np.repeat(np.arange(1, len(lengths) + 1), lengths), (0, length - lengths.sum()))
@@ -169,23 +298,31 @@ def cudnn_as_documented(
     Tokens that belong to no segment come out as NaN: cuDNN does not write them.
     """
     rows, length, heads, width = q.shape
+    causal = mask_type in (cudnn.MaskType.CAUSAL, cudnn.MaskType.PADDING_CAUSAL)
+    padding = mask_type in (cudnn.MaskType.PADDING, cudnn.MaskType.PADDING_CAUSAL)
+    assert causal or not sliding_window_length
+    assert padding == (q_seqlen is not None)
+    source_length = k.shape[1]
     if q_offsets is None:
-        assert mask_type == cudnn.MaskType.CAUSAL
-        stretches = [(b * length, b * length, length) for b in range(rows)]
+        sizes = [length] * rows if q_seqlen is None else np.asarray(q_seqlen)
+        kv_sizes = [source_length] * rows if kv_seqlen is None else np.asarray(kv_seqlen)
+        stretches = [(b * length, b * source_length, sizes[b], kv_sizes[b]) for b in range(rows)]
     else:
-        assert mask_type == cudnn.MaskType.PADDING_CAUSAL
         fixed = cudnn._fix_seqlen_offsets(q_seqlen, kv_seqlen, q_offsets, kv_offsets, q, k)
         sizes, kv_sizes, starts, kv_starts = (np.asarray(x).ravel() for x in fixed)
-        np.testing.assert_array_equal(sizes, kv_sizes)
         token, kv_token = heads * width, k.shape[2] * width  # elements of one token in memory
-        stretches = [(a // token, b // kv_token, n) for a, b, n in zip(starts, kv_starts, sizes, strict=False)]
-    q, k, v = (np.asarray(x).reshape(rows * length, -1, width) for x in (q, k, v))
+        places = zip(starts, kv_starts, sizes, kv_sizes, strict=False)
+        stretches = [(a // token, b // kv_token, n, m) for a, b, n, m in places]
+    q = np.asarray(q).reshape(rows * length, -1, width)
+    k, v = (np.asarray(x).reshape(rows * source_length, -1, width) for x in (k, v))
     k, v = (np.repeat(x, heads // x.shape[1], axis=1) for x in (k, v))
     out = np.full(q.shape, np.nan, np.float32)
-    for start, kv_start, size in stretches:
-        distance = np.arange(size)[:, None] - np.arange(size)[None, :]
-        seen = (distance >= 0) & (distance < (sliding_window_length or size))
-        logits = np.einsum("thc,shc->hts", q[start : start + size], k[kv_start : kv_start + size]) * scale
+    for start, kv_start, size, kv_size in stretches:
+        distance = np.arange(size)[:, None] - np.arange(kv_size)[None, :]
+        seen = np.full(distance.shape, True)
+        if causal:
+            seen = (distance >= 0) & (distance < (sliding_window_length or size))
+        logits = np.einsum("thc,shc->hts", q[start : start + size], k[kv_start : kv_start + kv_size]) * scale
         weights = jax.nn.softmax(np.where(seen[None], logits, -np.inf))
-        out[start : start + size] = np.einsum("hts,shc->thc", weights, v[kv_start : kv_start + size])
+        out[start : start + size] = np.einsum("hts,shc->thc", weights, v[kv_start : kv_start + kv_size])
     return jnp.asarray(out.reshape(rows, length, heads, width))

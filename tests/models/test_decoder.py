@@ -10,7 +10,8 @@ import pytest
 from lslm_jax.config import ModelConfig
 from lslm_jax.config_checks import fill_sizes
 from lslm_jax.models import block, presets
-from lslm_jax.models.decoder import Decoder, padded_vocab
+from lslm_jax.models.decoder import Decoder
+from lslm_jax.models.embedding import padded_vocab
 from lslm_jax.models.layers import INIT_STD
 
 T = 12
@@ -169,7 +170,7 @@ def test_each_layer_drops_others(monkeypatch):
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_projections_into_the_residual_stream_start_smaller(scaled):
-    config = replace(GPT, num_layers=8, d_model=128, d_ff=256, vocab_size=512, scale_residual_init=scaled)
+    config = replace(GPT, num_layers=8, d_model=128, d_ff=256, vocab_size=512, init="residual" if scaled else "normal")
     model = Decoder(fill_sizes(replace(config, head_dim=0)), jax.random.key(0))
     small = INIT_STD / np.sqrt(16) if scaled else INIT_STD
     attention, mlp = model.blocks.attention, model.blocks.mlp

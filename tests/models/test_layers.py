@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lslm_jax.models.layers import ACTIVATIONS, Linear, Norm, dropout, rotate, softcap
+from lslm_jax.models.layers import (
+    ACTIVATIONS,
+    Linear,
+    Norm,
+    distance_buckets,
+    dropout,
+    relative_bias,
+    rotate,
+    sinusoids,
+    softcap,
+)
 
 X = np.random.default_rng(0).normal(size=(2, 5, 12)).astype(np.float32)
 
@@ -57,6 +67,38 @@ def test_rotary_embedding_turns_pairs_of_features_like_complex_numbers():
     turned = complex_BTHC * np.exp(1j * positions_BT[:, :, None, None] * frequency_C)
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
     np.testing.assert_allclose(rotate(jnp.asarray(x_BTHC), jnp.asarray(positions_BT), 10_000.0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [8, 7])
+def test_sinusoids_are_sines_and_then_the_cosines_of_the_same_waves(width):
+    positions_BT = np.array([[0, 1, 2, 500], [7, 8, 0, 1]])
+    angle_BTC = positions_BT[:, :, None] * 10_000.0 ** (-2 * np.arange(4) / width)
+    expected = np.concatenate([np.sin(angle_BTC), np.cos(angle_BTC)], axis=-1)[..., :width]
+    np.testing.assert_allclose(sinusoids(jnp.asarray(positions_BT), width), expected, atol=5e-5)
+
+
+def test_near_distances_have_buckets_of_their_own_and_far_ones_share():
+    bucket_N = distance_buckets(16, 128)
+    np.testing.assert_array_equal(bucket_N[:8], np.arange(8))
+    np.testing.assert_array_equal(
+        bucket_N[[8, 11, 12, 16, 22, 23, 31, 32, 127, 128]], [8, 8, 9, 10, 10, 11, 11, 12, 15, 15]
+    )
+    assert np.all(np.diff(bucket_N) >= 0) and bucket_N[-1] == 15
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "source_length", "start"), [(9, 9, 0), (1, 9, 6), (4, 9, 5), (3, 5, 0)])
+def test_a_relative_bias_depends_on_the_distance_alone(length, source_length, start, causal):
+    table_NH = jax.random.normal(jax.random.key(0), (8, 2))
+    place = {"start": jnp.int32(start), "causal": causal, "farthest": 6}
+    bias_HTS = jax.jit(lambda table, start: relative_bias(table, length, source_length, **place | {"start": start}))(
+        table_NH, start
+    )
+    bucket_N = distance_buckets(8 if causal else 4, 6)
+    for t, s in np.ndindex(length, source_length):
+        after = s - (start + t)
+        bucket = bucket_N[min(abs(after), 6)] if after <= 0 else 0 if causal else 4 + bucket_N[min(after, 6)]
+        np.testing.assert_array_equal(bias_HTS[:, t, s], table_NH[bucket])
 
 
 def test_activations_are_what_their_names_say():

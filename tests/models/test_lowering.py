@@ -14,12 +14,12 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
-from lslm_jax.models import attention
+from lslm_jax.models import attention, presets
 from lslm_jax.models.attention import Backend
-from lslm_jax.sharding import batch_sharding, make_mesh
+from lslm_jax.sharding import batch_sharding, make_mesh, shardings_of
 from lslm_jax.train import optim, state, step
 
-B, T = 8, 384  # no other size is 384, so that 384x384 can only be attention
+B, T, S = 8, 384, 640  # no other sizes are 384 and 640, so that 384x384 can only be attention
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 CONFIG = validate(
     Config(
@@ -53,6 +53,33 @@ def lowered(backend, platform, packed=False, mesh=None, **model):
     with jax.set_mesh(mesh):
         abstract = state.abstract_state(config, optimizer, mesh)
         exported = jax.export.export(train_step, platforms=[platform], disabled_checks=unchecked)(abstract, batch)
+    return exported.mlir_module()
+
+
+def lowered_features(backend, platform, family, mesh=None, **model):
+    """Text of the gradient of what a model of another family makes of padded rows, for a platform."""
+    config = replace(CONFIG, mesh=mesh or CONFIG.mesh)
+    config = replace(config, model=replace(CONFIG.model, family=family, **model))
+    mesh = make_mesh(config, jax.devices() if config.mesh.data == -1 else jax.devices()[:1])
+    ids_BT, ids_BS = (jax.ShapeDtypeStruct((B, n), jnp.int32, sharding=batch_sharding(mesh)) for n in (T, S))
+    segments = {"segments_BT": ids_BT} if backend.max_segments else {}
+    batch = Batch(ids_BT, ids_BT, None, **segments)
+    if family == "encoder_decoder":
+        batch = batch._replace(source_BS=ids_BS, source_segments_BS=ids_BS if segments else None)
+
+    def total(model, batch):
+        return jnp.sum(model.features(batch, backend=backend).astype(jnp.float32))
+
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (FORWARD, BACKWARD)]
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(lambda: presets.build(config.model, jax.random.key(0), "masked"))
+        abstract = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            abstract,
+            shardings_of(abstract, mesh),
+        )
+        gradient = jax.jit(jax.grad(total))
+        exported = jax.export.export(gradient, platforms=[platform], disabled_checks=unchecked)(abstract, batch)
     return exported.mlir_module()
 
 
@@ -93,6 +120,29 @@ def test_on_gpus_attention_is_one_fused_call_without_mask_or_scores_in_memory(ho
     if model.get("window"):
         assert re.search(r"sliding_window_length\W+22: 100\b", text)
     assert ("PADDING_CAUSAL" in text) == packed
+
+
+@pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])
+@pytest.mark.parametrize(("max_segments", "mask"), [(0, "NO_MASK"), (1, "PADDING"), (16, "PADDING")])
+def test_on_gpus_encoders_and_cross_attention_are_fused_calls_too(hopper, family, max_segments, mask):
+    text = lowered_features(Backend("cudnn", "", max_segments), "cuda", family)
+    stacks = 3 if family == "encoder_decoder" else 1  # its encoder, and its decoder's two attentions
+    assert calls(text) == (stacks, stacks)
+    assert "fmhaScaleBias" not in text
+    assert not re.search(f"{T}x({T}|{S})x|{S}x{S}x", text)
+    masks = re.findall(r"mask_type\W+22: \W+22(\w+)", text)
+    assert masks.count(mask) == 2 * (stacks - (stacks == 3))
+    assert masks.count("PADDING_CAUSAL" if max_segments > 1 else "CAUSAL") == (2 if stacks == 3 else 0)
+
+
+@pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=-1, fsdp=2, tensor=2)], ids=["one", "mesh"])
+def test_on_tpus_encoders_and_cross_attention_are_pallas_kernels_too(family, mesh):
+    window = 100 if family == "encoder" else 0
+    text = lowered_features(Backend("splash", "", max_segments=1), "tpu", family, mesh, window=window)
+    assert len(kernels(text)) == (6 if family == "encoder_decoder" else 2)
+    assert not re.search(rf"({T}x({T}|{S})|{S}x{S})x(f32|bf16)", text)
+    assert any(f"x{S}x64xbf16>" in operands for operands in kernels(text)) == (family == "encoder_decoder")
 
 
 def test_the_reference_is_what_those_checks_would_catch():

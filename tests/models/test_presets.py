@@ -10,8 +10,8 @@ from lslm_jax.batch import Batch
 from lslm_jax.config import Config, ModelConfig, TrainConfig
 from lslm_jax.config_checks import fill_sizes
 from lslm_jax.models import attention, presets
-from lslm_jax.models.decoder import padded_vocab
-from lslm_jax.train import step
+from lslm_jax.models.embedding import padded_vocab
+from lslm_jax.train import losses, step
 from lslm_jax.train.state import num_parameters
 
 
@@ -33,6 +33,28 @@ def test_presets_have_the_published_number_of_parameters(config, parameters):
     assert num_parameters(model) - padding == parameters
 
 
+@pytest.mark.parametrize(
+    ("config", "objective", "parameters"),
+    [
+        (replace(presets.bert_base, vocab_size=30_522), "masked", 109_514_298),
+        # Theirs has two positions more, of which one is for padding.
+        (replace(presets.roberta_base, vocab_size=50_265), "masked", 124_697_433 - 2 * 768),
+        (presets.t5_small, "seq2seq", 60_506_624),
+        (presets.t5_v1_1_small, "seq2seq", 76_961_152),
+    ],
+    ids=["bert_base", "roberta_base", "t5_small", "t5_v1_1_small"],
+)
+def test_presets_of_encoders_and_encoder_decoders_have_the_published_number_of_parameters(
+    config, objective, parameters
+):
+    config = fill_sizes(config)
+    model = jax.eval_shape(lambda: presets.build(config, jax.random.key(0), objective))
+    extra = padded_vocab(config) - config.vocab_size
+    # Of the vocabulary's padding there is a row in each table, and a number in the bias of masked tokens.
+    padding = extra * config.d_model * (1 if config.tie_embeddings else 2) + extra * (objective == "masked")
+    assert num_parameters(model) - padding == parameters
+
+
 LLAMA = replace(presets.LLAMA, num_kv_heads=2, d_ff=1024, dtype="float32")
 
 
@@ -51,6 +73,43 @@ def test_flops_per_token_agree_with_what_xla_counts(family):
     masked = 6 * 2 * model.num_layers * 512 * (T - seen)
     counted = compiled.cost_analysis()["flops"] / (B * T)
     assert counted == pytest.approx(presets.flops_per_token(config.model, T) + masked, rel=0.05)
+
+
+@pytest.mark.parametrize("window", [0, 8], ids=["all", "window"])
+@pytest.mark.parametrize(
+    ("family", "objective"),
+    [("encoder", "masked"), ("encoder", "tagging"), ("encoder_decoder", "seq2seq")],
+)
+def test_flops_of_encoders_and_encoder_decoders_agree_with_what_xla_counts(family, objective, window):
+    B, T, S, D, L = 2, 64, 96, 512, 2
+    model = ModelConfig(family=family, num_layers=L, num_decoder_layers=1, d_model=D, num_heads=8, vocab_size=1024)
+    model = fill_sizes(replace(model, num_labels=128, window=window, scan_layers=False))
+    model = replace(model, global_every=2 if window else 0)
+    ids = lambda n: jax.ShapeDtypeStruct((B, n), jnp.int32)
+    batch = Batch(ids(T), ids(T), jax.ShapeDtypeStruct((B, T), jnp.float32))
+    predictions = 0
+    if objective == "masked":
+        predictions = 16
+        batch = batch._replace(targets_BT=ids(16), weights_BT=ids(16), places_BP=ids(16))
+    if family == "encoder_decoder":
+        batch = batch._replace(source_BS=ids(S))
+
+    def objective_of(model, batch):
+        x_BPD = model.features(batch, backend=attention.XLA)
+        w_VD, b_V = model.output()
+        settings = losses.Settings(w_VD.shape[0], chunk=B * T)
+        return losses.cross_entropy(x_BPD, w_VD, batch.targets_BT, batch.weights_BT, settings, b_V).objective
+
+    abstract = jax.eval_shape(lambda: presets.build(model, jax.random.key(0), objective))
+    counted = jax.jit(jax.grad(objective_of)).lower(abstract, batch).compile().cost_analysis()["flops"] / (B * T)
+    # The reference multiplies masked pairs too, which nobody counts as work.
+    both = lambda n: sum(min(t, window - 1) + min(n - 1 - t, window - 1) + 1 for t in range(n)) / n if window else n
+    if family == "encoder":
+        masked = T - both(T)  # of two layers the first sees everything
+    else:
+        masked = (S - both(S)) * S / T + T - (T + 1) / 2
+    expected = presets.flops_per_token(model, T, S, objective, predictions) + 6 * 2 * D * masked
+    assert counted == pytest.approx(expected, rel=0.05)
 
 
 def test_attention_is_counted_over_the_tokens_a_query_sees():

@@ -299,7 +299,7 @@ def test_a_run_may_begin_with_the_weights_of_another_but_its_own_step_and_optimi
     assert_same((state.model, state.ema), (state_at(7).ema,) * 2)
     assert state.step == state.skipped == 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.optimizer))
-    assert lines == [f"started from the weights in {saved.name}/checkpoints"]
+    assert lines == [f"started from 20 of 20 parameters in {saved}/checkpoints/7"]
     jax.tree.map(lambda leaf: leaf.delete(), state.model)  # as a step that takes the state as its own does
     assert_same(state.ema, state_at(7).ema)
 

@@ -18,6 +18,7 @@ from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, Lo
 from lslm_jax.config_checks import validate
 from lslm_jax.data.pipeline import SyntheticInput
 from lslm_jax.errors import NumericAbort, Preempted
+from lslm_jax.evaluate.evaluator import Report
 from lslm_jax.main import main
 from lslm_jax.models import attention
 from lslm_jax.sharding import make_mesh
@@ -292,7 +293,7 @@ def test_a_signal_during_an_evaluation_is_obeyed_after_the_next_step_is_saved(tm
         if not evaluations:
             signal.raise_signal(signal.SIGTERM)
         evaluations.append(1)
-        yield "loss", 1.0
+        return Report({"loss": 1.0}, {"notes.txt": "all well"}, {"signature": "by hand"})
 
     config = configured(eval={"every": 4}, checkpoint={"best": "eval/loss"})
     with pytest.raises(Preempted, match=r"^SIGTERM: step 5 is saved; the same command goes on from there$") as error:
@@ -300,5 +301,7 @@ def test_a_signal_during_an_evaluation_is_obeyed_after_the_next_step_is_saved(tm
     assert error.value.exit_code == 75
     assert checkpoint.list_steps(tmp_path / "checkpoints") == [5]
     assert (tmp_path / "checkpoints/5/manifest.json").exists()
-    assert train(config, tmp_path, evaluate=evaluate)["step"] == 20
+    result = train(config, tmp_path, evaluate=evaluate)
+    assert (result["step"], result["eval/loss"], result["eval/signature"]) == (20, 1.0, "by hand")
+    assert (tmp_path / "samples/20-notes.txt").read_text() == "all well"
     assert [line["step"] for line in lines_of(tmp_path)] == [4, 8, 12, 16, 20, 20]

@@ -33,9 +33,11 @@ def example(seed=0):
     )
 
 
-def plain(x_BTD, w_VD, targets_BT, weights_BT, settings):
+def plain(x_BTD, w_VD, targets_BT, weights_BT, settings, b_V=None):
     """Objective, likelihood, hits and weight, with all logits at once and no care for overflow or memory."""
     logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, w_VD[: settings.vocab_size])
+    if b_V is not None:
+        logits_BTV += b_V[None, None, : settings.vocab_size]
     if settings.softcap:
         logits_BTV = settings.softcap * jnp.tanh(logits_BTV / settings.softcap)
     normaliser_BT = jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1))
@@ -83,6 +85,74 @@ def test_sums_and_gradients_equal_those_of_the_whole_logits(chunk, z_loss, label
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-6)
     assert np.all(np.asarray(gradients[1])[V:] == 0.0), "the padding of the vocabulary is not trained"
     assert np.all(np.asarray(gradients[0])[np.asarray(arrays[3]) == 0] == 0.0), "nor does what weighs nothing count"
+
+
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_a_bias_of_the_output_layer_counts_and_has_a_gradient(softcap):
+    x_BTD, w_VD, targets_BT, weights_BT = example()
+    b_V = jax.random.normal(jax.random.key(0), (ROWS,))
+    settings = Settings(V, 12, softcap, z_loss=0.01, label_smoothing=0.1)
+
+    def ours(x, w, b):
+        sums = cross_entropy(x, w, targets_BT, weights_BT, settings, b)
+        return sums.objective, sums
+
+    def theirs(x, w, b):
+        sums = plain(x, w, targets_BT, weights_BT, settings, b)
+        return sums[0], sums
+
+    gradients, sums = jax.jit(jax.grad(ours, argnums=(0, 1, 2), has_aux=True))(x_BTD, w_VD, b_V)
+    with jax.enable_x64(True):
+        exact = (jnp.asarray(np.asarray(a), jnp.float64) for a in (x_BTD, w_VD, b_V))
+        expected_gradients, expected_sums = jax.grad(theirs, argnums=(0, 1, 2), has_aux=True)(*exact)
+    np.testing.assert_allclose(sums, expected_sums, rtol=2e-6)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+    assert np.all(np.asarray(gradients[2])[V:] == 0.0)
+    np.testing.assert_array_equal(cross_entropy(x_BTD, w_VD, targets_BT, weights_BT, settings, b_V), sums)
+
+
+def test_squared_error_is_the_sum_of_squares_of_what_counts():
+    x_BTD, w_VD, _, weights_BT = example()
+    w_1D, b_1 = w_VD[:1], jnp.array([0.7])
+    numbers_BT = jax.random.normal(jax.random.key(0), (B, T))
+
+    def ours(x, w, b):
+        sums = losses.squared_error(x, w, numbers_BT, weights_BT, b)
+        return sums.objective, sums
+
+    gradients, sums = jax.jit(jax.grad(ours, argnums=(0, 1, 2), has_aux=True))(x_BTD, w_1D, b_1)
+    x, w, weights, numbers = (np.float64(a) for a in (x_BTD, w_1D, weights_BT, numbers_BT))
+    error_BT = x @ w[0] + 0.7 - numbers
+    total = np.sum(weights * error_BT**2)
+    np.testing.assert_allclose(sums, [total, total, 0.0, weights.sum()], rtol=1e-6)
+    weighed_BT1 = (2 * weights * error_BT)[..., None]
+    np.testing.assert_allclose(gradients[0], weighed_BT1 * w[:1], atol=1e-4)
+    np.testing.assert_allclose(gradients[1], [np.sum(weighed_BT1 * x, axis=(0, 1))], rtol=1e-5)
+    np.testing.assert_allclose(gradients[2], [weighed_BT1.sum()], rtol=1e-5)
+
+
+def test_a_span_is_scored_over_the_tokens_of_its_row():
+    x_BTD, w_VD, _, _ = example()
+    w_2D, b_2 = w_VD[:2], jnp.array([0.3, -0.2])
+    segments_BT = jnp.where(jnp.arange(T)[None] < jnp.array([[T], [12], [0]]), 1, 0)
+    logits_BT2 = np.asarray(losses._products(x_BTD, w_2D, b_2))
+    first, last = logits_BT2[0].argmax(axis=0)
+    targets_B2 = jnp.array([[first, last], [3, 11], [0, 0]])
+    weights_B2 = jnp.array([[1.0, 1.0], [0.5, 0.5], [0.0, 0.0]])
+    sums = losses.span(x_BTD, w_2D, targets_B2, weights_B2, segments_BT, b_2)
+    nll = 0.0
+    for row, (weight, length) in enumerate([(1.0, T), (0.5, 12)]):
+        for end in range(2):
+            logits_T = np.float64(logits_BT2[row, :length, end])
+            nll += weight * (np.log(np.exp(logits_T).sum()) - logits_T[targets_B2[row, end]])
+    np.testing.assert_allclose(sums, [nll, nll, 2.0, 3.0], rtol=1e-6)
+    missed = losses.span(x_BTD, w_2D, targets_B2.at[0, 1].add(1) % T, weights_B2, segments_BT, b_2)
+    assert missed.correct == 0.0, "half an answer is none"
+
+    gradient = jax.grad(lambda x: losses.span(x, w_2D, targets_B2, weights_B2, segments_BT, b_2).objective)(x_BTD)
+    assert np.all(np.isfinite(gradient))
+    assert np.all(np.any(gradient != 0.0, axis=-1) == (np.asarray(segments_BT) > 0))
 
 
 def test_the_padding_of_the_vocabulary_gets_neither_probability_nor_smoothing():

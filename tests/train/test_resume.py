@@ -11,13 +11,17 @@ import time
 
 import pytest
 
-STEPS = 200
 CORPUS = pathlib.Path(json.__file__).parent  # some real text that is always there
 
 
-def command(workdir: pathlib.Path, **settings: object) -> list[str]:
+OBJECTIVES = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}
+
+
+def command(workdir: pathlib.Path, family: str, steps: int, **settings: object) -> list[str]:
+    model = {"family": family, "num_layers": 2, "d_model": 64, "num_heads": 4, "max_length": 64, "dropout": 0.1}
     config = {
-        "model": {"num_layers": 2, "d_model": 64, "num_heads": 4, "max_length": 64, "dropout": 0.1},
+        "model": model,
+        "task": {"objective": OBJECTIVES[family]},
         "data": {
             "files": [f"{CORPUS}/*.py"],
             "valid_fraction": 0.3,
@@ -25,7 +29,7 @@ def command(workdir: pathlib.Path, **settings: object) -> list[str]:
             "dir": str(workdir.parent / "data"),
         },
         "tokenizer": {"kind": "bytes"},
-        "train": {"steps": STEPS, "batch_size": 16, "ema": 0.9},
+        "train": {"steps": steps, "batch_size": 16, "ema": 0.9},
         "optimizer": {"warmup_steps": 10},
         "checkpoint": {"every": 20},
         "eval": {"every": 50, "batches": 2},
@@ -62,22 +66,29 @@ def last_step(metrics: pathlib.Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 8])
-def test_a_run_stopped_by_sigterm_and_by_sigkill_equals_the_uninterrupted_one_byte_for_byte(devices, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "devices", "steps", "stops"),
+    [("decoder", 1, 200, 3), ("decoder", 8, 200, 3), ("encoder", 8, 70, 1), ("encoder_decoder", 1, 70, 1)],
+)
+def test_a_run_stopped_by_sigterm_and_by_sigkill_equals_the_uninterrupted_one_byte_for_byte(
+    family, devices, steps, stops, tmp_path
+):
     env, cache = environment(devices, tmp_path / "cache"), tmp_path / "cache"
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2} if devices == 8 else {}
     whole = tmp_path / "whole"
-    subprocess.run(command(whole, **mesh), env=env, check=True, capture_output=True, timeout=180)
+    subprocess.run(command(whole, family, steps, **mesh), env=env, check=True, capture_output=True, timeout=180)
     expected = (whole / "metrics.jsonl").read_bytes()
-    assert expected.count(b"\n") == STEPS + STEPS // 50
+    assert expected.count(b"\n") == steps + steps // 50 + bool(steps % 50)
     assert cache.exists()
 
     for number in (signal.SIGTERM, signal.SIGKILL):
         workdir = tmp_path / signal.Signals(number).name
-        for step in sorted(random.Random(devices + number).sample(range(10, STEPS - 20), 3)):
-            code = run_until(command(workdir, **mesh), env, workdir / "metrics.jsonl", step, number)
+        for step in sorted(random.Random(devices + number).sample(range(10, steps - 20), stops)):
+            code = run_until(command(workdir, family, steps, **mesh), env, workdir / "metrics.jsonl", step, number)
             assert code == (75 if number == signal.SIGTERM else -signal.SIGKILL)
-        finished = subprocess.run(command(workdir, **mesh), env=env, capture_output=True, text=True, timeout=180)
+        finished = subprocess.run(
+            command(workdir, family, steps, **mesh), env=env, capture_output=True, text=True, timeout=180
+        )
         assert finished.returncode == 0, finished.stderr
         assert "resumed from step" in finished.stderr
         assert (workdir / "metrics.jsonl").read_bytes() == expected

@@ -13,7 +13,7 @@ import pytest
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from lslm_jax.config_checks import validate
-from lslm_jax.models import attention
+from lslm_jax.models import attention, presets
 from lslm_jax.models.layers import Linear
 from lslm_jax.sharding import make_mesh, to_global
 from lslm_jax.train import optim, step
@@ -34,6 +34,31 @@ CONFIG = validate(
 def changed(config=CONFIG, **sections):
     """The config with keys of its sections changed: changed(train={"ema": 0.9})."""
     return replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()})
+
+
+FAMILIES = {
+    "decoder": CONFIG,
+    "encoder": changed(model={"family": "encoder", "norm_first": False}, task={"objective": "masked"}),
+    "encoder_decoder": changed(
+        model={"family": "encoder_decoder", "positions": "relative", "norm": "rmsnorm", "gated": True, "bias": False},
+        data={"source_len": T},
+        task={"objective": "seq2seq"},
+    ),
+}
+families = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+
+
+def batch_of(config, seed=0):
+    """What the family of a config reads: `batch`, with places for its targets, or with a source."""
+    rows, rng = batch(seed), np.random.default_rng(100 + seed)
+    if config.model.family == "encoder":
+        places_BP = rng.permuted(np.arange(13, dtype=np.int32)[None].repeat(B, axis=0), axis=1)[:, :4]
+        return rows._replace(targets_BT=rows.targets_BT[:, :4], weights_BT=rows.weights_BT[:, :4], places_BP=places_BP)
+    if config.model.family == "encoder_decoder":
+        source_BS = rng.integers(0, V, (B, T), np.int32)
+        segments_BS = np.where(np.arange(T) < 9, 1, 2)[None].repeat(B, axis=0).astype(np.int32)
+        return rows._replace(source_BS=source_BS, source_segments_BS=segments_BS)
+    return rows
 
 
 def batch(seed=0, poison=False):
@@ -60,7 +85,7 @@ class Run:
         with jax.set_mesh(self.mesh):
             self.state = init_state(config, self.optimizer, self.mesh)
             train_step = step.make_train_step(config, self.optimizer, attention.XLA)
-            lowered = jax.jit(train_step, donate_argnums=0).lower(self.state, to_global(batch(), self.mesh))
+            lowered = jax.jit(train_step, donate_argnums=0).lower(self.state, to_global(batch_of(config), self.mesh))
             self.compiled = lowered.compile()
 
     def step(self, batch):
@@ -94,14 +119,16 @@ def distance(a, b):
     return total(x - y for x, y in pairs) / total(y for _, y in pairs)
 
 
-def test_parts_add_up_to_the_gradient_of_the_whole_however_uneven():
-    model, key = fresh_run().state.model, jax.random.key(0)
-    uneven = batch()._replace(weights_BT=np.float32(np.geomspace(1e-3, 1e3, B)[:, None] * np.ones((B, T))))
+@families
+def test_parts_add_up_to_the_gradient_of_the_whole_however_uneven(config):
+    model, key = presets.build(config.model, jax.random.key(0), config.task.objective), jax.random.key(0)
+    even = batch_of(config)
+    uneven = even._replace(weights_BT=np.float32(np.geomspace(1e-3, 1e3, B)[:, None] * np.ones_like(even.weights_BT)))
     results = []
     for parts in (1, 2, 4, 8):
-        config = changed(train={"accumulate": parts})
-        accumulate = jax.jit(functools.partial(step.accumulate_gradients, config, attention.XLA))
-        results.append([accumulate(model, rows, key) for rows in (batch(), uneven)])
+        parted = changed(config, train={"accumulate": parts})
+        accumulate = jax.jit(functools.partial(step.accumulate_gradients, parted, attention.XLA))
+        results.append([accumulate(model, rows, key) for rows in (even, uneven)])
     for other in results[1:]:
         for (gradient, sums), (whole_gradient, whole_sums) in zip(other, results[0], strict=True):
             assert distance(gradient, whole_gradient) < 1e-6
@@ -109,13 +136,21 @@ def test_parts_add_up_to_the_gradient_of_the_whole_however_uneven():
 
 
 @pytest.mark.slow
-def test_fifty_steps_give_the_same_losses_on_every_mesh():
-    meshes = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)]
+@pytest.mark.parametrize(
+    ("family", "meshes"),
+    [
+        ("decoder", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)]),
+        ("encoder", [(1, 1, 1), (2, 2, 2)]),
+        ("encoder_decoder", [(1, 1, 1), (2, 2, 2)]),
+    ],
+)
+def test_fifty_steps_give_the_same_losses_on_every_mesh(family, meshes):
+    config = FAMILIES[family]
     losses, states = {}, {}
     for sizes in meshes:
         data, fsdp, tensor = sizes
-        run = Run(changed(mesh={"data": data, "fsdp": fsdp, "tensor": tensor}), math.prod(sizes))
-        losses[sizes] = [run.step(batch(i % 5))["loss"] for i in range(50)]
+        run = Run(changed(config, mesh={"data": data, "fsdp": fsdp, "tensor": tensor}), math.prod(sizes))
+        losses[sizes] = [run.step(batch_of(config, i % 5))["loss"] for i in range(50)]
         states[sizes] = host(run.state.model)
     print("\ndata x fsdp x tensor   loss at 1    loss at 50   largest difference of loss   of weights")
     for sizes in meshes:

@@ -1,0 +1,46 @@
+r"""Questions answered by a span of their context (SQuAD), by a small BERT that has read novels.
+
+    python -m lslm_jax.main --config=configs/bert_squad.py --workdir=runs/bert_squad \
+        --config.train.init_from=runs/bert_novels --config.tokenizer.path=runs/bert_novels/data/tokenizer.model \
+        --config.data.files=squad/train-v1.1.json --config.data.valid_files=squad/dev-v1.1.json
+
+Contexts longer than a row are read by overlapping windows. SQuAD 2.0, with questions that have no answer, is the same
+with its files.
+"""
+
+from dataclasses import replace
+
+from lslm_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    TaskConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from lslm_jax.models import presets
+
+
+def get_config() -> Config:
+    return Config(
+        data=DataConfig(
+            example="qa",
+            files=("squad/train-v1.1.json",),
+            valid_files=("squad/dev-v1.1.json",),
+            seq_len=128,
+            packing="pad",
+        ),
+        task=TaskConfig(objective="qa", stride=48),
+        tokenizer=TokenizerConfig(path="runs/bert_novels/data/tokenizer.model"),
+        model=replace(
+            presets.bert_base, num_layers=4, d_model=256, num_heads=4, max_length=128, norm_first=True, dropout=0.1
+        ),
+        train=TrainConfig(steps=2000, batch_size=32, init_from="runs/bert_novels"),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-4, b2=0.98, schedule="linear", warmup_steps=200, final_ratio=0.0, weight_decay=0.01
+        ),
+        checkpoint=CheckpointConfig(every=500, best="eval/f1"),
+        eval=EvalConfig(every=1000),
+    )

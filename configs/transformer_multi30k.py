@@ -1,0 +1,60 @@
+r"""A small Transformer translates English into German, from scratch, on the 29,000 captions of Multi30k.
+
+    python -m lslm_jax.main --config=configs/transformer_multi30k.py --workdir=runs/multi30k \
+        --config.data.files=multi30k/train.en.gz,multi30k/train.de.gz \
+        --config.data.valid_files=multi30k/val.en.gz,multi30k/val.de.gz \
+        --config.data.test_files=multi30k/test2016.en.gz,multi30k/test2016.de.gz
+
+The files are data/task1/raw of github.com/multi30k/dataset. Then, on the test set,
+
+    python -m lslm_jax.main evaluate --workdir=runs/multi30k --split=test
+"""
+
+from lslm_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    GenerateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TaskConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        data=DataConfig(
+            example="pair",
+            files=("multi30k/train.en.gz", "multi30k/train.de.gz"),
+            valid_files=("multi30k/val.en.gz", "multi30k/val.de.gz"),
+            test_files=("multi30k/test2016.en.gz", "multi30k/test2016.de.gz"),
+            document="line",
+            seq_len=128,
+            packing="bins",
+        ),
+        task=TaskConfig(objective="seq2seq"),
+        tokenizer=TokenizerConfig(vocab_size=6000),
+        model=ModelConfig(
+            family="encoder_decoder",
+            num_layers=3,
+            d_model=256,
+            num_heads=4,
+            d_ff=1024,
+            max_length=128,
+            positions="sinusoidal",
+            activation="relu",
+            embed_scale=True,
+            init="fan_in",
+            dropout=0.2,
+        ),
+        train=TrainConfig(steps=4000, batch_size=16, label_smoothing=0.1, ema=0.999),
+        optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.98, schedule="rsqrt", warmup_steps=800, weight_decay=0.01),
+        checkpoint=CheckpointConfig(every=500, best="eval/loss"),
+        eval=EvalConfig(every=1000),
+        generate=GenerateConfig(
+            prompts=("Two young men are playing football in the park.",), max_tokens=96, temperature=0.0, beams=4
+        ),
+    )

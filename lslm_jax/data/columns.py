@@ -1,0 +1,108 @@
+"""Which fields of a record make an example of each kind, and what they may hold."""
+
+import json
+from typing import Any, Literal, NamedTuple
+
+from lslm_jax.config import Source
+from lslm_jax.errors import ConfigError, DataError
+
+Holds = Literal["text", "label", "texts", "labels", "answers", "id"]
+SAID = {
+    "text": "text",
+    "label": "a label",
+    "texts": "a list of texts",
+    "labels": "a list of labels",
+    "answers": "answers as SQuAD has them",
+    "id": "an id",
+}
+
+
+class Column(NamedTuple):
+    """One part of an example.
+
+    Attributes:
+      name: of the part.
+      key: of the record's field; `a/b` where it is nested.
+      holds: what its values may be.
+      setting: the key of the config that names it; empty where its name is fixed.
+    """
+
+    name: str
+    key: str
+    holds: Holds
+    setting: str = ""
+
+    @property
+    def said(self) -> str:
+        """How messages name it."""
+        return f"{self.key!r} ({self.setting})" if self.setting else repr(self.key)
+
+
+def columns(source: Source) -> list[Column]:
+    """The fields of a source's records that make its examples.
+
+    Raises:
+      ConfigError: a setting that names one is empty.
+    """
+    match source.example:
+        case "text":
+            return [_named(source, "text", "text_key", "text")]
+        case "pair":
+            return [_named(source, "source", "text_key", "text"), _named(source, "target", "target_key", "text")]
+        case "label":
+            second = [_named(source, "target", "target_key", "text")] if source.target_key else []
+            return [_named(source, "text", "text_key", "text"), *second, _named(source, "label", "label_key", "label")]
+        case "tags":
+            return [_named(source, "words", "text_key", "texts"), _named(source, "tags", "label_key", "labels")]
+        case "qa":
+            texts = [Column(name, name, "text") for name in ("question", "context")]
+            return [Column("id", "id", "id"), *texts, Column("answers", "answers", "answers")]
+
+
+def _named(source: Source, name: str, setting: str, holds: Holds) -> Column:
+    key = getattr(source, setting)
+    if not key:
+        raise ConfigError(f"data.{setting} is empty: name the field that holds the {name} of each {source.example}")
+    return Column(name, key, holds, f"data.{setting}")
+
+
+def pick(record: Any, column: Column, origin: str) -> Any:
+    """A record's value of one column, checked; None for an id that is not there.
+
+    Raises:
+      DataError: the record has no such field, or it holds something else.
+    """
+    value = record
+    for part in [column.key] if column.key in record else column.key.split("/"):
+        if not isinstance(value, dict) or part not in value:
+            if column.holds == "id":
+                return None
+            raise DataError(f"{origin}: no field {column.said}; it has: {', '.join(record) or 'none'}")
+        value = value[part]
+    return check(value, column, origin)
+
+
+def check(value: Any, column: Column, origin: str) -> Any:
+    """The value of a column.
+
+    Raises:
+      DataError: it is not of the kind that the column holds.
+    """
+    if not _fits(value, column.holds):
+        shown = json.dumps(value, default=str)[:40]
+        raise DataError(f"{origin}: field {column.key!r} is {shown}, not {SAID[column.holds]}")
+    return value
+
+
+def _fits(value: Any, holds: Holds) -> bool:
+    match holds:
+        case "text":
+            return isinstance(value, (str, bytes))
+        case "label" | "id":
+            return isinstance(value, (str, bytes, int, float))
+        case "answers":
+            return isinstance(value, (list, dict))
+        case "texts":
+            return isinstance(value, list) and all(_fits(part, "text") for part in value)
+        case "labels":
+            return isinstance(value, list) and all(_fits(part, "label") for part in value)

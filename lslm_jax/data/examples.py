@@ -1,0 +1,257 @@
+"""From an example of any kind to the texts, token fields and numbers that an objective wants of it.
+
+    example        objective        fields                                numbers
+    text           any of its own   the text                              none
+    any other      seq2seq          source with its prefix, target        none
+    label          classification   the text, the second where there is   the class
+    label          regression       the same                              the value
+    tags           tagging          the text of the words; tags           none
+    qa             qa               question, context                     first and last token of the answer, or -1, -1
+
+Tags are as many as the text's tokens: the first token of each word has the number of its tag plus 1, the others 0.
+"""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from lslm_jax.config import CleanConfig, Source
+from lslm_jax.data import clean, labels
+from lslm_jax.data.sources import Content
+from lslm_jax.data.tokenizer_base import Tokenizer
+from lslm_jax.errors import DataError
+
+_TEXTS = {"text": ("text",), "pair": ("source", "target"), "label": ("text", "target"), "tags": ("words",), "qa": ()}
+_LENGTH = {"text": "text", "pair": "source", "label": "text"}
+_STAND_IN = "?"  # for a word that leaves no token
+
+Example = dict[str, Any]
+
+
+class Recipe(NamedTuple):
+    """What is made of a source's examples.
+
+    Attributes:
+      source: where they come from; `example`, the keys and `prefix` are read.
+      objective: task.objective.
+      labels: the number of each class or tag, in their order.
+    """
+
+    source: Source
+    objective: str
+    labels: Mapping[str, int]
+
+
+class Encoded(NamedTuple):
+    """An example as shards hold it."""
+
+    fields: list[np.ndarray]
+    numbers: tuple[float, ...] = ()
+
+
+def shape(source: Source, objective: str) -> tuple[int, int]:
+    """Token fields and numbers of one example of a source."""
+    if source.example == "text":
+        return 1, 0
+    if objective == "seq2seq" or source.example == "tags":
+        return 2, 0
+    if source.example == "qa":
+        return 2, 2
+    return (2 if source.target_key else 1), 1
+
+
+def size(content: Any) -> int:
+    """About how many characters there are in what was read."""
+    if isinstance(content, dict):
+        return sum(map(size, content.values()))
+    if isinstance(content, list):
+        return sum(map(size, content))
+    return len(content) if isinstance(content, (str, bytes)) else 8
+
+
+def decode(
+    content: Content, recipe: Recipe, policy: Literal["strict", "replace", "skip"], origin: str
+) -> Example | None:
+    """The example as text, with a label's or tag's name in place of its number; None where it is to be skipped.
+
+    Raises:
+      DataError: it is undecodable and the policy is strict; a label is unknown; words and tags are not equally many.
+    """
+    example: Example = content if isinstance(content, dict) else {"text": content}
+    if "label" in example:
+        regression = recipe.objective == "regression"
+        label = example["label"]
+        label = labels.value(label, origin) if regression else labels.name(label, recipe.labels, origin)
+        example = example | {"label": label}
+    if "tags" in example:
+        if len(example["words"]) != len(example["tags"]):
+            raise DataError(f"{origin}: {len(example['words'])} words, but {len(example['tags'])} tags")
+        example = example | {"tags": [labels.name(tag, recipe.labels, origin) for tag in example["tags"]]}
+    try:
+        return _decode(example, policy, origin)
+    except _Undecodable:
+        return None
+
+
+class _Undecodable(Exception):
+    pass
+
+
+def _decode(value: Any, policy: Literal["strict", "replace", "skip"], origin: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(part, policy, origin) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_decode(part, policy, origin) for part in value]
+    if not isinstance(value, (str, bytes)):
+        return value
+    text = clean.decode(value, policy, origin)
+    if text is None:
+        raise _Undecodable
+    return text
+
+
+def nothing(recipes: Mapping[str, Recipe], dropped: Mapping[str, int]) -> str:
+    """What to say where no example is left to train on."""
+    what = ", ".join(" ".join(recipe.source.files) or recipe.source.tfds for recipe in recipes.values())
+    reasons = ", ".join(f"{count:,} {why}" for why, count in sorted(dropped.items()))
+    return f"nothing to train on in {what}; dropped: {reasons or 'none'}"
+
+
+def cleaned(example: Example, recipe: Recipe, config: CleanConfig) -> Example:
+    """The example with its texts cleaned; a question and its context stay, since answers name places in them."""
+    done = {}
+    for key in _TEXTS[recipe.source.example]:
+        if key in example:
+            part = example[key]
+            done[key] = (
+                [clean.clean_text(word, config) for word in part]
+                if isinstance(part, list)
+                else clean.clean_text(part, config)
+            )
+    return example | done
+
+
+def reason(example: Example, recipe: Recipe, config: CleanConfig) -> str | None:
+    """Why a cleaned example is not trained on; None where it is. Lengths are those of the source text."""
+    kind = recipe.source.example
+    if kind == "qa":
+        answers = example["answers"]
+        return "misplaced_answer" if answers and _answer(example) is None else None
+    return clean.reason(" ".join(example["words"]) if kind == "tags" else example[_LENGTH[kind]], config)
+
+
+def digest(example: Example, recipe: Recipe) -> bytes:
+    """16 bytes that stand for the whole cleaned example, but for the id of a question."""
+    if recipe.source.example == "text":
+        return clean.digest(example["text"])
+    return clean.digest(json.dumps({key: part for key, part in example.items() if key != "id"}, sort_keys=True))
+
+
+def signature(example: Example, recipe: Recipe) -> np.ndarray | None:
+    """What tells near duplicates; None for kinds that may share most of their text and yet differ in what is asked."""
+    if recipe.source.example not in ("text", "pair"):
+        return None
+    return clean.signature("\n".join(example[key] for key in _TEXTS[recipe.source.example]))
+
+
+def texts(example: Example, recipe: Recipe) -> list[str]:
+    """What is tokenised, in the order of the fields."""
+    kind, prefix = recipe.source.example, recipe.source.prefix
+    if kind == "tags":
+        return [" ".join(example["words"])]
+    if recipe.objective != "seq2seq" or kind == "text":
+        keys = ("question", "context") if kind == "qa" else _TEXTS[kind]
+        return [example[key] for key in keys if key in example]
+    if kind == "pair":
+        return [prefix + example["source"], example["target"]]
+    if kind == "qa":
+        first = example["answers"][0]["text"] if example["answers"] else ""
+        return [f"{prefix}question: {example['question']} context: {example['context']}", first]
+    return [prefix + _one_text(example, recipe.source), example["label"]]
+
+
+def _one_text(example: Example, source: Source) -> str:
+    """A text, or two that are told apart by the names of their fields, as T5 has them."""
+    if "target" not in example:
+        return example["text"]
+    first, second = (key.split("/")[-1] for key in (source.text_key, source.target_key))
+    return f"{first}: {example['text']} {second}: {example['target']}"
+
+
+def num_bytes(example: Example, recipe: Recipe) -> int:
+    """UTF-8 bytes of the text that is to be predicted: of the target, or of all where there is none."""
+    found = texts(example, recipe)
+    return sum(len(text.encode()) for text in (found[1:] if recipe.objective == "seq2seq" else found))
+
+
+def encode(examples: Sequence[Example], recipe: Recipe, tokenizer: Tokenizer) -> list[Encoded]:
+    """Tokens and numbers of each example."""
+    if recipe.source.example == "tags":
+        return [_encode_tags(example, recipe.labels, tokenizer) for example in examples]
+    if recipe.objective == "qa":
+        return [_encode_question(example, tokenizer) for example in examples]
+    rendered = [texts(example, recipe) for example in examples]
+    ids = iter(tokenizer.encode_batch([text for parts in rendered for text in parts]))
+    fields = [[next(ids) for _ in parts] for parts in rendered]
+    return [Encoded(parts, _numbers(example, recipe)) for example, parts in zip(examples, fields, strict=True)]
+
+
+def _numbers(example: Example, recipe: Recipe) -> tuple[float, ...]:
+    if recipe.objective == "classification":
+        return (recipe.labels[example["label"]],)
+    return (example["label"],) if recipe.objective == "regression" else ()
+
+
+def _encode_question(example: Example, tokenizer: Tokenizer) -> Encoded:
+    spans = tokenizer.encode_with_offsets(example["context"])
+    place = _answer(example)
+    first, last = (-1, -1) if place is None else covering(spans.begins, spans.ends, *place)
+    return Encoded([tokenizer.encode(example["question"]), spans.ids], (first, last))
+
+
+def _answer(example: Example) -> tuple[int, int] | None:
+    """First character of the first answer that stands where it says, and the one after its last."""
+    for answer in example["answers"]:
+        start, end = answer["start"], answer["start"] + len(answer["text"])
+        if end > start >= 0 and example["context"][start:end] == answer["text"]:
+            return start, end
+    return None
+
+
+def covering(begins: np.ndarray, ends: np.ndarray, start: int, end: int) -> tuple[int, int]:
+    """First and last of the fewest tokens that hold all of a text's characters [start, end); -1, -1 if none does."""
+    first = int(np.searchsorted(ends, start, "right"))
+    last = int(np.searchsorted(begins, end, "left")) - 1
+    return (first, last) if first <= last else (-1, -1)
+
+
+def _encode_tags(example: Example, numbers: Mapping[str, int], tokenizer: Tokenizer) -> Encoded:
+    words = example["words"]
+    ids, firsts = _words_together(words, tokenizer) or _words_apart(words, tokenizer)
+    tags = np.zeros(len(ids), np.int32)
+    tags[firsts] = [1 + numbers[tag] for tag in example["tags"]]
+    return Encoded([ids, tags])
+
+
+def _words_together(words: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, list[int]] | None:
+    """Tokens of the words with single blanks between them, and the first of each; None if two share their first."""
+    spans = tokenizer.encode_with_offsets(" ".join(words))
+    firsts, start = [], 0
+    for word in words:
+        first, _ = covering(spans.begins, spans.ends, start, start + len(word))
+        if not word or first < 0 or (firsts and first <= firsts[-1]):
+            return None
+        firsts.append(first)
+        start += len(word) + 1
+    return spans.ids, firsts
+
+
+def _words_apart(words: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, list[int]]:
+    """The same for odd words: those that would leave no token, or share one with the next."""
+    parts = [tokenizer.encode((" " if i else "") + word) for i, word in enumerate(words)]
+    parts = [part if len(part) else tokenizer.encode(_STAND_IN) for part in parts]
+    firsts = functools.reduce(lambda found, part: [*found, found[-1] + len(part)], parts, [0])[:-1]
+    return np.concatenate([*parts, np.empty(0, np.int32)]), firsts

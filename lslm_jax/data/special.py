@@ -1,0 +1,45 @@
+"""Ids that are no text: those that begin and end one, the mask, and T5's sentinels."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+_NUM_SENTINELS = 100
+
+
+class Special(NamedTuple):
+    """The special ids of a model.
+
+    Attributes:
+      bos_id: begins a text; BERT's [CLS].
+      eos_id: ends one; BERT's [SEP].
+      mask_id: stands for a token to be guessed. None where neither the vocabulary nor the family has one.
+      sentinel_ids: stand for spans to be guessed, in the order of their use; () where there are none.
+      size: ids that the model needs to know.
+    """
+
+    bos_id: int
+    eos_id: int
+    mask_id: int | None
+    sentinel_ids: tuple[int, ...]
+    size: int
+
+
+def special_ids(tokenizer: Mapping[str, Any], family: str) -> Special:
+    """The special ids of a model that reads what a tokenizer wrote.
+
+    The tokenizer's own come first. What it lacks and the family needs lies behind its vocabulary: a mask for an
+    encoder, 100 sentinels for an encoder-decoder.
+
+    Args:
+      tokenizer: the entry of that name in the manifest of prepared data; older ones tell of no mask and no sentinels.
+      family: model.family.
+    """
+    size = tokenizer["vocab_size"]
+    mask_id = tokenizer["mask_id"] if "mask_id" in tokenizer else None
+    sentinel_ids = tuple(tokenizer["sentinel_ids"]) if "sentinel_ids" in tokenizer else ()
+    if family == "encoder" and mask_id is None:
+        mask_id = size
+    if family == "encoder_decoder" and not sentinel_ids:
+        sentinel_ids = tuple(range(size, size + _NUM_SENTINELS))
+    ids = (tokenizer["bos_id"], tokenizer["eos_id"], -1 if mask_id is None else mask_id, *sentinel_ids)
+    return Special(tokenizer["bos_id"], tokenizer["eos_id"], mask_id, sentinel_ids, max(size, 1 + max(ids)))

@@ -1,0 +1,133 @@
+"""What every vocabulary can do, whatever kind it is of."""
+
+import abc
+import functools
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from lslm_jax import atomic
+from lslm_jax.errors import ConfigError
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Spans(NamedTuple):
+    """A text's tokens and their places in it.
+
+    Attributes:
+      ids: int32 [n], without special ids.
+      begins: int64 [n], the first character that each token spells.
+      ends: int64 [n], the character after the last. Tokens that share a character (its bytes, say) each span all of it;
+        one that spells nothing (a blank that the vocabulary puts before a text) is empty.
+    """
+
+    ids: np.ndarray
+    begins: np.ndarray
+    ends: np.ndarray
+
+
+class Tokenizer(abc.ABC):
+    """A vocabulary.
+
+    Attributes:
+      kind: which of the three.
+      vocab_size: ids are below it.
+      pad_id, bos_id, eos_id: special ids; where the vocabulary lacks one, another stands in for it.
+      mask_id: of [MASK] or <mask>; None where the vocabulary has neither.
+      sentinel_ids: of <extra_id_0>, <extra_id_1> and so on (T5); () where it has none.
+      sha256: of the file that defines it.
+    """
+
+    kind: Literal["sentencepiece", "bytes", "huggingface"]
+    _file: str
+
+    def __init__(
+        self,
+        content: bytes,
+        vocab_size: int,
+        pad_id: int | None,
+        bos_id: int | None,
+        eos_id: int | None,
+        mask_id: int | None = None,
+        sentinel_ids: tuple[int, ...] = (),
+    ):
+        self._content = content
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.vocab_size = vocab_size
+        known = [id for id in (bos_id, eos_id) if id is not None]
+        if not known:
+            raise ConfigError("no token begins or ends a text (such as <s>, </s> or <|endoftext|>)")
+        self.bos_id, self.eos_id = known[0], known[-1]
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        self.mask_id, self.sentinel_ids = mask_id, sentinel_ids
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int32 [n], without special ids."""
+        return self.encode_batch([text])[0]
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text, int32 [n], without special ids."""
+
+    @abc.abstractmethod
+    def encode_with_offsets(self, text: str) -> Spans:
+        """The ids that `encode` gives, and which characters of the text each of them spells."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text that ids spell; special ids are dropped, and bytes that are not UTF-8 become U+FFFD."""
+
+    @abc.abstractmethod
+    def piece(self, id: int) -> str:
+        """How the vocabulary writes one id, for people to read."""
+
+    @abc.abstractmethod
+    def _spelling(self, piece: str) -> str:
+        """A piece as it stands in text: with blanks where a word begins or ends, whatever the vocabulary writes."""
+
+    def word_starts(self, ids: np.ndarray) -> np.ndarray:
+        """Which tokens of a text begin a word, bool [n]; the first always does.
+
+        Words are what blanks separate, and blanks belong to the word after them. WordPiece keeps no blanks: there each
+        piece that does not continue another is a word. Of bytes, only ASCII blanks count.
+
+        Args:
+          ids: int [n], of consecutive tokens of one text; what is not in the vocabulary counts as a word.
+        """
+        opens, closes, blank = self._edges[:, np.minimum(ids, self.vocab_size)]
+        starts = np.ones(len(ids), bool)
+        starts[1:] = (opens[1:] | closes[:-1]) & ~blank[:-1]
+        return starts
+
+    @functools.cached_property
+    def _edges(self) -> np.ndarray:
+        """Whether each id begins with a blank, ends with one, is nothing else; bool [3, vocab_size + 1]."""
+        texts = [self._text(id) for id in range(self.vocab_size)]
+        edges = [(text[:1].isspace(), text[-1:].isspace(), text.isspace()) for text in texts]
+        return np.array([*edges, (True, True, False)]).T
+
+    def _text(self, id: int) -> str:
+        piece = self.piece(id) or ""  # a Hugging Face vocabulary may have gaps
+        byte = _BYTE_PIECE.fullmatch(piece)
+        return bytes([int(byte[1], 16)]).decode(errors="replace") if byte else self._spelling(piece)
+
+    def save(self, directory: epath.Path) -> str:
+        """Writes the file that `load` reads, and returns its name.
+
+        Raises:
+          SaveError: the directory cannot be written.
+        """
+        atomic.write(directory / self._file, self._content)
+        return self._file
+
+
+def sentinels(find: Callable[[str], int | None]) -> tuple[int, ...]:
+    """Ids of T5's sentinels, in the order of their use, in a vocabulary whose ids `find` tells by their names."""
+    found = (find(f"<extra_id_{i}>") for i in itertools.count())
+    return tuple(id for id in itertools.takewhile(lambda id: id is not None, found) if id is not None)

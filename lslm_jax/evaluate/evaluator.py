@@ -1,0 +1,72 @@
+"""What an evaluator is given and what it returns."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from lslm_jax.batch import Batch
+from lslm_jax.config import Config, Source
+from lslm_jax.data import prefetch
+from lslm_jax.data.pipeline import EvalInput
+from lslm_jax.data.special import Special
+from lslm_jax.models.attention import Backend
+
+
+class Report(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+      metrics: numbers by name.
+      files: texts by file name, for people and for other programs: translations, answers, tables.
+      facts: what else belongs on the record, as the signature of a metric.
+    """
+
+    metrics: dict[str, float]
+    files: dict[str, str]
+    facts: dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """What an evaluator works with.
+
+    Attributes:
+      config: resolved.
+      words: the tokenizer; None for synthetic data.
+      labels: names of the classes or tags.
+      special: ids that are no text.
+      backend: attention kernel.
+      mesh: where the model lies.
+      answerable: whether every question that the model was trained on had an answer.
+    """
+
+    config: Config
+    words: Any
+    labels: list[str]
+    special: Special
+    backend: Backend
+    mesh: Mesh
+    answerable: bool = True
+
+    def source(self, name: str) -> Source:
+        """The source of this name; "" is the only one."""
+        return next((source for source in self.config.data.mixture if source.name == name), self.config.data)
+
+
+Evaluator = Callable[[Any], Report]
+
+
+def batches(part: EvalInput) -> Iterator[Batch]:
+    """All batches of a set, made ahead of their use."""
+    return prefetch.batches(part.batch, 0, part.num_batches, through="threads")
+
+
+def joined(reports: dict[str, Report]) -> Report:
+    """Reports of several sources as one, each under its source's name; that of the only source "" as it is."""
+    name_of = lambda name, what: f"{name}/{what}" if name else what
+    file_of = lambda name, what: f"{name}-{what}" if name else what
+    return Report(
+        {name_of(name, k): v for name, report in reports.items() for k, v in report.metrics.items()},
+        {file_of(name, k): v for name, report in reports.items() for k, v in report.files.items()},
+        {name_of(name, k): v for name, report in reports.items() for k, v in report.facts.items()},
+    )

@@ -1,0 +1,75 @@
+"""Evaluation of what a text-to-text model writes: translations, names of classes, answers to questions."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lslm_jax.data.pipeline import EvalInput
+from lslm_jax.evaluate import classification, heads, report, squad, translation
+from lslm_jax.evaluate.evaluator import Report, Setting
+from lslm_jax.generate import decode
+
+
+def evaluate(setting: Setting, name: str, part: EvalInput, model: Any) -> Report:
+    """Writes the target of each held-out example of a source and scores it as the kind of example asks."""
+    examples = list(part.shards.examples())
+    if setting.config.eval.batches:
+        examples = examples[: setting.config.eval.batches * setting.config.train.batch_size]
+    starts = part.shards.starts
+    sources = [part.shards.take(np.arange(starts[2 * i], starts[2 * i + 1])) for i in range(len(examples))]
+    written = write(setting, model, sources)
+    match setting.source(name).example:
+        case "label":
+            return _classes(setting, examples, written)
+        case "qa":
+            return _answers(examples, written)
+        case _:
+            return _translations(examples, written)
+
+
+def write(setting: Setting, model: Any, sources: Sequence[np.ndarray]) -> list[str]:
+    """The likeliest target of each source: greedy, or by beam search where `generate.beams` says so.
+
+    Sources of like length go together, so that little is computed for padding.
+    """
+    config = setting.config
+    settings, size = replace(config.generate, temperature=0.0), config.train.batch_size
+    suffix: tuple[int, ...] = ()
+    if config.model.family == "decoder":  # which reads source and target in one row
+        suffix = (setting.words.bos_id,)
+        room = max(1, config.model.max_length - 2 - settings.max_tokens)
+        sources = [source[:room] for source in sources]
+    order = np.argsort([len(source) for source in sources], kind="stable")[::-1]
+    written = [""] * len(sources)
+    for first in range(0, len(order), size):
+        part = order[first : first + size]
+        # The last batch is filled up: another size would compile another program.
+        full = np.concatenate([part, np.repeat(part[-1:], size - len(part))])
+        prompts = [sources[i] for i in full]
+        results = decode.generate(model, setting.words, prompts, settings, config.seed, suffix_ids=suffix)
+        for i, result in zip(part, results, strict=False):
+            written[i] = result.text
+    return written
+
+
+def _translations(examples: list[dict[str, Any]], written: list[str]) -> Report:
+    references = [one["target"] for one in examples]
+    found = translation.bleu(written, references)
+    facts = {name: found.pop(name) for name in list(found) if isinstance(found[name], str)}
+    text = report.translations([one["source"] for one in examples], written, references)
+    return Report(found, {"translations.txt": text}, facts)
+
+
+def _classes(setting: Setting, examples: list[dict[str, Any]], written: list[str]) -> Report:
+    gold_N = np.array([setting.labels.index(one["label"]) for one in examples])
+    predicted_N = classification.classes_of_texts(written, setting.labels)
+    found = heads.class_report(gold_N, predicted_N, setting.labels)
+    invalid = float(np.mean(predicted_N == classification.INVALID))
+    return found._replace(metrics=found.metrics | {"invalid": invalid})
+
+
+def _answers(examples: list[dict[str, Any]], written: list[str]) -> Report:
+    found = squad.squad(written, [[one["text"] for one in example["answers"]] for example in examples])
+    return Report(found, {"answers.json": report.squad_predictions([one["id"] for one in examples], written)}, {})

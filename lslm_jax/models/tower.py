@@ -1,0 +1,170 @@
+"""A stack of blocks and what they share: the attention of the whole stack, its final norm, T5's table of distances."""
+
+import copy
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lslm_jax.config import ModelConfig
+from lslm_jax.models import attention, stack
+from lslm_jax.models.attention import Backend, KeyValues
+from lslm_jax.models.block import AttendSource, Block
+from lslm_jax.models.layers import INIT_STD, Norm, normal, relative_bias
+
+
+class Tower(nnx.Module):
+    """Encoder or decoder without tables: hidden states in, hidden states out.
+
+    A causal one sees what was before, another all; one with `cross` attention also sees what an encoder says.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array, *, causal: bool, cross: bool = False):
+        make = functools.partial(Block, config, cross=cross)
+        self.config, self.causal = config, causal
+        self.blocks = stack.stacked(make, config.num_layers, key)
+        norm = Norm(config.d_model, "width", kind=config.norm, eps=config.norm_eps, bias=config.bias)
+        self.norm = norm if config.norm_first else None
+        std = config.d_model**-0.5 if config.init == "fan_in" else INIT_STD
+        table = [config.relative_buckets, config.num_heads]
+        table_key = jax.random.fold_in(key, config.num_layers)
+        relative = config.positions == "relative"
+        self.distances = normal(table_key, table, ["buckets", "heads"], std) if relative else None
+
+    def read(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        *,
+        backend: Backend,
+        key: jax.Array | None,
+        memory_BSD: jax.Array | None = None,
+        source_segments_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """Reads whole rows: [B, T, D] to [B, T, D].
+
+        Args:
+          x_BTD: from an embedding.
+          positions_BT: place of each token in its document.
+          segments_BT: which document of its row a token belongs to, from 1, 0 for padding. None: one a row.
+          backend: attention kernel, from `attention.choose`.
+          key: dropout key, or None.
+          memory_BSD: what the encoder says, for cross-attention.
+          source_segments_BS: its tokens' documents.
+        """
+        config = self.config
+        length = x_BTD.shape[1]
+        bias_HTS = self._bias(length, length, 0)
+        attend_any = functools.partial(attention.attend, scale=config.attention_scale, backend=backend)
+
+        def attend(q_BTHC, k_BTKC, v_BTKC, cache, everywhere):
+            out_BTHC = attend_any(
+                q_BTHC,
+                k_BTKC,
+                v_BTKC,
+                segments_BT=segments_BT,
+                window=config.window,
+                causal=self.causal,
+                bias_HTS=bias_HTS,
+                everywhere=everywhere,
+            )
+            return out_BTHC, cache
+
+        attend_source = functools.partial(
+            attend_any, segments_BT=segments_BT, source_segments_BS=source_segments_BS, window=0, causal=False
+        )
+        return self._run(x_BTD, positions_BT, attend, attend_source, memory_BSD=memory_BSD, key=key)[0]
+
+    def extend(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache: Any,
+        index: jax.Array,
+        mask_BTS: jax.Array,
+        cross: Any = None,
+        cross_mask_BTS: Any = None,
+    ) -> tuple[jax.Array, Any]:
+        """Reads T more tokens after those in the cache; returns their hidden states and the longer cache.
+
+        Args: see `Decoder.with_cache` and `Seq2Seq.with_cache`.
+        """
+        config = self.config
+        slots_T, slots_S = index + jnp.arange(x_BTD.shape[1]), jnp.arange(mask_BTS.shape[-1])
+        bias_HTS = self._bias(len(slots_T), len(slots_S), index)
+
+        def attend(q_BTHC, k_BTKC, v_BTKC, cache, everywhere):
+            k_BSKC = jax.lax.dynamic_update_slice_in_dim(cache.k_BSKC, k_BTKC, index, axis=1)
+            v_BSKC = jax.lax.dynamic_update_slice_in_dim(cache.v_BSKC, v_BTKC, index, axis=1)
+            near_TS = attention.near(slots_T[:, None] - slots_S[None, :], config.window, everywhere)
+            seen_BTS = mask_BTS & near_TS[None]
+            out_BTHC = attention.attend_masked(
+                q_BTHC, k_BSKC, v_BSKC, seen_BTS, bias_HTS=bias_HTS, scale=config.attention_scale
+            )
+            return out_BTHC, KeyValues(k_BSKC, v_BSKC)
+
+        attend_source = functools.partial(
+            attention.attend_masked, mask_BTS=cross_mask_BTS, scale=config.attention_scale
+        )
+        return self._run(x_BTD, positions_BT, attend, attend_source, caches=cache, cross=cross)
+
+    def keys_values(self, memory_BSD: jax.Array) -> Any:
+        """Every layer's cross-attention keys and values of what the encoder says, as `extend` takes them."""
+        return stack.each(self.blocks, lambda block: block.cross.keys_values(memory_BSD), memory_BSD.dtype)
+
+    def unstacked(self) -> Self:
+        """The same with its layers apart, for reading token by token; its cache is a list, one entry a layer."""
+        tower = copy.copy(self)
+        tower.blocks = stack.unstacked(self.blocks, self.config.dtype)
+        return tower
+
+    def _bias(self, length: int, source_length: int, start: jax.Array | int) -> jax.Array | None:
+        if self.distances is None:
+            return None
+        farthest = self.config.relative_distance
+        return relative_bias(
+            self.distances.get_value(), length, source_length, start, causal=self.causal, farthest=farthest
+        )
+
+    def _run(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        attend: Any,
+        attend_source: AttendSource,
+        *,
+        caches: Any = None,
+        cross: Any = None,
+        memory_BSD: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        config = self.config
+        mixed = config.window and config.global_every
+        everywhere = stack.every(self.blocks, config.global_every) if mixed else None
+
+        def apply(block, x_BTD, given, key):
+            cache, source, everywhere = given
+            return block(
+                x_BTD,
+                positions_BT,
+                functools.partial(attend, everywhere=everywhere),
+                cache=cache,
+                source=memory_BSD if source is None else source,
+                attend_source=attend_source,
+                key=key,
+            )
+
+        with jax.named_scope("blocks"):
+            x_BTD, caches = stack.run(
+                self.blocks,
+                x_BTD,
+                apply,
+                caches=stack.beside(self.blocks, caches, cross, everywhere),
+                keys=None if key is None or not config.dropout else jax.random.split(key, config.num_layers),
+                remat=config.remat,
+                scan=config.scan_layers,
+            )
+        return x_BTD if self.norm is None else self.norm(x_BTD), caches

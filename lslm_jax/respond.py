@@ -1,0 +1,253 @@
+"""What `generate` does with prompts: continues, translates, classifies or answers them, as the model was trained to."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from lslm_jax.batch import Batch
+from lslm_jax.config import Config
+from lslm_jax.data import examples, pipeline
+from lslm_jax.data.shards import Shards, ShardWriter
+from lslm_jax.errors import ConfigError, DataError, InputMissing
+from lslm_jax.evaluate import heads
+from lslm_jax.evaluate.evaluator import Setting
+from lslm_jax.generate import decode
+from lslm_jax.models.attention import XLA
+from lslm_jax.train.step import make_predict_step
+
+Prompt = dict[str, str]
+Answer = dict[str, Any]
+
+MASK = "[MASK]"
+_LIKELIEST = 5  # tokens that are shown for a masked one
+
+
+# Prompts.
+
+
+def read_prompts(config: Config, flags: argparse.Namespace) -> list[Prompt]:
+    """The prompts of the command line, then those of the file: `prompt`, and where it needs them `context`, `target`.
+
+    Raises:
+      ConfigError: there is none, one is not text, or a context is missing or not wanted.
+      InputMissing, DataError: the file cannot be read or holds none, or not JSON lines with a `prompt` each.
+    """
+    if not (flags.prompt or flags.prompts):
+        raise ConfigError("generate needs --prompt=TEXT or --prompts=FILE")
+    prompts: list[Prompt] = [{"prompt": text} for text in flags.prompt or []]
+    if not all(_is_text(prompt["prompt"]) for prompt in prompts):
+        raise ConfigError("--prompt is not UTF-8")
+    if flags.prompts:
+        prompts += _read_file(epath.Path(flags.prompts))
+    if flags.context:
+        context = _read(epath.Path(flags.context), "context").decode(errors="replace")
+        prompts = [{"context": context} | prompt for prompt in prompts]
+    asks = config.task.objective == "qa" or (config.data.example == "qa" and not config.data.mixture)
+    if asks and not all("context" in prompt for prompt in prompts):
+        raise ConfigError("a question is answered from a context: add --context=FILE")
+    if not asks and any("context" in prompt for prompt in prompts):
+        raise ConfigError("this model does not answer questions: leave out the context")
+    return prompts
+
+
+def _read(path: epath.Path, what: str) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputMissing(f"cannot read {what} file {path}: {error.strerror or error}") from error
+    if not content.strip():
+        raise InputMissing(f"{what} file {path} is empty")
+    return content
+
+
+def _read_file(path: epath.Path) -> Iterator[Prompt]:
+    for number, line in enumerate(_read(path, "prompts").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            prompt = {key: fields[key] for key in ("prompt", "context", "target") if key in fields}
+            prompt["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f'{path}:{number} is not a JSON object with a "prompt"') from error
+        for key, text in prompt.items():
+            if not _is_text(text):
+                raise DataError(f'{path}:{number}: "{key}" is not text: {json.dumps(text)}')
+        yield prompt
+
+
+def _is_text(prompt: Any) -> bool:
+    """Whether it is a string that UTF-8 can spell, which has no half surrogate pairs."""
+    return isinstance(prompt, str) and not any("\ud800" <= char <= "\udfff" for char in prompt)
+
+
+# Answers.
+
+
+def answer(setting: Setting, model: Any, prompts: Sequence[Prompt]) -> Iterator[Answer]:
+    """Does with each prompt what the model was trained for; what is found, by name, the prompt with it.
+
+    Raises:
+      ConfigError: the model or the prompts do not allow it.
+    """
+    objective, size = setting.config.task.objective, setting.config.train.batch_size
+    match objective:
+        case "span_corruption":
+            raise ConfigError(
+                "a model of task.objective=span_corruption is for fine-tuning (train.init_from): it writes no text"
+            )
+        case "causal" | "seq2seq":
+            respond = _write
+        case "masked":
+            respond = _fill
+        case _:
+            respond = _tell
+    for first in range(0, len(prompts), size):
+        part = prompts[first : first + size]
+        for prompt, found in zip(part, respond(setting, model, part, first), strict=True):
+            yield {"prompt": prompt["prompt"]} | found
+
+
+def spell(setting: Setting, answer: Answer) -> str:
+    """An answer as a person reads it."""
+    prompt, rest = answer["prompt"], {name: value for name, value in answer.items() if name != "prompt"}
+    if setting.config.task.objective == "causal":
+        return f"{prompt}{rest['text']}\n"
+    shown = [f"{name}: {_short(value)}" for name, value in rest.items() if name not in ("ended", "tokens")]
+    return f"{prompt}\n  " + "\n  ".join(shown)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{name} {_short(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return "  |  ".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def sampler(setting: Setting) -> Callable[[Any], str]:
+    """Answers the config's prompts, as one text for people to read."""
+    prompts = [{"prompt": text} for text in setting.config.generate.prompts]
+    return lambda model: "\n".join(f"--- {spell(setting, found)}" for found in answer(setting, model, prompts))
+
+
+def stream(setting: Setting, model: Any, prompt: Prompt) -> Iterator[str]:
+    """One prompt's text as it is drawn; before a continuation the prompt itself, once it is known to fit the model."""
+    [ids], suffix = _ids(setting, [prompt])
+    texts = decode.stream(model, setting.words, ids, setting.config.generate, setting.config.seed, suffix_ids=suffix)
+    first = next(texts, "")
+    if setting.config.task.objective == "causal":
+        yield prompt["prompt"]
+    yield first
+    yield from texts
+
+
+def _write(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -> Iterator[Answer]:
+    ids, suffix = _ids(setting, prompts)
+    config = setting.config
+    results = decode.generate(model, setting.words, ids, config.generate, config.seed, first, suffix)
+    for result in results:
+        found: Answer = {"text": result.text, "ended": result.ended, "tokens": result.num_tokens}
+        yield found if result.score is None else found | {"score": result.score}
+
+
+def _ids(setting: Setting, prompts: Sequence[Prompt]) -> tuple[list[np.ndarray], tuple[int, ...]]:
+    """What the model reads of each prompt, and what its decoder reads after it."""
+    config = setting.config
+    if config.task.objective == "causal" or config.data.mixture:  # of a mixture, the prompts bring their prefix
+        texts = [prompt["prompt"] for prompt in prompts]
+    else:
+        recipe = _recipe(setting)
+        texts = [examples.texts(_example(setting, prompt), recipe)[0] for prompt in prompts]
+    between = config.task.objective == "seq2seq" and config.model.family == "decoder"
+    return setting.words.encode_batch(texts), (setting.words.bos_id,) if between else ()
+
+
+def _recipe(setting: Setting) -> examples.Recipe:
+    source = setting.source(setting.config.data.mixture[0].name if setting.config.data.mixture else "")
+    numbers = {name: number for number, name in enumerate(setting.labels)}
+    return examples.Recipe(source, setting.config.task.objective, numbers)
+
+
+def _example(setting: Setting, prompt: Prompt) -> examples.Example:
+    """A prompt as an example whose answer is not known."""
+    text, some = prompt["prompt"], setting.labels[0] if setting.labels else 0.0
+    match _recipe(setting).source.example:
+        case "pair":
+            return {"source": text, "target": ""}
+        case "tags":
+            return {"words": text.split(), "tags": [some] * len(text.split())}
+        case "qa":
+            return {"id": "", "question": text, "context": prompt["context"], "answers": []}
+        case _:
+            second = {"target": prompt["target"]} if "target" in prompt else {}
+            return {"text": text, "label": some} | second
+
+
+def _tell(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -> Iterator[Answer]:
+    """What a head makes of the prompts, which go the way of held-out examples."""
+    found = [_example(setting, prompt) for prompt in prompts]
+    with tempfile.TemporaryDirectory() as directory:
+        part = _as_split(setting, found, epath.Path(directory))
+        scores_NPV = heads.scorer(setting)(model, part)
+        match setting.config.task.objective:
+            case "qa":
+                for best in heads.find_answers(setting, part, scores_NPV, found, setting.answerable):
+                    yield {"answer": best.text, "score": best.score, "begin": best.begin, "end": best.end}
+            case "regression":
+                yield from ({"value": value} for value in scores_NPV[: len(found), 0, 0].tolist())
+            case "tagging":
+                counts_NT = np.concatenate([part.batch(step).weights_BT for step in range(part.num_batches)]) > 0
+                for example, scores_TV, counts_T in zip(found, scores_NPV, counts_NT, strict=False):
+                    tags = [setting.labels[tag] for tag in scores_TV[counts_T].argmax(-1)]
+                    yield {"tags": [f"{word}/{tag}" for word, tag in zip(example["words"], tags, strict=False)]}
+            case _:
+                for scores_V in scores_NPV[: len(found), 0]:
+                    share_V = np.exp(scores_V - scores_V.max())
+                    shares = dict(zip(setting.labels, (share_V / share_V.sum()).tolist(), strict=True))
+                    yield {"label": max(shares, key=shares.__getitem__), "probabilities": shares}
+
+
+def _as_split(setting: Setting, found: list[examples.Example], directory: epath.Path) -> pipeline.EvalInput:
+    recipe = _recipe(setting)
+    fields, numbers = examples.shape(recipe.source, recipe.objective)
+    writer = ShardWriter(directory / "valid", setting.words.vocab_size, 1 << 26, fields, numbers)
+    for i, encoded in enumerate(examples.encode(found, recipe, setting.words)):
+        writer.add(encoded.fields, 0, i + 1, encoded.numbers)
+    writer.finish()
+    rows = pipeline.make_rows(Shards.open(directory / "valid"), setting.config, setting.special)
+    return pipeline.EvalInput(rows, setting.config, 0, 1)
+
+
+def _fill(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -> Iterator[Answer]:
+    """The likeliest tokens for each [MASK] of the prompts."""
+    config, special = setting.config, setting.special
+    predict = jax.jit(make_predict_step(config, XLA))
+    for prompt in prompts:
+        parts = setting.words.encode_batch(prompt["prompt"].split(MASK))
+        if len(parts) < 2:
+            raise ConfigError(f"a masked model fills in {MASK}: put it into the prompt")
+        ids = [special.bos_id]
+        for part in parts:
+            ids += [*part.tolist(), special.mask_id]
+        ids[-1] = special.eos_id
+        if len(ids) > config.model.max_length:
+            raise ConfigError(f"the prompt has {len(ids)} tokens, model.max_length is {config.model.max_length}")
+        tokens_BT = np.array([ids], np.int32)
+        places_BP = np.flatnonzero(tokens_BT[0] == special.mask_id)[None].astype(np.int32)
+        batch = Batch(tokens_BT, places_BP, np.ones(places_BP.shape, np.float32), places_BP=places_BP)
+        scores_PV = predict(model, batch)[0, :, : setting.words.vocab_size]
+        shares_PV = np.asarray(jax.nn.softmax(scores_PV, axis=-1))
+        best_PN = np.argsort(-shares_PV, axis=-1)[:, :_LIKELIEST]
+        yield {
+            "fills": [
+                {setting.words.piece(int(id)): float(shares_V[id]) for id in best_N}
+                for shares_V, best_N in zip(shares_PV, best_PN, strict=True)
+            ]
+        }

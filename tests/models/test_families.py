@@ -1,0 +1,337 @@
+"""What must hold for encoders and encoder-decoders, proved on tiny ones with all weights random."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lslm_jax.batch import Batch
+from lslm_jax.config import ModelConfig
+from lslm_jax.config_checks import fill_sizes
+from lslm_jax.errors import ConfigError
+from lslm_jax.models import attention, heads, presets
+from lslm_jax.models.attention import KeyValues
+from lslm_jax.models.layers import INIT_STD
+
+T, S, D = 10, 12, 32
+SIZES = {"num_layers": 2, "d_model": D, "num_heads": 4, "vocab_size": 61, "num_labels": 3, "max_length": 32}
+SIZES |= {"head_dim": 8, "d_ff": 48, "dropout": 0.0, "dtype": "float32"}
+BERT = fill_sizes(replace(presets.BERT, **SIZES))
+MODERN = fill_sizes(replace(presets.modern_encoder_base, **SIZES, window=0, global_every=0))
+T5 = fill_sizes(replace(presets.t5_small, **SIZES, num_decoder_layers=3, relative_buckets=8, relative_distance=9))
+T5_V1_1 = replace(T5, gated=True, activation="gelu", tie_embeddings=False, logit_scale=False, num_kv_heads=2)
+ORIGINAL = fill_sizes(replace(presets.transformer_base, **SIZES))
+ENCODERS = {"bert": BERT, "modern": MODERN}
+PAIRS = {"t5": T5, "t5-v1.1": T5_V1_1, "2017": ORIGINAL}
+pairs = pytest.mark.parametrize("config", PAIRS.values(), ids=PAIRS)
+families = pytest.mark.parametrize("config", [*ENCODERS.values(), *PAIRS.values()], ids=[*ENCODERS, *PAIRS])
+
+
+@pytest.mark.parametrize(
+    ("config", "muted", "reach"),
+    [
+        (BERT, [], T),
+        (MODERN, [], T),
+        (replace(MODERN, positions="relative"), [], T),
+        (replace(MODERN, window=3), [1], 2),
+        (replace(MODERN, window=3), [], 4),
+        (replace(MODERN, window=3, global_every=2), [], T),
+        (replace(MODERN, window=3, global_every=2), [0], 2),
+        (replace(MODERN, window=3, global_every=2, scan_layers=False), [0], 2),
+        (replace(MODERN, window=3, global_every=2, scan_layers=False), [1], T),
+    ],
+    ids=["bert", "modern", "relative", "one local", "two local", "mixed", "its local", "unrolled", "its global"],
+)
+def test_a_token_of_an_encoder_depends_on_exactly_those_within_reach(config, muted, reach):
+    """Muted layers add nothing to the residual stream, so that the other one is seen alone."""
+    model = random_model(config, "qa")
+    for part in (model.blocks.attention.o, model.blocks.mlp.down):
+        part.w.set_value(part.w.get_value().at[jnp.asarray(muted, int)].set(0.0))
+    tokens_BT = jnp.arange(T)[None] + 7  # all different, so that each row of the embedding is one position
+    segments_BT = jnp.asarray([[1] * 8 + [2] * 2])
+    batch = Batch(tokens_BT, None, None, segments_BT=segments_BT)
+    seen_TS = np.abs(np.arange(T)[:, None] - np.arange(T)[None, :]) <= reach
+    seen_TS &= np.asarray(segments_BT[0][:, None] == segments_BT[0][None])
+    assert_depends(influence(model, batch)[:, tokens_BT[0]], seen_TS)
+
+
+@pairs
+def test_a_target_depends_on_all_of_its_source_and_on_what_it_has_read(config):
+    model = random_model(config)
+    source_BS, tokens_BT = jnp.arange(S)[None] + 7, jnp.arange(T)[None] + 30
+    segments_BT, source_segments_BS = jnp.asarray([[1] * 4 + [2] * 6]), jnp.asarray([[1] * 7 + [2] * 3 + [0] * 2])
+    batch = Batch(tokens_BT, None, None, segments_BT=segments_BT, source_BS=source_BS)
+    size_TV = influence(model, batch._replace(source_segments_BS=source_segments_BS))
+    own_TS = segments_BT[0][:, None] == segments_BT[0][None]
+    assert_depends(size_TV[:, tokens_BT[0]], np.asarray(own_TS) & np.tri(T, dtype=bool))
+    assert_depends(size_TV[:, source_BS[0]], np.asarray(segments_BT[0][:, None] == source_segments_BS[0][None]))
+
+
+@families
+def test_packed_examples_equal_examples_alone(config):
+    model = random_model(config, "tagging")
+    packed, alone = examples(config)
+    readout_TD = jax.random.normal(jax.random.key(3), (T, D))
+
+    def score(model, batch, readout_TD):
+        x_BTD = features(model, batch)
+        return jnp.sum(x_BTD[0] * readout_TD), x_BTD
+
+    gradient = jax.jit(jax.grad(score, has_aux=True))
+    whole, x_BTD = gradient(model, packed, readout_TD.at[9:].set(0.0))  # padding does not count
+    parts = []
+    for batch, place in zip(alone, (slice(0, 5), slice(5, 9)), strict=True):
+        part, own_BTD = gradient(model, batch, readout_TD[place])
+        np.testing.assert_allclose(x_BTD[:, place], own_BTD, atol=1e-5)
+        parts.append(part)
+    total = jax.tree.map(jnp.add, *parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), whole, total)
+
+
+@families
+def test_a_token_changed_in_one_example_leaves_the_others_bit_for_bit(config):
+    model = random_model(config, "tagging")
+    packed, _ = examples(config)
+    before = features(model, packed)
+    for name, first in [("tokens_BT", 0), ("source_BS", 0), ("tokens_BT", 9), ("source_BS", 10)]:
+        if getattr(packed, name) is None:
+            continue
+        after = features(model, packed._replace(**{name: getattr(packed, name).at[0, first].add(1)}))
+        if first == 0:
+            assert np.any(before[0, :5] != after[0, :5])
+            np.testing.assert_array_equal(before[0, 5:9], after[0, 5:9])
+        else:
+            np.testing.assert_array_equal(before[0, :9], after[0, :9], err_msg="padding is never read")
+
+
+@families
+def test_padding_changes_nothing_and_is_never_nan(config):
+    model = random_model(config, "tagging")
+    packed, (first, _) = examples(config)
+    x_BTD = features(model, first)
+    pair = config.family == "encoder_decoder"
+    for sides in [["BT"], ["BS"], ["BT", "BS"]] if pair else [["BT"]]:
+        padded = features(model, with_padding(first, sides))
+        np.testing.assert_allclose(padded[:1, :5], x_BTD, atol=1e-5, err_msg=str(sides))
+        assert np.all(np.isfinite(padded))
+    assert np.all(np.isfinite(features(model, packed)))
+
+
+@pytest.mark.parametrize("config", [BERT, MODERN, T5], ids=["bert", "modern", "t5"])
+def test_scan_and_recomputation_change_nothing(config):
+    config = replace(config, dropout=0.3, window=3 if config.positions == "rotary" else 0, global_every=2)
+    packed, _ = examples(config)
+    model = random_model(config, "tagging")
+    leaves = jax.tree.leaves(model)
+
+    def value_and_gradient(**changes):
+        other = random_model(replace(config, **changes), "tagging")
+
+        def loss(leaves):
+            model = jax.tree.unflatten(jax.tree.structure(other), leaves)
+            x_BTD = model.features(packed, backend=attention.XLA, key=jax.random.key(5))
+            return jnp.mean(jnp.square(x_BTD[:, :9]))
+
+        return jax.jit(jax.value_and_grad(loss))(leaves)
+
+    value, gradient = value_and_gradient(scan_layers=False)
+    for changes in ({}, {"remat": "save_attention"}):
+        other, other_gradient = value_and_gradient(**changes)
+        np.testing.assert_allclose(other, value, rtol=1e-5, err_msg=str(changes))
+        for a, b in zip(other_gradient, gradient, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=str(changes))
+
+
+@pytest.mark.parametrize("unstacked", [False, True])
+@pytest.mark.parametrize("config", [T5, T5_V1_1, replace(ORIGINAL, window=3, global_every=2)], ids=PAIRS)
+def test_an_encoder_decoder_writes_with_a_cache_what_it_reads_as_a_whole(config, unstacked):
+    model = random_model(config)
+    rng = np.random.default_rng(0)
+    tokens_BT, source_BS = jnp.asarray(rng.integers(0, 61, (2, T))), jnp.asarray(rng.integers(0, 61, (2, S)))
+    source_segments_BS = (jnp.arange(S)[None] < jnp.array([[9], [S]])).astype(int)
+    batch = Batch(tokens_BT, None, None, source_BS=source_BS, source_segments_BS=source_segments_BS)
+    whole = features(model, batch)
+    memory_BSD = model.encode(source_BS, None, source_segments_BS, backend=attention.XLA)
+    layers, zeros = config.num_decoder_layers, jnp.zeros((2, T, config.num_kv_heads, config.head_dim))
+    model = model.unstacked() if unstacked else model
+    cross = model.cross(memory_BSD)
+    cache = [KeyValues(zeros, zeros)] * layers
+    cache = cache if unstacked else jax.tree.map(lambda *a: jnp.stack(a), *cache)
+    read = jax.jit(model.with_cache)
+    for first, last in [(0, 4), *((t, t + 1) for t in range(4, T))]:
+        positions_BT = jnp.arange(first, last)[None].repeat(2, axis=0)
+        mask_BTS = jnp.arange(T)[None, None] <= positions_BT[:, :, None]
+        cross_mask_BTS = source_segments_BS[:, None] > 0
+        x_BTD, cache = read(
+            tokens_BT[:, first:last], positions_BT, cache, jnp.int32(first), mask_BTS, cross, cross_mask_BTS
+        )
+        np.testing.assert_allclose(x_BTD, whole[:, first:last], atol=2e-5)
+    logits_BTV = model.logits(x_BTD)
+    assert logits_BTV.shape == (2, 1, 128) and np.all(logits_BTV[..., 61:] == -np.inf)
+    np.testing.assert_allclose(logits_BTV[..., :61], (x_BTD @ model.output()[0].T)[..., :61], atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+def test_a_decoder_with_a_window_in_some_layers_reads_with_a_cache_as_without(positions):
+    config = fill_sizes(ModelConfig(**SIZES, positions=positions, window=3, global_every=2))
+    model = random_model(config)
+    tokens_BT, positions_BT = jnp.arange(T)[None], jnp.arange(T)[None]
+    zeros = jnp.zeros((2, 1, T, 4, 8))
+    mask_BTS = jnp.tri(T, dtype=bool)[None]
+    first, cache = model.with_cache(
+        tokens_BT[:, :6], positions_BT[:, :6], KeyValues(zeros, zeros), jnp.int32(0), mask_BTS[:, :6]
+    )
+    second, _ = model.with_cache(tokens_BT[:, 6:], positions_BT[:, 6:], cache, jnp.int32(6), mask_BTS[:, 6:])
+    whole = model(tokens_BT)
+    np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), whole, atol=1e-5)
+    assert np.max(np.abs(whole - random_model(replace(config, global_every=0))(tokens_BT))) > 0.01
+
+
+@families
+def test_dropout_needs_a_key_and_follows_it(config):
+    model = random_model(replace(config, dropout=0.5), "classification")
+    packed, _ = examples(config)
+    key = jax.random.key(1)
+    np.testing.assert_array_equal(features(model, packed), features(random_model(config, "classification"), packed))
+    np.testing.assert_array_equal(features(model, packed, key), features(model, packed, key))
+    assert np.any(features(model, packed, key) != features(model, packed))
+    assert np.any(features(model, packed, key) != features(model, packed, jax.random.key(2)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows"), [("classification", 3), ("regression", 1), ("tagging", 3), ("qa", 2), ("masked", 128)]
+)
+def test_a_head_says_as_many_numbers_as_its_objective_has(objective, rows):
+    model = random_model(BERT, objective)
+    packed, _ = examples(BERT)
+    shape = {"classification": (1, 1, D), "regression": (1, 1, D)}.get(objective, (1, T, D))
+    assert features(model, packed).shape == shape
+    w_VD, b_V = model.output()
+    assert w_VD.shape == (rows, D) and b_V.shape == (rows,)
+    assert (objective == "masked") == (w_VD is model.embed.get_value())
+
+
+def test_an_encoder_refuses_what_it_has_no_head_for():
+    with pytest.raises(ConfigError, match=r"^an encoder does not learn task\.objective=causal$"):
+        presets.build(BERT, jax.random.key(0))
+
+
+def test_masked_tokens_are_those_at_the_places_of_the_batch():
+    model = random_model(BERT, "masked")
+    packed, _ = examples(BERT)
+    places_BP = jnp.array([[7, 0, 3]])
+    some = features(model, packed._replace(places_BP=places_BP))
+    np.testing.assert_allclose(some[0], features(model, packed)[0, places_BP[0]], atol=1e-6)
+    logits_BPV = model.logits(some)
+    w_VD, b_V = model.output()
+    np.testing.assert_allclose(logits_BPV[..., :61], (some @ w_VD.T + b_V[None, None])[..., :61], atol=1e-5)
+
+
+def test_pooling_is_of_the_first_token_or_of_all_that_are_not_padding():
+    x_BTD = jax.random.normal(jax.random.key(0), (3, T, D))
+    segments_BT = (jnp.arange(T)[None] < jnp.array([[4], [T], [0]])).astype(int)
+    np.testing.assert_array_equal(heads.pool(x_BTD, segments_BT, "first"), x_BTD[:, :1])
+    mean_B1D = heads.pool(x_BTD, segments_BT, "mean")
+    np.testing.assert_allclose(mean_B1D[0, 0], x_BTD[0, :4].mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(mean_B1D[1, 0], heads.pool(x_BTD, None, "mean")[1, 0], atol=1e-6)
+    assert np.all(mean_B1D[2] == 0.0)
+
+
+def test_types_tell_texts_apart_and_none_means_the_first():
+    model = random_model(BERT, "qa")
+    packed, _ = examples(BERT)
+    none = features(model, packed._replace(types_BT=None))
+    np.testing.assert_array_equal(none, features(model, packed._replace(types_BT=jnp.zeros((1, T), int))))
+    assert np.max(np.abs(none - features(model, packed._replace(types_BT=jnp.ones((1, T), int))))) > 0.1
+
+
+def test_weights_start_as_large_as_what_they_sum_up_is_small():
+    big = {"d_model": 256, "head_dim": 32, "num_heads": 4, "d_ff": 512, "vocab_size": 512, "num_kv_heads": 4}
+    for config, table, query in [(T5, 1.0, 32**-0.5), (T5_V1_1, 1.0, 32**-0.5), (ORIGINAL, 256**-0.5, 1.0)]:
+        model = presets.build(replace(config, **big), jax.random.key(0))
+        block = model.decoder.blocks
+        expected = [(model.embed, table), (block.attention.q.w, query / 16), (block.cross.q.w, query / 16)]
+        expected += [(p.w, 1 / 16) for p in (block.attention.k, block.cross.v, block.mlp.up)]
+        expected += [(block.attention.o.w, 128**-0.5), (block.mlp.down.w, 512**-0.5)]
+        expected += [] if model.head is None else [(model.head, 1 / 16)]
+        for param, std in expected:
+            assert abs(float(jnp.std(param.get_value())) / std - 1) < 0.03
+    bert = presets.build(replace(BERT, **big), jax.random.key(0), "masked")
+    for param in (bert.embed, bert.positions, bert.blocks.attention.o.w, bert.blocks.mlp.down.w, bert.top.dense.w):
+        assert abs(float(jnp.std(param.get_value())) / INIT_STD - 1) < 0.03
+
+
+def random_model(config, objective="seq2seq"):
+    """A model none of whose weights is special: zeros and ones would hide mistakes."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: presets.build(config, jax.random.key(0), objective))
+
+    def draw(path, leaf):
+        names = {part.name for part in path}
+        # Where products are not divided by sqrt(C), queries are small instead.
+        size = 0.3 / config.head_dim**0.5 if "q" in names and not config.attention_scale else 0.3
+        return jnp.asarray(rng.normal("scale" in names, size, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@jax.jit
+def features(model, batch, key=None):
+    return model.features(batch, backend=attention.XLA, key=key)
+
+
+def influence(model, batch):
+    """How much each row of the embedding moves what the model says at each position: [T, V]."""
+    readout_D = jax.random.normal(jax.random.key(3), (D,))
+
+    def project(embed_VD):
+        other = jax.tree.map(lambda leaf: leaf, model)
+        other.embed.set_value(embed_VD)
+        return features(other, batch)[0] @ readout_D
+
+    jacobian_TVD = jax.jit(jax.jacrev(project))(model.embed.get_value())
+    return np.max(np.abs(jacobian_TVD), axis=-1)
+
+
+def assert_depends(size_TS, seen_TS):
+    assert np.all(size_TS[~seen_TS] == 0.0)
+    assert np.all(size_TS[seen_TS] > 1e-5)
+
+
+def examples(config):
+    """A row of two examples, of 5 and of 4 tokens, and of padding; and the two in rows of their own."""
+    rng = np.random.default_rng(0)
+    cuts = [slice(0, 5), slice(5, 9)]
+    row = {
+        "tokens_BT": rng.integers(0, 60, T),
+        "positions_BT": np.r_[0:5, 0:4, 0],
+        "segments_BT": np.repeat([1, 2, 0], [5, 4, 1]),
+        "types_BT": rng.integers(0, 2, T) if config.token_types else None,
+    }
+    if config.family == "encoder_decoder":
+        row |= {
+            "source_BS": rng.integers(0, 60, S),
+            "source_positions_BS": np.r_[0:7, 0:3, 0:2],
+            "source_segments_BS": np.repeat([1, 2, 0], [7, 3, 2]),
+        }
+    row = {name: part if part is None else jnp.asarray(part)[None] for name, part in row.items()}
+    alone = []
+    for cut, source_cut in zip(cuts, [slice(0, 7), slice(7, 10)], strict=True):
+        parts = {
+            name: part if part is None else part[:, source_cut if "BS" in name else cut] for name, part in row.items()
+        }
+        ones = {name: jnp.minimum(part, 1) for name, part in parts.items() if "segments" in name}
+        alone.append(Batch(**(parts | ones), targets_BT=None, weights_BT=None))
+    return Batch(**row, targets_BT=None, weights_BT=None), alone
+
+
+def with_padding(batch, sides):
+    """The batch with padding behind its target (BT) or its source (BS), and a row that is nothing but padding."""
+
+    def pad(name, part):
+        longer = 4 if name[-2:] in sides else 0
+        return part if part is None else jnp.pad(part, ((0, 1), (0, longer)))
+
+    return Batch(*(pad(name, part) for name, part in batch._asdict().items()))
