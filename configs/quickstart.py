@@ -2,7 +2,7 @@
 
 python -m lslm_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Measured on two cores of an AMD EPYC, 2026-11-23: 4 min 34 s in all, 6.1k tokens/s; 1.202 bits per byte of the held-out
+Measured on two cores of an AMD EPYC, 2026-11-25: 4 min 43 s in all, 4.1k tokens/s; 1.324 bits per byte of the held-out
 files, of which `gzip -9` needs 1.891.
 """
 
