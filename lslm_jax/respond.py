@@ -19,7 +19,6 @@ from lslm_jax.evaluate import heads
 from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.generate import decode
 from lslm_jax.models.attention import XLA
-from lslm_jax.train.step import make_predict_step
 
 Prompt = dict[str, str]
 Answer = dict[str, Any]
@@ -195,20 +194,20 @@ def _tell(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -
     found = [_example(setting, prompt) for prompt in prompts]
     with tempfile.TemporaryDirectory() as directory:
         part = _as_split(setting, found, epath.Path(directory))
-        scores_NPV = heads.scorer(setting)(model, part)
+        _, rows = heads.read(setting, part, model)
         match setting.config.task.objective:
             case "qa":
-                for best in heads.find_answers(setting, part, scores_NPV, found, setting.answerable):
+                for best in heads.find_answers(setting, part, rows, found, setting.answerable):
                     yield {"answer": best.text, "score": best.score, "begin": best.begin, "end": best.end}
             case "regression":
-                yield from ({"value": value} for value in scores_NPV[: len(found), 0, 0].tolist())
+                yield from ({"value": value} for value in rows.scores_NPV[:, 0, 0].tolist())
             case "tagging":
-                counts_NT = np.concatenate([part.batch(step).weights_BT for step in range(part.num_batches)]) > 0
-                for example, scores_TV, counts_T in zip(found, scores_NPV, counts_NT, strict=False):
-                    tags = [setting.labels[tag] for tag in scores_TV[counts_T].argmax(-1)]
-                    yield {"tags": [f"{word}/{tag}" for word, tag in zip(example["words"], tags, strict=False)]}
+                for example, tags in zip(found, heads.tags_of_words(rows), strict=True):
+                    # Words beyond the row have no tag.
+                    names = [setting.labels[tag] for tag in tags]
+                    yield {"tags": [f"{word}/{name}" for word, name in zip(example["words"], names, strict=False)]}
             case _:
-                for scores_V in scores_NPV[: len(found), 0]:
+                for scores_V in rows.scores_NPV[:, 0]:
                     share_V = np.exp(scores_V - scores_V.max())
                     shares = dict(zip(setting.labels, (share_V / share_V.sum()).tolist(), strict=True))
                     yield {"label": max(shares, key=shares.__getitem__), "probabilities": shares}
@@ -228,7 +227,7 @@ def _as_split(setting: Setting, found: list[examples.Example], directory: epath.
 def _fill(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -> Iterator[Answer]:
     """The likeliest tokens for each [MASK] of the prompts."""
     config, special = setting.config, setting.special
-    predict = jax.jit(make_predict_step(config, XLA))
+    predict = heads.predictor(config, XLA, setting.mesh)
     for prompt in prompts:
         parts = setting.words.encode_batch(prompt["prompt"].split(MASK))
         if len(parts) < 2:
@@ -242,7 +241,8 @@ def _fill(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -
         tokens_BT = np.array([ids], np.int32)
         places_BP = np.flatnonzero(tokens_BT[0] == special.mask_id)[None].astype(np.int32)
         batch = Batch(tokens_BT, places_BP, np.ones(places_BP.shape, np.float32), places_BP=places_BP)
-        scores_PV = predict(model, batch)[0, :, : setting.words.vocab_size]
+        _, rows = predict(model, batch)
+        scores_PV = rows.scores_NPV[0, :, : setting.words.vocab_size]
         shares_PV = np.asarray(jax.nn.softmax(scores_PV, axis=-1))
         best_PN = np.argsort(-shares_PV, axis=-1)[:, :_LIKELIEST]
         yield {

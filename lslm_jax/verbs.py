@@ -107,6 +107,9 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
         setting = _setting(config, facts, data_dir, mesh)
         if setting.words is None:
             raise InputMissing(f"{data_dir} holds no tokenizer: this run was trained on synthetic data")
+        if config.task.objective == "qa":
+            starts_N = Shards.open(data_dir / "train").numbers[:, 0]
+            setting = setting._replace(answerable=bool((starts_N >= 0).all()))
         model, step = _load_model(config, flags, mesh)
         writes = config.task.objective in ("causal", "seq2seq")
         if writes and len(prompts) == 1 and not flags.json:
@@ -169,11 +172,7 @@ def _setting(
     """What evaluators and answers to prompts work with; the kernel is right for the rows of all inputs."""
     synthetic = config.data.source == "synthetic" and not config.data.mixture
     words = None if synthetic else tokenizer.load(data_dir / facts["tokenizer"]["file"])
-    answerable = True
-    if config.task.objective == "qa" and words:
-        answerable = bool((Shards.open(data_dir / "train").numbers[:, 0] >= 0).all())
-    backend = _backend(config, mesh, inputs)
-    return Setting(config, words, facts["labels"], facts["special"], backend, mesh, answerable)
+    return Setting(config, words, facts["labels"], facts["special"], _backend(config, mesh, inputs), mesh)
 
 
 def _backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend:

@@ -86,14 +86,14 @@ def test_sentiment_is_learnt_told_in_every_measure_and_asked_for(reviews, tmp_pa
         model=BODY | {"pool": "mean"},
         data=data_of(reviews, example="label", labels=["negative", "positive"]),
         task={"objective": "classification"},
-        train={"steps": 80, "batch_size": 32},
+        train={"steps": 200, "batch_size": 32},
         generate={"prompts": ["a good film"]},
     )
     assert result["eval/accuracy"] == 1.0 == result["eval/f1_macro"] == result["eval/matthews"]
     assert result["eval/confusion"] == [[31, 0], [0, 30]] and result["eval/labels"] == ["negative", "positive"]
     assert result["eval/loss"] < 0.2
-    assert "negative" in (tmp_path / "samples" / "80-classes.txt").read_text()
-    assert "label: positive" in (tmp_path / "samples" / "80.txt").read_text()
+    assert "negative" in (tmp_path / "samples" / "200-classes.txt").read_text()
+    assert "label: positive" in (tmp_path / "samples" / "200.txt").read_text()
 
     again = json.loads(run(tmp_path, capsys, "evaluate"))
     assert again == {name: result[name] for name in again}
@@ -128,13 +128,14 @@ def test_a_masked_model_fills_in_and_lends_its_body_to_another_head(reviews, tmp
     assert message == "a masked model fills in [MASK]: put it into the prompt"
 
     sections = {
-        "model": BODY,
+        "model": BODY | {"num_labels": 3},  # one more than the data have
         "data": data_of(reviews, example="label"),
         "task": {"objective": "classification"},
         "train": {"steps": 2, "batch_size": 32, "init_from": str(tmp_path / "body")},
     }
     trained(tmp_path / "head", capsys, **sections)
     said = (tmp_path / "head" / "said.txt").read_text()
+    assert len(asked(tmp_path / "head", capsys, "--prompt=a good film")[0]["probabilities"]) == 2
     assert "started from 20 of 24 parameters in" in said
     assert "fresh: top.bias, top.head, top.pooler.b, top.pooler.w" in said
     assert "left behind: top.bias, top.dense.b, top.dense.w, top.norm.bias, top.norm.scale" in said

@@ -5,69 +5,112 @@ Legend of the shapes: N rows of all batches, P predictions of a row, T positions
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lslm_jax.batch import Batch
+from lslm_jax.config import Config
 from lslm_jax.data.pipeline import EvalInput
 from lslm_jax.evaluate import classification, report, runner, squad
 from lslm_jax.evaluate.evaluator import Report, Setting, batches
+from lslm_jax.models.attention import Backend
 from lslm_jax.train.step import make_predict_step
 
 
-def scorer(setting: Setting) -> Callable[[Any, EvalInput], np.ndarray]:
-    """Scores of each row of a set, [N, P, V] float32, those included that fill the last batch."""
-    everywhere = NamedSharding(setting.mesh, PartitionSpec())
-    step = jax.jit(make_predict_step(setting.config, setting.backend), out_shardings=everywhere)
-    return lambda model, part: runner.gather(step, model, batches(part), setting.mesh)
+class Rows(NamedTuple):
+    """Rows as they were read, and what a head says of them.
+
+    Attributes:
+      scores_NPV: float32.
+      targets_NP: as in Batch, and so the others.
+      weights_NP: how much each target counts.
+      types_NT: of two texts, which one a token belongs to.
+    """
+
+    scores_NPV: np.ndarray
+    targets_NP: np.ndarray
+    weights_NP: np.ndarray
+    types_NT: np.ndarray
+
+
+@functools.cache
+def predictor(config: Config, backend: Backend, mesh: Mesh) -> Any:
+    """The jitted step (model, batch) -> sums of losses, Rows; both whole on every device."""
+    predict = make_predict_step(config, backend)
+
+    def step(model: Any, batch: Batch) -> tuple[Any, Rows]:
+        sums, scores_BPV = predict(model, batch)
+        return sums, Rows(scores_BPV, batch.targets_BT, batch.weights_BT, batch.types_BT)  # type: ignore[arg-type]
+
+    return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def read(setting: Setting, part: EvalInput, model: Any) -> tuple[Any, Rows]:
+    """Sums of the losses over a set, and all its rows but those that fill the last batch."""
+    step = predictor(setting.config, setting.backend, setting.mesh)
+    sums, rows = zip(*runner.run(step, model, batches(part), setting.mesh), strict=True)
+    real_N = _of_rows(part, part.examples) >= 0
+    found = jax.tree.map(lambda array: array[real_N], runner.joined(rows))
+    if setting.labels:  # model.num_labels may leave room for more
+        found = found._replace(scores_NPV=found.scores_NPV[..., : len(setting.labels)])
+    return runner.added(sums), found
+
+
+def _of_rows(part: EvalInput, tell: Any) -> np.ndarray:
+    return np.concatenate([tell(step) for step in range(part.num_batches)])
 
 
 def example_of_rows(part: EvalInput) -> np.ndarray:
-    """The example behind each row, [N]; -1 for rows that fill the last batch."""
-    return np.concatenate([part.examples(step) for step in range(part.num_batches)])
+    """The example behind each row that `read` gives."""
+    example_N = _of_rows(part, part.examples)
+    return example_N[example_N >= 0]
 
 
-def classify(setting: Setting, part: EvalInput, scores_NPV: np.ndarray) -> Report:
+def evaluate(setting: Setting, part: EvalInput, model: Any) -> tuple[Any, Report]:
+    """Sums of the losses over a set, and what is to say of the predictions."""
+    sums, rows = read(setting, part, model)
+    return sums, EVALUATORS[setting.config.task.objective](setting, part, rows)
+
+
+def classify(setting: Setting, part: EvalInput, rows: Rows) -> Report:
     """Accuracy, precision, recall, F1 and correlation of classes."""
-    example_N = example_of_rows(part)
-    gold_N = part.shards.numbers[example_N[example_N >= 0], 0].astype(np.int64)
-    return class_report(gold_N, scores_NPV[example_N >= 0, 0].argmax(-1), setting.labels)
+    gold_N, predicted_N = rows.targets_NP[:, 0], rows.scores_NPV[:, 0].argmax(-1)
+    found = classification.classification(gold_N, predicted_N, setting.labels)
+    return class_report(gold_N, predicted_N, setting.labels, found)
 
 
-def class_report(gold_N: np.ndarray, predicted_N: np.ndarray, labels: list[str]) -> Report:
-    """What there is to say of predicted classes."""
-    found = classification.classification(gold_N, predicted_N, labels)
+def class_report(gold_N: np.ndarray, predicted_N: np.ndarray, labels: list[str], found: dict[str, float]) -> Report:
+    """A report on predicted classes whose measures are found."""
     table = report.classification(gold_N, predicted_N, labels, found)
     matrix = classification.confusion(gold_N, predicted_N, labels).tolist()
     return Report(found, {"classes.txt": table}, {"labels": labels, "confusion": matrix})
 
 
-def regress(setting: Setting, part: EvalInput, scores_NPV: np.ndarray) -> Report:
+def regress(setting: Setting, part: EvalInput, rows: Rows) -> Report:
     """Correlations and squared error of numbers."""
-    example_N = example_of_rows(part)
-    gold_N = part.shards.numbers[example_N[example_N >= 0], 0]
-    return Report(classification.regression(gold_N, scores_NPV[example_N >= 0, 0, 0]), {}, {})
+    return Report(classification.regression(rows.targets_NP[:, 0], rows.scores_NPV[:, 0, 0]), {}, {})
 
 
-def tag(setting: Setting, part: EvalInput, scores_NPV: np.ndarray) -> Report:
+def tag(setting: Setting, part: EvalInput, rows: Rows) -> Report:
     """Accuracy and F1 of the tags of words, and of entities where the tags spell such."""
-    rows = [row for batch in batches(part) for row in zip(batch.targets_BT, batch.weights_BT > 0, strict=True)]
-    real = np.flatnonzero(example_of_rows(part) >= 0)
-    gold = [targets_T[counts_T] for targets_T, counts_T in (rows[i] for i in real)]
-    predicted = [scores_NPV[i][rows[i][1]].argmax(-1) for i in real]
-    return Report(classification.tagging(gold, predicted, setting.labels), {}, {})
+    gold = [targets_T[weights_T > 0] for targets_T, weights_T in zip(rows.targets_NP, rows.weights_NP, strict=True)]
+    return Report(classification.tagging(gold, tags_of_words(rows), setting.labels), {}, {})
 
 
-def answer(setting: Setting, part: EvalInput, scores_NPV: np.ndarray) -> Report:
+def tags_of_words(rows: Rows) -> list[np.ndarray]:
+    """The likeliest tag of each word of each row, by number."""
+    pairs = zip(rows.scores_NPV, rows.weights_NP, strict=True)
+    return [scores_TV[weights_T > 0].argmax(-1) for scores_TV, weights_T in pairs]
+
+
+def answer(setting: Setting, part: EvalInput, rows: Rows) -> Report:
     """Exact match and F1 of answers, as SQuAD defines them; the answers themselves by question."""
     examples = list(part.shards.examples())
-    answerable = all(one["answers"] for one in examples)
-    answers = find_answers(setting, part, scores_NPV, examples, answerable)
-    seen = np.unique(example_of_rows(part))
-    seen = seen[seen >= 0]  # all, unless eval.batches is set
+    answers = find_answers(setting, part, rows, examples, all(one["answers"] for one in examples))
+    seen = np.unique(example_of_rows(part))  # all, unless eval.batches is set
     given = [[one["text"] for one in examples[i]["answers"]] for i in seen]
     found = squad.squad([answers[i].text for i in seen], given)
     predictions = report.squad_predictions([examples[i]["id"] for i in seen], [answers[i].text for i in seen])
@@ -75,20 +118,16 @@ def answer(setting: Setting, part: EvalInput, scores_NPV: np.ndarray) -> Report:
 
 
 def find_answers(
-    setting: Setting, part: EvalInput, scores_NTV: np.ndarray, examples: list[dict[str, Any]], answerable: bool
+    setting: Setting, part: EvalInput, rows: Rows, examples: list[dict[str, Any]], answerable: bool
 ) -> list[squad.Answer]:
     """The best answer to each question over all windows of its context; "" may be one unless all are answerable."""
-    example_N = example_of_rows(part)
-    first_N = np.concatenate([part.windows(step) for step in range(part.num_batches)])
-    types_NT = np.concatenate([np.asarray(batch.types_BT) for batch in batches(part)])
-    rows = example_N >= 0
     windows = squad.Windows(
-        example_N[rows],
-        first_N[rows],
-        types_NT[rows].sum(-1) - 1,  # the window and an eos
-        types_NT[rows].argmax(-1),
-        scores_NTV[rows, :, 0],
-        scores_NTV[rows, :, 1],
+        example_of_rows(part),
+        _of_rows(part, part.windows)[_of_rows(part, part.examples) >= 0],
+        rows.types_NT.sum(-1) - 1,  # the window and an eos
+        rows.types_NT.argmax(-1),
+        rows.scores_NPV[..., 0],
+        rows.scores_NPV[..., 1],
     )
     offsets = functools.cache(lambda text: setting.words.encode_with_offsets(text)[1:])
     contexts = [squad.Context(one["context"], *offsets(one["context"])) for one in examples]

@@ -1,6 +1,6 @@
-"""Runs a step over a finite set of batches, without waiting between batches: adds up its sums, or gathers its rows."""
+"""Runs a step over a finite set of batches without waiting between them, and puts together what it returns."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,26 +11,23 @@ from lslm_jax.batch import Batch
 from lslm_jax.sharding import to_global
 
 
-def total(step: Callable[[Any, Batch], Any], model: Any, batches: Iterable[Batch], mesh: Mesh) -> Any:
-    """Sums what `step(model, batch)` returns over all batches; float64, as one batch's float32 sums stay exact.
+def run(step: Callable[[Any, Batch], Any], model: Any, batches: Iterable[Batch], mesh: Mesh) -> list[Any]:
+    """What `step(model, batch)` returns for each batch, on the host.
 
     Args:
-      step: jitted; returns a pytree of scalars.
+      step: jitted; what it returns lies whole on every device.
       model: its first argument.
       batches: this process's rows of each global batch.
       mesh: where the batches go.
     """
-    parts = [step(model, to_global(batch, mesh)) for batch in batches]
-    return jax.tree.map(lambda *values: float(np.sum(np.asarray(values, np.float64))), *jax.device_get(parts))
+    return jax.device_get([step(model, to_global(batch, mesh)) for batch in batches])
 
 
-def gather(step: Callable[[Any, Batch], Any], model: Any, batches: Iterable[Batch], mesh: Mesh) -> np.ndarray:
-    """What `step(model, batch)` returns for each row of all batches, in order, on every process.
+def added(parts: Sequence[Any]) -> Any:
+    """The sum of pytrees of scalars, as floats; in float64, as one batch's float32 sums stay exact."""
+    return jax.tree.map(lambda *values: float(np.sum(np.asarray(values, np.float64))), *parts)
 
-    Args:
-      step: jitted, its result copied to all devices (`out_shardings`); returns an array [B, ...].
-      model: its first argument.
-      batches: this process's rows of each global batch.
-      mesh: where the batches go.
-    """
-    return np.concatenate(jax.device_get([step(model, to_global(batch, mesh)) for batch in batches]))
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Pytrees of arrays [B, ...] as one of arrays of all rows."""
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)

@@ -16,51 +16,48 @@ from lslm_jax.train.step import make_eval_step
 
 
 def make(setting: Setting, data: Mapping[str, EvalInput]) -> Evaluator:
-    """The evaluator of the config's objective over held-out data, given by the names of their sources."""
-    measure, more = losses(setting, data), _more(setting)
+    """The evaluator of the config's objective over held-out data, given by the names of their sources.
 
-    def evaluate(model: Any) -> Report:
-        found = joined({name: more(name, part, model) for name, part in data.items()})
-        return found._replace(metrics=measure(model).metrics | found.metrics)
-
-    return evaluate
-
-
-def _more(setting: Setting) -> Callable[[str, EvalInput, Any], Report]:
-    """What there is to say of a source besides its loss: of what a head tells, or of the texts that are written."""
-    objective = setting.config.task.objective
-    if objective in heads.EVALUATORS:
-        score, judge = heads.scorer(setting), heads.EVALUATORS[objective]
-        return lambda name, part, model: judge(setting, part, score(model, part))
-    if objective == "seq2seq":
-        return lambda name, part, model: texts.evaluate(setting, name, part, model)
-    return lambda name, part, model: Report({}, {}, {})
-
-
-def losses(setting: Setting, data: Mapping[str, EvalInput]) -> Evaluator:
-    """Loss (nats a target) and what follows from it: of tokens, perplexity and accuracy of the likeliest.
-
-    A causal model's perplexity also as bits per byte of the original text; a masked one's is called pseudo-perplexity,
-    as its tokens see each other.
+    Its metrics begin with the loss, in nats a target, and what follows from it: of tokens, perplexity and the accuracy
+    of the likeliest. A causal model's perplexity also as bits per byte of the original text; a masked one's is called
+    pseudo-perplexity, as its tokens see each other.
     """
-    step = jax.jit(make_eval_step(setting.config, setting.backend))
     objective = setting.config.task.objective
+    measure = _measure(setting)
     num_bytes = {name: part.num_bytes() for name, part in data.items()} if objective == "causal" else {}
 
     def evaluate(model: Any) -> Report:
-        sums = {name: runner.total(step, model, batches(part), setting.mesh) for name, part in data.items()}
+        sums, reports = {}, {}
+        for name, part in data.items():
+            sums[name], reports[name] = measure(name, part, model)
         found: dict[str, float] = {}
         for name in sums if len(sums) > 1 else ():
-            each = _metrics(objective, sums[name], num_bytes[name] if num_bytes else 0)
+            each = _losses(objective, sums[name], num_bytes[name] if num_bytes else 0)
             found |= {f"{name}/{what}": value for what, value in each.items()}
-        together = jax.tree.map(lambda *values: sum(values), *sums.values())
-        return Report(found | _metrics(objective, together, sum(num_bytes.values())), {}, {})
+        found |= _losses(objective, runner.added(list(sums.values())), sum(num_bytes.values()))
+        report = joined(reports)
+        return report._replace(metrics=found | report.metrics)
 
     return evaluate
 
 
-def _metrics(objective: str, sums: Any, num_bytes: int) -> dict[str, float]:
-    """Of sums that `runner.total` has made floats."""
+def _measure(setting: Setting) -> Callable[[str, EvalInput, Any], tuple[Any, Report]]:
+    """The sums of a source's losses, and what else there is to say: of what a head tells, or of texts written."""
+    objective = setting.config.task.objective
+    if objective in heads.EVALUATORS:
+        return lambda name, part, model: heads.evaluate(setting, part, model)
+    step = jax.jit(make_eval_step(setting.config, setting.backend))
+
+    def measure(name: str, part: EvalInput, model: Any) -> tuple[Any, Report]:
+        sums = runner.added(runner.run(step, model, batches(part), setting.mesh))
+        written = texts.evaluate(setting, name, part, model) if objective == "seq2seq" else Report({}, {}, {})
+        return sums, written
+
+    return measure
+
+
+def _losses(objective: str, sums: Any, num_bytes: int) -> dict[str, float]:
+    """Of sums that are floats."""
     found = {"loss": sums.nll / sums.weight}
     if objective in heads.EVALUATORS:
         return found

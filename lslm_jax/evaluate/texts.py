@@ -63,11 +63,11 @@ def _translations(examples: list[dict[str, Any]], written: list[str]) -> Report:
 
 
 def _classes(setting: Setting, examples: list[dict[str, Any]], written: list[str]) -> Report:
-    gold_N = np.array([setting.labels.index(one["label"]) for one in examples])
+    numbers = {label: number for number, label in enumerate(setting.labels)}
+    gold_N = np.array([numbers[one["label"]] for one in examples])
+    found = classification.text_classification(gold_N, written, setting.labels)
     predicted_N = classification.classes_of_texts(written, setting.labels)
-    found = heads.class_report(gold_N, predicted_N, setting.labels)
-    invalid = float(np.mean(predicted_N == classification.INVALID))
-    return found._replace(metrics=found.metrics | {"invalid": invalid})
+    return heads.class_report(gold_N, predicted_N, setting.labels, found)
 
 
 def _answers(examples: list[dict[str, Any]], written: list[str]) -> Report:

@@ -100,7 +100,7 @@ def _objective(config: Config, backend: Backend, model: Any, batch: Batch, key: 
 
 def make_eval_step(config: Config, backend: Backend) -> Callable[[Any, Batch], Sums]:
     """The step (model, batch) -> sums over its targets, with neither dropout, smoothing nor z-loss."""
-    settings = _loss_settings(config)._replace(z_loss=0.0, label_smoothing=0.0)
+    settings = _evaluation_settings(config)
 
     def eval_step(model: Any, batch: Batch) -> Sums:
         return _score(config, model, model.features(batch, backend=backend), batch, settings)
@@ -108,14 +108,19 @@ def make_eval_step(config: Config, backend: Backend) -> Callable[[Any, Batch], S
     return eval_step
 
 
-def make_predict_step(config: Config, backend: Backend) -> Callable[[Any, Batch], jax.Array]:
-    """The step (model, batch) -> scores [B, P, V] of a head's labels, float32: its classes, tags, number, or spans."""
+def make_predict_step(config: Config, backend: Backend) -> Callable[[Any, Batch], tuple[Sums, jax.Array]]:
+    """The step (model, batch) -> the sums of `make_eval_step`, and the scores they come from: [B, P, V], float32.
 
-    def predict_step(model: Any, batch: Batch) -> jax.Array:
+    For outputs small enough to be looked at: a head's classes, tags, number or spans, or a few masked tokens.
+    """
+    settings = _evaluation_settings(config)
+
+    def predict_step(model: Any, batch: Batch) -> tuple[Sums, jax.Array]:
         x_BPD = model.features(batch, backend=backend)
         w_VD, b_V = model.output()
         scores_BPV = jnp.einsum("bpd,vd->bpv", x_BPD, w_VD.astype(x_BPD.dtype), preferred_element_type=jnp.float32)
-        return scores_BPV if b_V is None else scores_BPV + b_V[None, None]
+        scores_BPV = scores_BPV if b_V is None else scores_BPV + b_V[None, None]
+        return _score(config, model, x_BPD, batch, settings), scores_BPV
 
     return predict_step
 
@@ -129,6 +134,10 @@ def _score(config: Config, model: Any, x_BPD: jax.Array, batch: Batch, settings:
             return losses.span(x_BPD, w_VD, batch.targets_BT, batch.weights_BT, batch.segments_BT, b_V)
         case _:
             return losses.cross_entropy(x_BPD, w_VD, batch.targets_BT, batch.weights_BT, settings, b_V)
+
+
+def _evaluation_settings(config: Config) -> losses.Settings:
+    return _loss_settings(config)._replace(z_loss=0.0, label_smoothing=0.0)
 
 
 def _loss_settings(config: Config) -> losses.Settings:
