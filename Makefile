@@ -13,10 +13,10 @@ setup: $(READY)
 
 # Two processes suit two cores; a file's tests share what they compile.
 test: $(READY)
-	$(PY) -m pytest -q -n 2 --dist loadfile
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # Against Hugging Face transformers, which the project itself does not install.
 test-parity: $(READY)

@@ -5,14 +5,16 @@ out does not depend on how many there are.
 """
 
 import collections
+import contextlib
 import itertools
-import multiprocessing.connection
+import multiprocessing
 import os
+import queue
 import signal
 import threading
+import traceback
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import numpy as np
@@ -159,7 +161,7 @@ def process(
 
     Raises:
       DataError: a document is undecodable and `clean.bad_utf8` is strict.
-      LslmError: a worker was killed.
+      LslmError: a process was killed.
     """
     first = list(itertools.islice(blocks, 2))
     blocks = itertools.chain(first, blocks)
@@ -168,46 +170,88 @@ def process(
         for block in blocks:
             yield block.stream, block.start, worker(block)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start, (tokenizer, config, tasks))
+    pool = [_Process(tokenizer, config, tasks) for _ in range(workers)]
     try:
-        yield from _in_order(pool, blocks, 2 * workers)
-    except BrokenProcessPool as error:
-        raise LslmError("a process of prepare was killed, perhaps for want of memory; run again to go on") from error
+        yield from _in_order(pool, blocks)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for one in pool:
+            one.stop()
 
 
-def _in_order(
-    pool: ProcessPoolExecutor, blocks: Iterator[Block], in_flight: int
-) -> Iterator[tuple[int, int, list[Result]]]:
-    pending: collections.deque = collections.deque()
-    for block in itertools.chain(blocks, [None] * in_flight):
+def _in_order(pool: list["_Process"], blocks: Iterator[Block]) -> Iterator[tuple[int, int, list[Result]]]:
+    """Deals the blocks out in turn, so many ahead that a process that is done finds its next one waiting."""
+    pending: collections.deque[tuple[_Process, Block]] = collections.deque()
+    for block, process in zip(itertools.chain(blocks, [None] * (2 * len(pool))), itertools.cycle(pool)):
         if block:
-            pending.append((block.stream, block.start, pool.submit(_work, block)))
-        if pending and (not block or len(pending) >= in_flight):
-            stream, start, future = pending.popleft()
-            yield stream, start, future.result()
+            process.send(block)
+            pending.append((process, block))
+        if pending and (not block or len(pending) == 2 * len(pool)):
+            process, block = pending.popleft()
+            yield block.stream, block.start, process.receive()
 
 
-_worker: Worker  # of a worker process; set once, when it starts
+class _Process:
+    """A process that works on blocks, in order.
+
+    It has a pipe of its own. With a queue that several write to, as in concurrent.futures, one that is killed while it
+    writes leaves the others, and the reader, waiting for ever.
+    """
+
+    def __init__(self, *arguments: object):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, *arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, block: Block) -> None:
+        with _told_if_killed():
+            self._pipe.send(block)
+
+    def receive(self) -> list[Result]:
+        with _told_if_killed():
+            result = self._pipe.recv()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.join()
+        self._pipe.close()
 
 
-def _start(tokenizer: epath.Path, config: CleanConfig, tasks: list[Task]) -> None:
-    global _worker
+@contextlib.contextmanager
+def _told_if_killed() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise LslmError("a process of prepare was killed, perhaps for want of memory; run again to go on") from error
+
+
+def _serve(pipe: Connection, tokenizer: epath.Path, config: CleanConfig, tasks: list[Task]) -> None:
+    """What a process does: results in the order of the blocks, or the exception that one of them raised."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to deal with
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = Worker(tokenizer, config, tasks)
+    blocks: queue.SimpleQueue[Block] = queue.SimpleQueue()
+    threading.Thread(target=_take, args=(pipe, blocks), daemon=True).start()
+    try:
+        worker = Worker(tokenizer, config, tasks)
+        while True:
+            pipe.send(worker(blocks.get()))
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        pipe.send(error)
+        threading.Event().wait()  # the parent stops this process once it has read what came before
 
 
-def _exit_with_parent() -> None:
-    """A parent that was killed cannot tell its workers; they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent:
-        multiprocessing.connection.wait([parent.sentinel])
+def _take(pipe: Connection, blocks: queue.SimpleQueue) -> None:
+    """Takes blocks as they come, for the parent must not wait to send while a result waits to be read.
+
+    A parent that was killed cannot stop its processes; they would wait for work for ever.
+    """
+    try:
+        while True:
+            blocks.put(pipe.recv())
+    except (EOFError, OSError):
         os._exit(1)
-
-
-def _work(block: Block) -> list[Result]:
-    return _worker(block)

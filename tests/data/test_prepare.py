@@ -173,18 +173,24 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes_and_leaves_no_process(tmp_
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
-def test_a_killed_worker_is_told_in_one_line(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("lslm_jax.data.parallel._BLOCK_CHARS", 1000)
+@pytest.mark.parametrize("size", [1_000, 400_000], ids=["between results", "while it writes one"])
+def test_a_killed_worker_is_told_in_one_line(size, corpus, tmp_path, monkeypatch):
+    """A result of 400,000 characters does not fit into the pipe: nobody reads it while this one looks for whom to kill."""
+    monkeypatch.setattr("lslm_jax.data.parallel._BLOCK_CHARS", size)
+    monkeypatch.setattr("lslm_jax.data.prepare._LOG_SECONDS", 0.0)
+    for i in range(6):
+        (tmp_path / "raw" / f"big{i}.py").write_text(f"{i}" * 400_000)
 
     def kill_one(line: str) -> None:
+        time.sleep(0.3)
         for child in multiprocessing.active_children()[:1]:
             child.kill()
 
-    monkeypatch.setattr("lslm_jax.data.prepare._LOG_SECONDS", 0.0)
     config = dataclasses.replace(corpus, tokenizer=BYTES)
     with pytest.raises(LslmError, match=r"^a process of prepare was killed, perhaps for want of memory; run again"):
         prepare(config, epath.Path(tmp_path / "out"), kill_one, workers=2)
-    assert run(config, tmp_path / "out")["documents"] == 40
+    assert not multiprocessing.active_children()
+    assert run(config, tmp_path / "out")["documents"] == 46
 
 
 def test_a_second_run_is_skipped_at_once_even_when_the_input_is_gone(corpus, tmp_path):
