@@ -18,18 +18,18 @@ OBJECTIVES = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span
 
 
 def command(workdir: pathlib.Path, family: str, steps: int, **settings: object) -> list[str]:
-    model = {"family": family, "num_layers": 2, "d_model": 64, "num_heads": 4, "max_length": 64, "dropout": 0.1}
+    model = {"family": family, "num_layers": 2, "d_model": 32, "num_heads": 4, "max_length": 32, "dropout": 0.1}
     config = {
         "model": model,
         "task": {"objective": OBJECTIVES[family]},
         "data": {
             "files": [f"{CORPUS}/*.py"],
             "valid_fraction": 0.3,
-            "seq_len": 64,
+            "seq_len": 32,
             "dir": str(workdir.parent / "data"),
         },
         "tokenizer": {"kind": "bytes"},
-        "train": {"steps": steps, "batch_size": 16, "ema": 0.9},
+        "train": {"steps": steps, "batch_size": 8, "ema": 0.9},
         "optimizer": {"warmup_steps": 10},
         "checkpoint": {"every": 20},
         "eval": {"every": 50, "batches": 2},
@@ -43,7 +43,8 @@ def command(workdir: pathlib.Path, family: str, steps: int, **settings: object) 
 
 def environment(devices: int, cache: pathlib.Path) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    cached = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | {"XLA_FLAGS": flags} | cached
 
 
 def run_until(arguments: list[str], env: dict[str, str], metrics: pathlib.Path, step: int, number: int) -> int:
@@ -75,21 +76,20 @@ def test_a_run_stopped_by_sigterm_and_by_sigkill_equals_the_uninterrupted_one_by
 ):
     env, cache = environment(devices, tmp_path / "cache"), tmp_path / "cache"
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2} if devices == 8 else {}
-    whole = tmp_path / "whole"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     subprocess.run(command(whole, family, steps, **mesh), env=env, check=True, capture_output=True, timeout=180)
     expected = (whole / "metrics.jsonl").read_bytes()
     assert expected.count(b"\n") == steps + steps // 50 + bool(steps % 50)
     assert cache.exists()
 
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        workdir = tmp_path / signal.Signals(number).name
-        for step in sorted(random.Random(devices + number).sample(range(10, steps - 20), stops)):
-            code = run_until(command(workdir, family, steps, **mesh), env, workdir / "metrics.jsonl", step, number)
-            assert code == (75 if number == signal.SIGTERM else -signal.SIGKILL)
-        finished = subprocess.run(
-            command(workdir, family, steps, **mesh), env=env, capture_output=True, text=True, timeout=180
-        )
-        assert finished.returncode == 0, finished.stderr
-        assert "resumed from step" in finished.stderr
-        assert (workdir / "metrics.jsonl").read_bytes() == expected
-        assert json.loads(finished.stdout)["eval/loss"] == json.loads((whole / "result.json").read_text())["eval/loss"]
+    signals = [signal.SIGTERM, signal.SIGKILL] * stops
+    places = sorted(random.Random(devices).sample(range(10, steps - 20), len(signals)))
+    for step, number in zip(places, signals, strict=True):
+        code = run_until(command(stopped, family, steps, **mesh), env, stopped / "metrics.jsonl", step, number)
+        assert code == (75 if number == signal.SIGTERM else -signal.SIGKILL)
+    again = command(stopped, family, steps, **mesh)
+    finished = subprocess.run(again, env=env, capture_output=True, text=True, timeout=180)
+    assert finished.returncode == 0, finished.stderr
+    assert "resumed from step" in finished.stderr
+    assert (stopped / "metrics.jsonl").read_bytes() == expected
+    assert json.loads(finished.stdout)["eval/loss"] == json.loads((whole / "result.json").read_text())["eval/loss"]
