@@ -175,7 +175,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes_and_leaves_no_process(tmp_
 
 @pytest.mark.parametrize("size", [1_000, 400_000], ids=["between results", "while it writes one"])
 def test_a_killed_worker_is_told_in_one_line(size, corpus, tmp_path, monkeypatch):
-    """A result of 400,000 characters does not fit into the pipe: nobody reads it while this one looks for whom to kill."""
+    """A result of 400,000 characters does not fit into the pipe, which nobody reads while `kill_one` waits."""
     monkeypatch.setattr("lslm_jax.data.parallel._BLOCK_CHARS", size)
     monkeypatch.setattr("lslm_jax.data.prepare._LOG_SECONDS", 0.0)
     for i in range(6):
