@@ -76,7 +76,9 @@ def prepare(config: Config, directory: epath.Path, log: Log, workers: int = 0) -
     manifest = record | _write(config, recipes, directory, record["tokenizer"], log, workers or _num_cores())
     atomic.write_json(directory / _MANIFEST, manifest)
     (directory / _UNFINISHED).unlink()
-    return _summary(manifest, False, started)
+    summary = _summary(manifest, False, started)
+    log(_outcome(summary))
+    return summary
 
 
 def _begin(config: Config, named: dict[str, Source], directory: epath.Path, log: Log) -> dict[str, Any]:
@@ -235,6 +237,13 @@ class _Progress:
         self._log(
             f"prepare: {self.documents:,} documents, {self.tokens / 1e6:.1f} M tokens, {speed / 1e6:.2f} M tokens/s"
         )
+
+
+def _outcome(summary: dict[str, Any]) -> str:
+    kept = ", ".join(f"{split['documents']:,} {name}" for name, split in summary["splits"].items())
+    dropped = ", ".join(f"{count:,} {why}" for why, count in summary["dropped"].items())
+    said = f"prepare: done: {kept} documents, {summary['tokens'] / 1e6:.1f} M tokens"
+    return f"{said}; dropped: {dropped}" if dropped else said
 
 
 def _finish(writer: ShardWriter, directory: epath.Path) -> dict[str, Any]:
