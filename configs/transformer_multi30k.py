@@ -48,12 +48,15 @@ def get_config() -> Config:
             activation="relu",
             embed_scale=True,
             init="fan_in",
-            dropout=0.2,
+            norm_first=True,
+            dropout=0.1,
         ),
-        train=TrainConfig(steps=4000, batch_size=16, label_smoothing=0.1, ema=0.999),
-        optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.98, schedule="rsqrt", warmup_steps=800, weight_decay=0.01),
-        checkpoint=CheckpointConfig(every=500, best="eval/loss"),
-        eval=EvalConfig(every=1000),
+        train=TrainConfig(steps=2400, batch_size=16, label_smoothing=0.1),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, b2=0.98, schedule="linear", warmup_steps=200, final_ratio=0.0, weight_decay=0.01
+        ),
+        checkpoint=CheckpointConfig(every=400, best="eval/bleu"),
+        eval=EvalConfig(every=800),
         generate=GenerateConfig(
             prompts=("Two young men are playing football in the park.",), max_tokens=96, temperature=0.0, beams=4
         ),
