@@ -116,8 +116,12 @@ def _decode(value: Any, policy: Literal["strict", "replace", "skip"], origin: st
 def nothing(recipes: Mapping[str, Recipe], dropped: Mapping[str, int]) -> str:
     """What to say where no example is left to train on."""
     what = ", ".join(" ".join(recipe.source.files) or recipe.source.tfds for recipe in recipes.values())
-    reasons = ", ".join(f"{count:,} {why}" for why, count in sorted(dropped.items()))
-    return f"nothing to train on in {what}; dropped: {reasons or 'none'}"
+    return f"nothing to train on in {what}; dropped: {counted(dropped) or 'none'}"
+
+
+def counted(dropped: Mapping[str, int]) -> str:
+    """How many examples were dropped, and why: `3 duplicate, 1 too_short`."""
+    return ", ".join(f"{count:,} {why}" for why, count in sorted(dropped.items()))
 
 
 def cleaned(example: Example, recipe: Recipe, config: CleanConfig) -> Example:

@@ -170,24 +170,22 @@ def process(
         for block in blocks:
             yield block.stream, block.start, worker(block)
         return
-    pool = [_Process(tokenizer, config, tasks) for _ in range(workers)]
-    try:
-        yield from _in_order(pool, blocks)
-    finally:
-        for one in pool:
-            one.stop()
+    with contextlib.ExitStack() as stack:
+        start = lambda: stack.enter_context(contextlib.closing(_Process(tokenizer, config, tasks)))
+        yield from _in_order([start() for _ in range(workers)], blocks)
 
 
 def _in_order(pool: list["_Process"], blocks: Iterator[Block]) -> Iterator[tuple[int, int, list[Result]]]:
     """Deals the blocks out in turn, so many ahead that a process that is done finds its next one waiting."""
-    pending: collections.deque[tuple[_Process, Block]] = collections.deque()
-    for block, process in zip(itertools.chain(blocks, [None] * (2 * len(pool))), itertools.cycle(pool)):
+    ahead = 2 * len(pool)
+    pending: collections.deque[tuple[int, int, _Process]] = collections.deque()
+    for block, worker in zip(itertools.chain(blocks, [None] * ahead), itertools.cycle(pool)):
         if block:
-            process.send(block)
-            pending.append((process, block))
-        if pending and (not block or len(pending) == 2 * len(pool)):
-            process, block = pending.popleft()
-            yield block.stream, block.start, process.receive()
+            worker.send(block)
+            pending.append((block.stream, block.start, worker))
+        if pending and (not block or len(pending) == ahead):
+            stream, start, oldest = pending.popleft()
+            yield stream, start, oldest.receive()
 
 
 class _Process:
@@ -215,7 +213,8 @@ class _Process:
             raise result
         return result
 
-    def stop(self) -> None:
+    def close(self) -> None:
+        """Ends the process, whatever it is doing."""
         self._process.terminate()
         self._process.join()
         self._pipe.close()
@@ -248,10 +247,10 @@ def _serve(pipe: Connection, tokenizer: epath.Path, config: CleanConfig, tasks: 
 def _take(pipe: Connection, blocks: queue.SimpleQueue) -> None:
     """Takes blocks as they come, for the parent must not wait to send while a result waits to be read.
 
-    A parent that was killed cannot stop its processes; they would wait for work for ever.
+    A process that can take no more ends: its parent was killed and cannot stop it, or there is no memory for a block.
     """
     try:
         while True:
             blocks.put(pipe.recv())
-    except (EOFError, OSError):
+    finally:
         os._exit(1)

@@ -241,9 +241,8 @@ class _Progress:
 
 def _outcome(summary: dict[str, Any]) -> str:
     kept = ", ".join(f"{split['documents']:,} {name}" for name, split in summary["splits"].items())
-    dropped = ", ".join(f"{count:,} {why}" for why, count in summary["dropped"].items())
-    said = f"prepare: done: {kept} documents, {summary['tokens'] / 1e6:.1f} M tokens"
-    return f"{said}; dropped: {dropped}" if dropped else said
+    dropped = examples.counted(summary["dropped"]) or "none"
+    return f"prepare: done: {kept} documents, {summary['tokens'] / 1e6:.1f} M tokens; dropped: {dropped}"
 
 
 def _finish(writer: ShardWriter, directory: epath.Path) -> dict[str, Any]:
