@@ -11,12 +11,15 @@ demo: $(READY)
 
 setup: $(READY)
 
-# Two processes suit two cores; a file's tests share what they compile.
+# Two processes suit two cores; a file's tests share what they compile. One that crashes ends the run: where it is
+# replaced, pytest-xdist waits for ever at the end.
+PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+
 test: $(READY)
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 test-fast: $(READY)
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Against Hugging Face transformers, which the project itself does not install.
 test-parity: $(READY)

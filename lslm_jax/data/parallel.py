@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -204,7 +205,8 @@ class _Process:
 
     def send(self, block: Block) -> None:
         with _told_if_killed():
-            self._pipe.send(block)
+            # What `send` leaves in the traceback of an error crashes the garbage collector of Python 3.12.1.
+            self._pipe.send_bytes(pickle.dumps(block))
 
     def receive(self) -> list[Result]:
         with _told_if_killed():
