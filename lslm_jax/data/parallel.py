@@ -9,13 +9,13 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import threading
 import traceback
 from collections.abc import Generator, Iterable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import NamedTuple
 
 import numpy as np
@@ -205,8 +205,8 @@ class _Process:
 
     def send(self, block: Block) -> None:
         with _told_if_killed():
-            # What `send` leaves in the traceback of an error crashes the garbage collector of Python 3.12.1.
-            self._pipe.send_bytes(pickle.dumps(block))
+            # Not `send`: the buffer it leaves in an error's traceback crashes the garbage collector of Python 3.12.1.
+            self._pipe.send_bytes(bytes(ForkingPickler.dumps(block)))
 
     def receive(self) -> list[Result]:
         with _told_if_killed():
