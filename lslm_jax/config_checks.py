@@ -63,7 +63,8 @@ def _problems(config: Config) -> Iterator[str]:
 
 
 _POSITIVE = (
-    "model.num_layers model.d_model model.num_heads model.max_length model.rope_theta model.norm_eps "
+    "model.num_layers model.d_model model.num_heads model.max_length model.rope_theta model.rope_fraction "
+    "model.rope_factor model.rope_low_factor model.rope_high_factor model.rope_original_length model.norm_eps "
     "model.relative_buckets model.relative_distance data.seq_len task.span_length task.stride task.max_answer "
     "data.shard_tokens tokenizer.vocab_size tokenizer.sample_bytes train.steps train.batch_size train.accumulate "
     "optimizer.learning_rate optimizer.eps checkpoint.every checkpoint.keep log.every generate.max_tokens "
@@ -71,7 +72,8 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "seed model.num_kv_heads model.head_dim model.d_ff model.num_decoder_layers model.vocab_size model.num_labels "
-    "model.token_types model.window model.global_every model.logit_softcap data.source_len "
+    "model.token_types model.window model.position_offset model.rope_local_theta model.attention_scale "
+    "model.attention_softcap model.logit_softcap data.source_len "
     "data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss optimizer.warmup_steps "
     "optimizer.weight_decay optimizer.clip checkpoint.keep_every eval.every eval.batches generate.temperature "
     "generate.top_k"
@@ -90,7 +92,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
     yield from (f"{key} must be positive, got {value(key)}" for key in _POSITIVE if not value(key) > 0)
     yield from (f"{key} must not be negative, got {value(key)}" for key in _NOT_NEGATIVE if not value(key) >= 0)
     yield from (f"{key} must be in [0, 1), got {value(key)}" for key in _BELOW_ONE if not 0 <= value(key) < 1)
-    for key in ("generate.top_p", "optimizer.final_ratio"):
+    for key in ("generate.top_p", "optimizer.final_ratio", "model.rope_fraction"):
         if not 0 <= value(key) <= 1:
             yield f"{key} must be in [0, 1], got {value(key)}"
 
@@ -104,12 +106,12 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
     full = fill_sizes(model)
     if full.num_heads % full.num_kv_heads:
         yield f"model.num_heads={full.num_heads} is not divisible by model.num_kv_heads={full.num_kv_heads}"
-    if full.positions == "rotary" and full.head_dim % 2:
-        yield f"rotary positions need an even head width, got {full.head_dim} (model.head_dim)"
+    if full.positions == "rotary" and full.head_dim * full.rope_fraction % 2:
+        width = f"{full.head_dim} (model.head_dim)" + f" * {full.rope_fraction}" * (full.rope_fraction < 1)
+        yield f"rotary positions need an even head width, got {width}"
     if full.attention == "cudnn" and full.dtype != "bfloat16":
         yield "model.attention=cudnn needs model.dtype=bfloat16"
-    if full.global_every and not full.window:
-        yield f"model.global_every={full.global_every} needs model.window, the reach of the other layers"
+    yield from _layer_problems(full)
     if full.positions == "relative" and full.relative_buckets < 4:
         yield f"model.relative_buckets={full.relative_buckets} tells too little apart: use 4 or more"
     if full.positions == "relative" and 2 * full.relative_distance <= full.relative_buckets:
@@ -121,6 +123,30 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         yield f"model.token_types={full.token_types} needs model.family=encoder"
     if full.num_decoder_layers != full.num_layers and full.family != "encoder_decoder":
         yield f"model.num_decoder_layers={full.num_decoder_layers} needs model.family=encoder_decoder"
+
+
+def _layer_problems(model: ModelConfig) -> Iterator[str]:
+    kinds = set(model.layer_types)
+    if "window" in kinds and not model.window:
+        yield "model.layer_types=window needs model.window, the reach of these layers"
+    if kinds and "window" not in kinds and model.window:
+        yield f"model.window={model.window} needs a layer of model.layer_types that sees it"
+    if model.rope_local_theta and not model.window:
+        yield f"model.rope_local_theta={model.rope_local_theta} needs model.window: it is for layers that see one"
+    rotary = {"model.rope_local_theta": model.rope_local_theta > 0, "model.layer_types=no_rope": "no_rope" in kinds}
+    rotary["model.rope_scaling"] = model.rope_scaling != "none"
+    for key, used in rotary.items():
+        if used and model.positions != "rotary":
+            yield f"{key} needs model.positions=rotary, not {model.positions}"
+    if model.rope_scaling == "llama3" and not model.rope_low_factor < model.rope_high_factor:
+        yield (
+            f"model.rope_low_factor={model.rope_low_factor} must be smaller than "
+            f"model.rope_high_factor={model.rope_high_factor}"
+        )
+    if model.position_offset and model.positions != "learned":
+        yield f"model.position_offset={model.position_offset} needs model.positions=learned, not {model.positions}"
+    if model.parallel and (model.norm_place != "before" or model.family == "encoder_decoder"):
+        yield "model.parallel needs model.norm_place=before and a model without cross-attention"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:

@@ -18,6 +18,7 @@ VERBS = {
     "prepare": "clean text, train the vocabulary, write token shards",
     "evaluate": "evaluate a checkpoint on the held-out examples",
     "generate": "continue, translate, classify or answer prompts, as the model was trained to",
+    "export": "write a checkpoint as a Hugging Face directory",
 }
 
 
@@ -34,8 +35,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("verb", nargs="?", choices=VERBS, default="train", metavar="VERB", help=verbs)
     flags.add_argument("--config", metavar="FILE[:ARGUMENT]", help="config file, .py or .json; :smoke shrinks it")
     flags.add_argument("--workdir", metavar="DIR", help="run directory: data, checkpoints, metrics, samples")
+    flags.add_argument("--pretrained", metavar="DIR", help="a Hugging Face model to begin with, evaluate or write with")
     flags.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-    chosen = flags.add_argument_group("evaluate, generate").add_mutually_exclusive_group()
+    chosen = flags.add_argument_group("evaluate, generate, export").add_mutually_exclusive_group()
     chosen.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")
     chosen.add_argument("--best", action="store_true", help="use the checkpoint kept by checkpoint.best")
     held_out = flags.add_argument_group("evaluate")
@@ -45,6 +47,10 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--context", metavar="FILE", help="text in which the questions are answered")
     text.add_argument("--prompts", metavar="FILE", help='file of prompts: a JSON line {"prompt": ...} each')
     text.add_argument("--json", action="store_true", help="print one JSON line a prompt")
+    written = flags.add_argument_group("export")
+    written.add_argument("--to", metavar="DIR", help="where to write it")
+    types = ("float32", "bfloat16", "float16")
+    written.add_argument("--dtype", choices=types, default="float32", help="of the weights in the files")
     return flags
 
 
@@ -87,13 +93,25 @@ def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:
         if not equals:
             raise ConfigError(f"{setting} has no value: write {setting}=VALUE")
         assignments.append((key, text))
-    if not flags.workdir:
+    return config_checks.validate(config_loading.override(_base(flags), assignments))
+
+
+def _base(flags: argparse.Namespace) -> Config:
+    """The config before settings of the command line: a file's, the run's own, or that of a pretrained model."""
+    if flags.pretrained:
+        from lslm_jax.convert import pretrained
+
+        source = pretrained.describe(flags.pretrained)
+        if flags.verb == "generate" and not flags.config:
+            return pretrained.default_config(source)
+    if not flags.workdir and not (flags.pretrained and flags.verb == "generate"):
         raise ConfigError("--workdir=DIR is missing: where the run lives")
     if not flags.config:
-        if flags.verb in ("train", "prepare"):
+        if flags.verb in ("train", "prepare") or flags.pretrained:
             raise ConfigError("--config=FILE is missing, as --config=configs/quickstart.py")
         flags.config = f"{flags.workdir}/config.json"
-    return config_checks.validate(config_loading.override(config_loading.load(flags.config), assignments))
+    config = config_loading.load(flags.config)
+    return pretrained.configure(config, source) if flags.pretrained else config
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 
 from lslm_jax import atomic, config_checks, config_loading, respond
 from lslm_jax.config import Config
+from lslm_jax.convert import pretrained
+from lslm_jax.convert.export import export as write_pretrained
 from lslm_jax.data import pipeline, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
@@ -80,6 +82,8 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     mesh = make_mesh(config)
     workdir = _workdir(flags)
     data_dir = _data_dir(config, workdir)
+    if flags.pretrained:
+        prepare_data(config, data_dir, say)
     config, facts = _resolve(config, data_dir)
     with jax.set_mesh(mesh):
         where = config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
@@ -101,13 +105,13 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
     """`generate`: does with each prompt what the model was trained for; the text of a single one is streamed."""
     prompts = respond.read_prompts(config, flags)
     mesh = make_mesh(replace(config, train=replace(config.train, batch_size=len(jax.devices()), accumulate=1)))
-    data_dir = _data_dir(config, _workdir(flags))
-    config, facts = _resolve(config, data_dir)
+    data_dir = epath.Path() if flags.pretrained else _data_dir(config, _workdir(flags))
+    config, facts = _resolve_pretrained(config) if flags.pretrained else _resolve(config, data_dir)
     with jax.set_mesh(mesh):
         setting = _setting(config, facts, data_dir, mesh)
         if setting.words is None:
             raise InputMissing(f"{data_dir} holds no tokenizer: this run was trained on synthetic data")
-        if config.task.objective == "qa":
+        if config.task.objective == "qa" and not flags.pretrained:
             starts_N = Shards.open(data_dir / "train").numbers[:, 0]
             setting = setting._replace(answerable=bool((starts_N >= 0).all()))
         model, step = _load_model(config, flags, mesh)
@@ -119,6 +123,25 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
             return
         for found in respond.answer(setting, model, prompts):
             print(json.dumps(json_values(found | {"step": step})) if flags.json else respond.spell(setting, found))
+
+
+def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
+    """`export`: a checkpoint as a Hugging Face directory; returns what `convert.export` says of it."""
+    if not flags.to:
+        raise ConfigError("export needs --to=DIR, where to write")
+    mesh = make_mesh(replace(config, train=replace(config.train, batch_size=len(jax.devices()), accumulate=1)))
+    workdir = _workdir(flags)
+    data_dir = _data_dir(config, workdir)
+    config, facts = _resolve(config, data_dir)
+    with jax.set_mesh(mesh):
+        setting = _setting(config, facts, data_dir, mesh)
+        if setting.words is None:
+            raise InputMissing(f"{data_dir} holds no tokenizer: this run was trained on synthetic data")
+        model, step = _load_model(config, flags, mesh)
+        result = workdir / "result.json"
+        metrics = json.loads(result.read_text()) if result.exists() else {}
+        to, metrics = epath.Path(flags.to).expanduser().absolute(), metrics if metrics.get("step") == step else {}
+        return {"step": step} | write_pretrained(to, model, config, setting.words, setting.labels, flags.dtype, metrics)
 
 
 def _workdir(flags: argparse.Namespace) -> epath.Path:
@@ -141,6 +164,13 @@ def _data_dir(config: Config, workdir: epath.Path) -> epath.Path:
     return epath.Path(config.data.dir).expanduser().absolute() if config.data.dir else workdir / "data"
 
 
+def _resolve_pretrained(config: Config) -> tuple[Config, dict[str, Any]]:
+    """A config with the vocabulary and labels that it names itself, and what a manifest would say of them."""
+    path = epath.Path(config.tokenizer.path)
+    facts = {"tokenizer": tokenizer.load(path).facts() | {"file": str(path)}, "labels": list(config.data.labels)}
+    return _with_vocabulary(config, facts)
+
+
 def _resolve(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any]]:
     """The config with the vocabulary and labels of the prepared data, and that data's manifest with its sha256."""
     if config.data.source == "synthetic" and not config.data.mixture:
@@ -159,7 +189,11 @@ def _resolve(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, An
         contents = {name: split["manifest_sha256"] for name, split in facts["splits"].items()}
         facts["sha256"] = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
     facts.setdefault("labels", [])  # written by earlier versions
-    special = special_ids(facts["tokenizer"], config.model.family)
+    return _with_vocabulary(config, facts)
+
+
+def _with_vocabulary(config: Config, facts: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    special = special_ids(facts["tokenizer"], config.model.family, config.model.vocab_size)
     model = config_checks.resolve_vocabulary(config.model, special.size)
     if config.task.objective in ("classification", "tagging"):
         model = config_checks.resolve_labels(model, len(facts["labels"]))
@@ -170,8 +204,8 @@ def _setting(
     config: Config, facts: dict[str, Any], data_dir: epath.Path, mesh: Mesh, inputs: Sequence[Any] = ()
 ) -> Setting:
     """What evaluators and answers to prompts work with; the kernel is right for the rows of all inputs."""
-    synthetic = config.data.source == "synthetic" and not config.data.mixture
-    words = None if synthetic else tokenizer.load(data_dir / facts["tokenizer"]["file"])
+    file = facts["tokenizer"].get("file")
+    words = tokenizer.load(data_dir / file) if file else None
     return Setting(config, words, facts["labels"], facts["special"], _backend(config, mesh, inputs), mesh)
 
 
@@ -196,7 +230,10 @@ def _backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend:
 
 
 def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[Any, int]:
-    """The weights of the checkpoint that the flags name, and its step."""
+    """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step."""
+    if flags.pretrained:
+        source = pretrained.describe(flags.pretrained)
+        return pretrained.load(source, config.task.objective, abstract_model(config, mesh)).model, 0
     directory = _workdir(flags) / "checkpoints"
     if flags.step is not None:
         step = flags.step

@@ -137,8 +137,8 @@ def test_a_masked_model_fills_in_and_lends_its_body_to_another_head(reviews, tmp
     said = (tmp_path / "head" / "said.txt").read_text()
     assert len(asked(tmp_path / "head", capsys, "--prompt=a good film")[0]["probabilities"]) == 2
     assert "started from 20 of 24 parameters in" in said
-    assert "fresh: top.bias, top.head, top.pooler.b, top.pooler.w" in said
-    assert "left behind: top.bias, top.dense.b, top.dense.w, top.norm.bias, top.norm.scale" in said
+    assert "fresh: top.bias, top.head, top.pooler.dense.b, top.pooler.dense.w" in said
+    assert "left behind: top.transform.dense.b, top.transform.dense.w, top.transform.norm.bias" in said
 
     other = sections | {"tokenizer": {"kind": "sentencepiece", "vocab_size": 300}}
     (tmp_path / "given.json").write_text(json.dumps(REST | other))

@@ -29,7 +29,7 @@ from lslm_jax.sharding import (
 
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=61, max_length=16))
 LLAMA = replace(presets.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, vocab_size=61)
-LLAMA = fill_sizes(replace(LLAMA, qk_norm=True))
+LLAMA = fill_sizes(replace(LLAMA, qk_norm="head"))
 CUBE = Config(train=TrainConfig(batch_size=8), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
 
 LAYERS = {

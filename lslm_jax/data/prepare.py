@@ -117,13 +117,11 @@ def _recipes(record: dict[str, Any], config: Config, named: dict[str, Source]) -
 
 # The vocabulary.
 
-_TOKENIZER_KEYS = ("kind", "sha256", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id", "sentinel_ids")
-
 
 def _vocabulary(config: Config, recipes: dict[str, Recipe], directory: epath.Path, log: Log) -> dict[str, Any]:
     """Puts the tokenizer into the directory; returns its file name there and its ids."""
     tokenizer = vocabulary.choose(config, recipes, log)
-    return {key: getattr(tokenizer, key) for key in _TOKENIZER_KEYS} | {"file": tokenizer.save(directory)}
+    return tokenizer.facts() | {"file": tokenizer.save(directory)}
 
 
 # The shards.

@@ -24,22 +24,23 @@ class Special(NamedTuple):
     size: int
 
 
-def special_ids(tokenizer: Mapping[str, Any], family: str) -> Special:
+def special_ids(tokenizer: Mapping[str, Any], family: str, limit: int = 0) -> Special:
     """The special ids of a model that reads what a tokenizer wrote.
 
     The tokenizer's own come first. What it lacks and the family needs lies behind its vocabulary: a mask for an
-    encoder, 100 sentinels for an encoder-decoder.
+    encoder, 100 sentinels for an encoder-decoder, unless its vocabulary ends before: it was not trained with them.
 
     Args:
       tokenizer: the entry of that name in the manifest of prepared data; older ones tell of no mask and no sentinels.
       family: model.family.
+      limit: model.vocab_size where it is given; 0: none.
     """
     size = tokenizer["vocab_size"]
     mask_id = tokenizer["mask_id"] if "mask_id" in tokenizer else None
     sentinel_ids = tuple(tokenizer["sentinel_ids"]) if "sentinel_ids" in tokenizer else ()
     if family == "encoder" and mask_id is None:
         mask_id = size
-    if family == "encoder_decoder" and not sentinel_ids:
+    if family == "encoder_decoder" and not sentinel_ids and (not limit or limit >= size + _NUM_SENTINELS):
         sentinel_ids = tuple(range(size, size + _NUM_SENTINELS))
     ids = (tokenizer["bos_id"], tokenizer["eos_id"], -1 if mask_id is None else mask_id, *sentinel_ids)
     return Special(tokenizer["bos_id"], tokenizer["eos_id"], mask_id, sentinel_ids, max(size, 1 + max(ids)))

@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from lslm_jax.data.tokenizer_base import Spans, Tokenizer, sentinels
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 _BYTES_FILE = "bytes.json"
+_WORD_PIECES = "vocab.txt"
+_FORMATS = {".json": "tokenizer.json", ".txt": "vocab.txt of word pieces"}
 _BYTES = {"kind": "bytes", "pad_id": 0, "bos_id": 1, "eos_id": 2, "first_byte": 3}
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 _WELL_KNOWN = {
@@ -142,26 +144,31 @@ class HuggingFace(Tokenizer):
     kind = "huggingface"
     _file = "tokenizer.json"
 
-    def __init__(self, content: bytes, named: dict[str, str]):
+    def __init__(self, content: bytes, named: Mapping[str, str | int]):
         """Loads it.
 
         Args:
           content: of tokenizer.json.
-          named: special tokens by role (bos, eos, pad, mask), where other files tell; well-known names stand in.
+          named: special tokens by role (bos, eos, pad, mask), or their ids, where other files tell; well-known names
+            stand in.
         """
         self._tokenizer = tokenizer = _tokenizers().Tokenizer.from_str(content.decode())
         self._model = json.loads(content)["model"]
         self._is_byte_level = b'"ByteLevel"' in content
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        first = tokenizer.encode("a").ids[:1]
         tokenizer.encode_special_tokens = True  # that is: as the ordinary text they are in a document
         ids = {role: self._find(names, named.get(role)) for role, names in _WELL_KNOWN.items()}
         vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         ids = (ids["pad"], ids["bos"], ids["eos"], ids["mask"])
         super().__init__(content, vocab_size, *ids, sentinels(tokenizer.token_to_id))
+        self.adds_bos = first == [self.bos_id]
         self._special = self._special_tokens()
 
-    def _find(self, names: Sequence[str], first: str | None) -> int | None:
+    def _find(self, names: Sequence[str], first: str | int | None) -> int | None:
+        if isinstance(first, int):
+            return first
         ids = (self._tokenizer.token_to_id(name) for name in ([first] if first else []) + list(names))
         return next((id for id in ids if id is not None), None)
 
@@ -240,7 +247,8 @@ def load(path: epath.Path | str) -> Tokenizer:
     """Reads a tokenizer.
 
     Args:
-      path: a SentencePiece .model, a Hugging Face tokenizer.json, or what `Tokenizer.save` wrote.
+      path: a SentencePiece .model, a Hugging Face tokenizer.json, BERT's vocab.txt, a GGUF file, or what
+        `Tokenizer.save` wrote.
 
     Raises:
       InputMissing: there is no such file.
@@ -250,7 +258,7 @@ def load(path: epath.Path | str) -> Tokenizer:
     path = epath.Path(path)
     if not path.is_file():
         raise InputMissing(f"tokenizer {path} does not exist")
-    content = path.read_bytes()
+    content = b" " if path.suffix == ".gguf" else path.read_bytes()
     if not content:
         raise DataError(f"tokenizer {path} is empty")
     if path.name == _BYTES_FILE:
@@ -260,26 +268,48 @@ def load(path: epath.Path | str) -> Tokenizer:
     try:
         if path.suffix == ".json":
             return HuggingFace(content, _named_tokens(path.parent))
+        if path.suffix == ".gguf":
+            from lslm_jax.data import gguf_files
+
+            return HuggingFace(*gguf_files.vocabulary(path))
+        if path.name == _WORD_PIECES:
+            return HuggingFace(_from_word_pieces(path), _named_tokens(path.parent))
         return SentencePiece(content)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except DataError:
         raise
     except Exception as error:  # what the two libraries raise on a bad file is Exception itself, or RuntimeError
-        raise DataError(
-            f"{path} is not a {'tokenizer.json' if path.suffix == '.json' else 'SentencePiece model'}"
-        ) from error
+        raise DataError(f"{path} is not a {_FORMATS.get(path.suffix, 'SentencePiece model')}") from error
 
 
-def _named_tokens(directory: epath.Path) -> dict[str, str]:
-    """Special tokens by role, as the files beside a tokenizer.json name them."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (directory / name).is_file():
-            settings = atomic.read_json(directory / name)
-            tokens = {role: settings[f"{role}_token"] for role in _WELL_KNOWN if settings.get(f"{role}_token")}
-            if tokens:
-                return {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items()}
-    return {}
+def _from_word_pieces(path: epath.Path) -> bytes:
+    """The tokenizer.json of a vocab.txt (BERT): a piece a line, in lower case unless the file beside says otherwise."""
+    beside = path.parent / "tokenizer_config.json"
+    settings = atomic.read_json(beside) if beside.is_file() else {}
+    pieces = path.read_text().splitlines()
+    lower = settings.get("do_lower_case", True)
+    made = _tokenizers().BertWordPieceTokenizer(
+        {piece: id for id, piece in enumerate(pieces)},
+        lowercase=lower,
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    return made.to_str().encode()
+
+
+def _named_tokens(directory: epath.Path) -> dict[str, str | int]:
+    """Special tokens by role, or their ids, as the files beside a tokenizer.json name them."""
+    read = lambda name: atomic.read_json(directory / name) if (directory / name).is_file() else {}
+    model = read("config.json")
+    # What an encoder-decoder writes begins with this, and not with the bos of its vocabulary.
+    start = {"bos": model["decoder_start_token_id"]} if model.get("is_encoder_decoder") else {}
+    for settings in (read("tokenizer_config.json"), read("special_tokens_map.json")):
+        tokens = {role: settings[f"{role}_token"] for role in _WELL_KNOWN if settings.get(f"{role}_token")}
+        if tokens:
+            named = {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items()}
+            return named | start
+    return start
 
 
 @functools.cache

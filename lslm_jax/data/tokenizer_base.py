@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -14,6 +14,7 @@ from etils import epath
 from lslm_jax import atomic
 from lslm_jax.errors import ConfigError
 
+_FACTS = ("kind", "sha256", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id", "sentinel_ids")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -41,10 +42,13 @@ class Tokenizer(abc.ABC):
       pad_id, bos_id, eos_id: special ids; where the vocabulary lacks one, another stands in for it.
       mask_id: of [MASK] or <mask>; None where the vocabulary has neither.
       sentinel_ids: of <extra_id_0>, <extra_id_1> and so on (T5); () where it has none.
-      sha256: of the file that defines it.
+      adds_bos: whether a text that is read begins with bos, by the vocabulary's own rules.
+      content: of the file that defines it.
+      sha256: of that.
     """
 
     kind: Literal["sentencepiece", "bytes", "huggingface"]
+    adds_bos: bool = True
     _file: str
 
     def __init__(
@@ -57,7 +61,7 @@ class Tokenizer(abc.ABC):
         mask_id: int | None = None,
         sentinel_ids: tuple[int, ...] = (),
     ):
-        self._content = content
+        self.content = content
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size = vocab_size
         known = [id for id in (bos_id, eos_id) if id is not None]
@@ -117,13 +121,17 @@ class Tokenizer(abc.ABC):
         byte = _BYTE_PIECE.fullmatch(piece)
         return bytes([int(byte[1], 16)]).decode(errors="replace") if byte else self._spelling(piece)
 
+    def facts(self) -> dict[str, Any]:
+        """What others need to know of it, as JSON values."""
+        return {key: getattr(self, key) for key in _FACTS}
+
     def save(self, directory: epath.Path) -> str:
         """Writes the file that `load` reads, and returns its name.
 
         Raises:
           SaveError: the directory cannot be written.
         """
-        atomic.write(directory / self._file, self._content)
+        atomic.write(directory / self._file, self.content)
         return self._file
 
 

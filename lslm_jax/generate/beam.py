@@ -59,7 +59,7 @@ def search(
     *,
     beams: int,
     room: int,
-    eos_id: int,
+    eos_ids: tuple[int, ...],
     length_penalty: float,
 ) -> Finished:
     """Finds the best `beams` texts of each row.
@@ -71,7 +71,7 @@ def search(
       limit_B: tokens after which a text ends where it is, from 1 to `room`.
       beams: W.
       room: N.
-      eos_id: ends a text.
+      eos_ids: end a text.
       length_penalty: texts are ranked by `penalize`.
     """
     widen = lambda a: jnp.repeat(a[:, None], beams, axis=1)
@@ -79,7 +79,7 @@ def search(
     nowhere_BW = jnp.full(ids_BWN.shape[:2], -jnp.inf)
     finished = Finished(ids_BWN, jnp.zeros(ids_BWN.shape[:2], jnp.int32), nowhere_BW)
     start = _Search(jnp.int32(0), jax.tree.map(widen, cache), ids_BWN, nowhere_BW.at[:, 0].set(0.0), finished)
-    advance = functools.partial(_advance, limit_B=limit_B, eos_id=eos_id, length_penalty=length_penalty)
+    advance = functools.partial(_advance, limit_B=limit_B, eos_ids=eos_ids, length_penalty=length_penalty)
 
     def go_on(state: _Search) -> _Search:
         last_BW1 = jax.lax.dynamic_slice_in_dim(state.ids_BWN, state.count - 1, 1, axis=2)
@@ -96,14 +96,14 @@ def penalize(log_prob: jax.Array, length: jax.Array, length_penalty: float) -> j
 
 
 def _advance(
-    state: _Search, logits_BWV: jax.Array, *, limit_B: jax.Array, eos_id: int, length_penalty: float
+    state: _Search, logits_BWV: jax.Array, *, limit_B: jax.Array, eos_ids: tuple[int, ...], length_penalty: float
 ) -> _Search:
     """Draws a token: keeps the best continuations, moves those that end to the pool, gives up rows that are done."""
     log_prob_BW, parent_BW, token_BW = _best_continuations(state.log_prob_BW, logits_BWV)
     count = state.count + 1
     cache, ids_BWN = _gather((state.cache, state.ids_BWN), parent_BW)
     ids_BWN = jax.lax.dynamic_update_slice_in_dim(ids_BWN, token_BW[:, :, None], state.count, axis=2)
-    ends_BW = (token_BW == eos_id) | (count >= limit_B)[:, None]
+    ends_BW = jnp.isin(token_BW, jnp.array(eos_ids)) | (count >= limit_B)[:, None]
 
     score_BW = jnp.where(ends_BW, penalize(log_prob_BW, count, length_penalty), -jnp.inf)
     length_BW = jnp.where(score_BW > -jnp.inf, count, 0)

@@ -102,7 +102,8 @@ def _rows(
     for number, ids in enumerate(prompts, first):
         ids = list(map(int, ids))
         source = [*ids[: config.max_length - 1], tokenizer.eos_id] if has_source else []
-        prompt = [tokenizer.bos_id, *([] if has_source else ids), *suffix]
+        begun = [] if has_source else ids
+        prompt = [*([tokenizer.bos_id] if settings.bos or not begun else []), *begun, *suffix]
         room = config.max_length - len(prompt)
         if room < 1:
             raise ConfigError(
@@ -111,7 +112,7 @@ def _rows(
             )
         limit = min(settings.max_tokens, room)
         rows.append(
-            Row(tokenizer, number, prompt, limit, settings.stop, source=source, context=suffix if suffix else prompt)
+            Row(tokenizer, number, prompt, limit, settings, source=source, context=suffix if suffix else prompt)
         )
     return rows
 
@@ -126,7 +127,7 @@ class _Rules(NamedTuple):
 
     settings: GenerateConfig
     vocab_size: int
-    eos_id: int
+    eos_ids: tuple[int, ...]
 
 
 class _State(NamedTuple):
@@ -156,7 +157,8 @@ def _drive(
     # What does not change the program must not make it compile anew.
     penalty = settings.length_penalty if settings.beams > 1 else 0.0
     drawing = replace(settings, prompts=(), stop=(), max_tokens=1, length_penalty=penalty)
-    rules = _Rules(drawing, min(tokenizer.vocab_size, model.config.vocab_size), tokenizer.eos_id)
+    eos_ids = (tokenizer.eos_id, *settings.stop_ids)
+    rules = _Rules(drawing, min(tokenizer.vocab_size, model.config.vocab_size), eos_ids)
     prompts = reading.pad(rows, seed, model.config)
     room = min(settings.max_tokens, reading.bucket(max(row.limit for row in rows)))
     model = _unstacked(model)
@@ -226,7 +228,7 @@ def _draw(prompts: Prompts, state: _State, logits_BV: jax.Array, rules: _Rules) 
         step=step,
         memory=state.memory,
         ids_BN=jax.lax.dynamic_update_slice_in_dim(state.ids_BN, ids_B[:, None], state.step, axis=1),
-        done_B=state.done_B | (ids_B == rules.eos_id) | (step >= prompts.limit_B),
+        done_B=state.done_B | jnp.isin(ids_B, jnp.array(rules.eos_ids)) | (step >= prompts.limit_B),
         seen_BV=state.seen_BV if state.seen_BV is None else state.seen_BV.at[jnp.arange(len(ids_B)), ids_B].set(True),
     )
 
@@ -268,7 +270,7 @@ def _search(model: Any, prompts: Prompts, rules: _Rules, room: int) -> tuple[jax
         jnp.asarray(prompts.limit_B),
         beams=W,
         room=room,
-        eos_id=rules.eos_id,
+        eos_ids=rules.eos_ids,
         length_penalty=rules.settings.length_penalty,
     )
     ids_BN, length_B, score_B = (a[:, 0] for a in found)

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from lslm_jax.config import GenerateConfig
+
 _UNKNOWN = "\ufffd"  # how tokenizers write bytes that are not, or not yet, a character
 
 
@@ -32,7 +34,7 @@ class Row:
         number: int,
         prompt: list[int],
         limit: int,
-        stop: tuple[str, ...],
+        settings: GenerateConfig,
         *,
         source: list[int] | None = None,
         context: list[int] | None = None,
@@ -44,7 +46,7 @@ class Row:
           number: of the row.
           prompt: what the model reads before the new tokens.
           limit: tokens after which it ends.
-          stop: strings at which it ends.
+          settings: strings and ids at which it ends.
           source: what an encoder reads.
           context: the tokens that the text goes on from. None: the prompt.
         """
@@ -54,7 +56,8 @@ class Row:
         self.ids: list[int] = []
         self.num_tokens = 0
         self.ended = ""  # how, once it has
-        self._tokenizer, self._stop = tokenizer, stop
+        self._tokenizer, self._stop = tokenizer, settings.stop
+        self._ends = {tokenizer.eos_id, *settings.stop_ids}
         self._text, self._told = "", 0
         self._held = ""  # spelt, but perhaps the beginning of a stop string
         self._context = (
@@ -67,7 +70,7 @@ class Row:
         if self.ended:
             return
         self.num_tokens += 1
-        if id == self._tokenizer.eos_id:
+        if id in self._ends:
             self.ended = "eos"
             return
         self.ids.append(id)

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lslm_jax.config import ModelConfig
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import kernels
+from lslm_jax.models.layers import softcap
 
 
 class KeyValues(NamedTuple):
@@ -49,12 +50,14 @@ class Demands(NamedTuple):
       window: of that attention; 0 for none.
       bias: a number added to each product of query and key.
       mixed: layers that see different stretches.
+      softcap: products of query and key that are squashed.
     """
 
     bidirectional: bool = False
     window: int = 0
     bias: bool = False
     mixed: bool = False
+    softcap: bool = False
 
 
 PLAIN = Demands()
@@ -67,7 +70,8 @@ def demands(config: ModelConfig) -> Demands:
         bidirectional=bidirectional,
         window=config.window if bidirectional else 0,
         bias=config.positions == "relative",
-        mixed=bool(config.window and config.global_every),
+        mixed=bool(config.window and set(config.layer_types) - {"window"}),
+        softcap=config.attention_softcap > 0,
     )
 
 
@@ -154,7 +158,9 @@ def _neither_can(extra: Demands) -> str | None:
     if extra.bias:
         return "it has no model.positions=relative"
     if extra.mixed:
-        return "it is one for all layers, and model.global_every makes them differ"
+        return "it is one for all layers, and model.layer_types makes them differ"
+    if extra.softcap:
+        return "it has no model.attention_softcap"
     return None
 
 
@@ -169,7 +175,8 @@ def attend(
     source_segments_BS: jax.Array | None = None,
     causal: bool = True,
     bias_HTS: jax.Array | None = None,
-    scale: bool = True,
+    scale: float = 0.0,
+    cap: float = 0.0,
     everywhere: jax.Array | None = None,
 ) -> jax.Array:
     """Attention within segments: [B, T, H, C].
@@ -184,7 +191,8 @@ def attend(
       source_segments_BS: the same of the keys, in cross-attention. None: as of the queries.
       causal: whether a query sees only what is before it.
       bias_HTS: added to the products of queries and keys.
-      scale: whether the products are divided by sqrt(C).
+      scale: what the products are multiplied with. 0: 1 / sqrt(C).
+      cap: the products are squashed into (-cap, cap). 0: they are not.
       everywhere: a boolean: whether this layer ignores the window.
     """
     if source_segments_BS is not None and segments_BT is None:
@@ -193,11 +201,12 @@ def attend(
     if backend.name == "xla":
         lengths = q_BTHC.shape[1], k_BSKC.shape[1]
         mask_BTS = visible(*lengths, *segments, causal=causal, window=window, everywhere=everywhere)
-        out_BTHC = attend_masked(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_HTS=bias_HTS, scale=scale)
+        out_BTHC = attend_masked(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_HTS=bias_HTS, scale=scale, cap=cap)
         return checkpoint_name(out_BTHC, kernels.SAVED)
-    if bias_HTS is not None or everywhere is not None or (backend.name == "cudnn" and window and not causal):
+    both_ways = backend.name == "cudnn" and window and not causal
+    if bias_HTS is not None or everywhere is not None or cap or both_ways:
         raise ConfigError(f"model.attention={backend.name} cannot compute this attention; use auto or xla")
-    options = {"causal": causal, "window": window, "scale": 1.0 / _divisor(q_BTHC, scale)}
+    options = {"causal": causal, "window": window, "scale": scale or q_BTHC.shape[-1] ** -0.5}
     if backend.name == "cudnn":
         return kernels.cudnn(q_BTHC, k_BSKC, v_BSKC, *segments, **options, max_segments=backend.max_segments)
     return kernels.splash(q_BTHC, k_BSKC, v_BSKC, *segments, **options)
@@ -242,9 +251,10 @@ def attend_masked(
     mask_BTS: jax.Array,
     *,
     bias_HTS: jax.Array | None = None,
-    scale: bool = True,
+    scale: float = 0.0,
+    cap: float = 0.0,
 ) -> jax.Array:
-    """The reference: softmax(q k / sqrt(C) + bias) v where the mask allows. Logits and softmax are float32.
+    """The reference: softmax(q k scale + bias) v where the mask allows. Logits and softmax are float32.
 
     Each query must see at least one key; a mask [B, 1, S] is that of all queries. Query heads share key heads in
     groups, G = H / K, and the heads of a group are laid out as M = T * G queries: one product for all of them, and no
@@ -252,17 +262,15 @@ def attend_masked(
     """
     B, T, H, C = q_BTHC.shape
     K = k_BSKC.shape[2]
-    q_BMKC = jnp.swapaxes((q_BTHC / _divisor(q_BTHC, scale)).reshape(B, T, K, H // K, C), 2, 3).reshape(B, -1, K, C)
+    q_BTHC = q_BTHC * scale if scale else q_BTHC / math.sqrt(C)
+    q_BMKC = jnp.swapaxes(q_BTHC.reshape(B, T, K, H // K, C), 2, 3).reshape(B, -1, K, C)
     # Added, not selected: on CPUs the softmax and its gradient then take half the time.
     copies = 1 if mask_BTS.shape[1] == 1 else H // K
     bias_BMS = jnp.repeat(jnp.where(mask_BTS, 0.0, -jnp.inf), copies, axis=1)
     logits_BKMS = jnp.einsum("bmkc,bskc->bkms", q_BMKC, k_BSKC, preferred_element_type=jnp.float32)
+    logits_BKMS = softcap(logits_BKMS, cap)
     if bias_HTS is not None:
         logits_BKMS += jnp.swapaxes(bias_HTS.reshape(1, K, H // K, T, -1), 2, 3).reshape(1, K, H // K * T, -1)
     weights_BKMS = jax.nn.softmax(logits_BKMS + bias_BMS[:, None], axis=-1).astype(v_BSKC.dtype)
     out_BMKC = jnp.einsum("bkms,bskc->bmkc", weights_BKMS, v_BSKC)
     return jnp.swapaxes(out_BMKC.reshape(B, T, H // K, K, C), 2, 3).reshape(B, T, H, C)
-
-
-def _divisor(q_BTHC: jax.Array, scale: bool) -> float:
-    return math.sqrt(q_BTHC.shape[-1]) if scale else 1.0

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.models.attention import KeyValues
-from lslm_jax.models.layers import ACTIVATIONS, Linear, Norm, dropout, rotate, weight_std
+from lslm_jax.models.layers import ACTIVATIONS, Linear, Norm, Rotation, dropout, rotate, weight_std
 from lslm_jax.sharding import constrain
 
 # Attends from queries to keys and values; also returns the cache it wrote to, or None. The model that owns the layers
@@ -36,24 +37,23 @@ class Attention(nnx.Module):
         kv_heads = {"kv_heads": config.num_kv_heads, "head_dim": C}
         std = weight_std(config, D)
         # Where products are not divided by sqrt(C), queries start smaller by as much (Raffel et al. 2020).
-        small = config.init == "fan_in" and not config.attention_scale
+        small = config.init == "fan_in" and config.attention_scale == 1.0
         q_std = std / math.sqrt(C) if small else std
-        self.config = config
-        self.q = Linear(keys[0], width, heads, bias=config.bias, std=q_std)
-        self.k = Linear(keys[1], width, kv_heads, bias=config.bias, std=std)
-        self.v = Linear(keys[2], width, kv_heads, bias=config.bias, std=std)
+        bias = config.bias or config.qkv_bias
+        self.q = Linear(keys[0], width, heads, bias=bias, std=q_std)
+        self.k = Linear(keys[1], width, kv_heads, bias=bias, std=std)
+        self.v = Linear(keys[2], width, kv_heads, bias=bias, std=std)
         self.o = Linear(keys[3], heads, width, bias=config.bias, std=residual_std(config, H * C, sublayers))
-        norm = Norm(C, "head_dim", kind="rmsnorm", eps=config.norm_eps, bias=False)
-        self.q_norm, self.k_norm = (norm, nnx.clone(norm)) if config.qk_norm else (None, None)
+        self.q_norm = _qk_norm(config, heads)
+        self.k_norm = _qk_norm(config, kv_heads)
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, attend: Attend, cache: KeyValues | None
+        self, x_BTD: jax.Array, to: Rotation | None, attend: Attend, cache: KeyValues | None
     ) -> tuple[jax.Array, KeyValues | None]:
         """Self-attention: returns [B, T, D] and the updated cache."""
         q_BTHC, (k_BTKC, v_BTKC) = self.queries(x_BTD), self.keys_values(x_BTD)
-        if self.config.positions == "rotary":
-            q_BTHC = rotate(q_BTHC, positions_BT, self.config.rope_theta)
-            k_BTKC = rotate(k_BTKC, positions_BT, self.config.rope_theta)
+        if to is not None:
+            q_BTHC, k_BTKC = rotate(q_BTHC, to), rotate(k_BTKC, to)
         out_BTHC, cache = attend(q_BTHC, k_BTKC, v_BTKC, cache)
         return self.o(out_BTHC), cache
 
@@ -71,6 +71,12 @@ class Attention(nnx.Module):
         k_BSKC = constrain(self.k(x_BSD), ("batch", "length", "kv_heads", "head_dim"))
         v_BSKC = constrain(self.v(x_BSD), ("batch", "length", "kv_heads", "head_dim"))
         return KeyValues(k_BSKC if self.k_norm is None else self.k_norm(k_BSKC), v_BSKC)
+
+
+def _qk_norm(config: ModelConfig, axes: dict[str, int]) -> Norm | None:
+    if config.qk_norm == "none":
+        return None
+    return Norm(config, axes if config.qk_norm == "all" else {"head_dim": config.head_dim}, "rmsnorm")
 
 
 class Mlp(nnx.Module):
@@ -94,30 +100,32 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Self-attention, with `cross` attention to another sequence, and MLP.
+    """Self-attention, with `cross` attention to another sequence, and MLP; each is added to the residual stream x.
 
-    Each is x + f(norm(x)) (Xiong et al. 2020) or, without `norm_first`, norm(x + f(x)) (Vaswani et al. 2017).
+    Where the norms are (`norm_place`): x + f(norm(x)) (Xiong et al. 2020), norm(x + f(x)) (Vaswani et al. 2017),
+    x + norm(f(x)) (OLMo 2) or x + norm(f(norm(x))) (Gemma 2).
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array, *, cross: bool = False):
         attention_key, mlp_key = jax.random.split(key)
         sublayers = 3 if cross else 2
-        self.rate, self.norm_first = config.dropout, config.norm_first
-        self.attention_norm = _norm(config)
+        self.config = config
+        self.attention_norm, self.attention_output_norm = self._norms()
         self.attention = Attention(config, attention_key, sublayers=sublayers)
-        self.cross_norm = _norm(config) if cross else None
+        self.cross_norm, self.cross_output_norm = self._norms() if cross else (None, None)
         cross_key = jax.random.fold_in(attention_key, 1)
         self.cross = Attention(config, cross_key, sublayers=sublayers) if cross else None
-        self.mlp_norm = _norm(config)
+        self.mlp_norm, self.mlp_output_norm = self._norms()
         self.mlp = Mlp(config, mlp_key, sublayers=sublayers)
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_BT: jax.Array,
+        to: Rotation | None,
         attend: Attend,
         *,
         cache: KeyValues | None = None,
+        is_first: jax.Array | bool | None = None,
         source: Any = None,
         attend_source: Any = None,
         key: jax.Array | None = None,
@@ -126,30 +134,44 @@ class Block(nnx.Module):
 
         Args:
           x_BTD: the residual stream.
-          positions_BT: places of its tokens.
+          to: where rotary positions turn its tokens, or None.
           attend: attention among them.
           cache: this layer's, or None.
+          is_first: whether attention reads x as it is. None: no.
           source: what the encoder says, [B, S, D], or the KeyValues that `cross.keys_values` makes of that.
           attend_source: AttendSource, attention to it.
           key: this layer's dropout key, or None.
         """
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 2 if self.cross is None else 3))
-        out_BTD, cache = self.attention(self._read(x_BTD, self.attention_norm), positions_BT, attend, cache)
-        x_BTD = self._add(x_BTD, out_BTD, self.attention_norm, keys[0])
+        read_BTD = self._read(x_BTD, self.attention_norm)
+        if is_first is not None:
+            read_BTD = jnp.where(is_first, x_BTD, read_BTD)
+        out_BTD, cache = self.attention(read_BTD, to, attend, cache)
+        before_BTD = x_BTD
+        x_BTD = self._add(x_BTD, out_BTD, self.attention_norm, self.attention_output_norm, keys[0])
         if self.cross is not None:
             seen = source if isinstance(source, KeyValues) else self.cross.keys_values(source)
             out_BTD = self.cross.cross(self._read(x_BTD, self.cross_norm), seen, attend_source)
-            x_BTD = self._add(x_BTD, out_BTD, self.cross_norm, keys[2])
-        x_BTD = self._add(x_BTD, self.mlp(self._read(x_BTD, self.mlp_norm)), self.mlp_norm, keys[1])
+            x_BTD = self._add(x_BTD, out_BTD, self.cross_norm, self.cross_output_norm, keys[2])
+        out_BTD = self.mlp(self._read(before_BTD if self.config.parallel else x_BTD, self.mlp_norm))
+        x_BTD = self._add(x_BTD, out_BTD, self.mlp_norm, self.mlp_output_norm, keys[1])
         return constrain(x_BTD, ("batch", "length", "width")), cache
 
+    def _norms(self) -> tuple[Norm, Norm | None]:
+        """A sub-layer's norm, and a second one where both what it reads and what it says are normalised."""
+        make = lambda: Norm(self.config, {"width": self.config.d_model})
+        return make(), make() if self.config.norm_place == "both" else None
+
     def _read(self, x_BTD: jax.Array, norm: Any) -> jax.Array:
-        return norm(x_BTD) if self.norm_first else x_BTD
+        return norm(x_BTD) if self.config.norm_place in ("before", "both") else x_BTD
 
-    def _add(self, x_BTD: jax.Array, out_BTD: jax.Array, norm: Any, key: jax.Array | None) -> jax.Array:
-        x_BTD = x_BTD + dropout(out_BTD, self.rate, key)
-        return x_BTD if self.norm_first else norm(x_BTD)
-
-
-def _norm(config: ModelConfig) -> Norm:
-    return Norm(config.d_model, "width", kind=config.norm, eps=config.norm_eps, bias=config.bias)
+    def _add(
+        self, x_BTD: jax.Array, out_BTD: jax.Array, norm: Any, output_norm: Any, key: jax.Array | None
+    ) -> jax.Array:
+        match self.config.norm_place:
+            case "output":
+                out_BTD = norm(out_BTD)
+            case "both":
+                out_BTD = output_norm(out_BTD)
+        x_BTD = x_BTD + dropout(out_BTD, self.config.dropout, key)
+        return norm(x_BTD) if self.config.norm_place == "after" else x_BTD

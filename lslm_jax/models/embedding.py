@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.models.layers import INIT_STD, Norm, dropout, normal, sinusoids, softcap
+from lslm_jax.models.layers import INIT_STD, Norm, constant, dropout, normal, sinusoids, softcap
 from lslm_jax.sharding import constrain
 
 VOCAB_MULTIPLE = 128  # matrix units and the tensor axis like round sizes
@@ -33,15 +33,15 @@ class Embedding(nnx.Module):
         self.config = config
         self.embed = normal(keys[0], [V, D], ["vocab", "embed"], token_std)
         learned = config.positions == "learned"
-        table = [config.max_length, D]
+        table = [config.position_offset + config.max_length, D]
         self.positions = normal(keys[1], table, ["positions", "embed"], table_std) if learned else None
         types_key = jax.random.fold_in(keys[1], 1)
         types = [config.token_types, D]
         self.types = normal(types_key, types, ["types", "embed"], table_std) if config.token_types else None
-        norm = Norm(D, "width", kind=config.norm, eps=config.norm_eps, bias=config.bias)
-        self.embed_norm = norm if config.embed_norm else None
+        self.embed_norm = Norm(config, {"width": D}) if config.embed_norm else None
         untied = head and not config.tie_embeddings
         self.head = normal(keys[2], [V, D], ["vocab", "embed"], head_std) if untied else None
+        self.output_bias = constant(0.0, [V], ["vocab"]) if head and config.output_bias else None
 
     def look_up(
         self,
@@ -58,7 +58,8 @@ class Embedding(nnx.Module):
             if config.embed_scale:
                 x_BTD = x_BTD * math.sqrt(config.d_model)
             if self.positions is not None:
-                x_BTD = x_BTD + constrain(self.positions.get_value(), ("positions", "width"))[positions_BT]
+                table_PD = constrain(self.positions.get_value(), ("positions", "width"))
+                x_BTD = x_BTD + table_PD[config.position_offset + positions_BT]
             if config.positions == "sinusoidal":
                 x_BTD = x_BTD + sinusoids(positions_BT, config.d_model)
             if self.types is not None:
@@ -83,12 +84,9 @@ class Embedding(nnx.Module):
         return jnp.where(jnp.arange(w_VD.shape[0])[None, None] < self.config.vocab_size, logits_BTV, -jnp.inf)
 
     def output(self) -> tuple[jax.Array, jax.Array | None]:
-        """The output layer: weights [V, D] and, where it has one, bias [V], float32."""
-        return self.output_weights(), None
-
-    def output_weights(self) -> jax.Array:
-        """The output layer's weights, [V, D], float32: the embedding itself where they are tied."""
-        return (self.embed if self.head is None else self.head).get_value()
+        """The output layer: weights [V, D], the embedding itself where they are tied, and bias [V] or None; float32."""
+        weights_VD = (self.embed if self.head is None else self.head).get_value()
+        return weights_VD, None if self.output_bias is None else self.output_bias.get_value()
 
 
 def places(tokens_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Array:

@@ -60,4 +60,4 @@ class Encoder(Embedding, Tower):
 
     def output(self) -> tuple[jax.Array, jax.Array | None]:
         """The output layer: weights [V, D] and bias [V] or None, float32; V are tokens or the labels of a head."""
-        return self.top.output(self.output_weights())
+        return self.top.output() or super().output()

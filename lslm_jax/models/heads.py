@@ -9,7 +9,6 @@ from flax import nnx
 from lslm_jax.batch import Batch
 from lslm_jax.config import ModelConfig
 from lslm_jax.errors import ConfigError
-from lslm_jax.models.embedding import padded_vocab
 from lslm_jax.models.layers import ACTIVATIONS, Linear, Norm, constant, dropout, normal, weight_std
 
 
@@ -33,44 +32,52 @@ def make(config: ModelConfig, objective: str, key: jax.Array) -> Any:
     raise ConfigError(f"an encoder does not learn task.objective={objective}")
 
 
+class Transform(nnx.Module):
+    """What a head does to hidden states before its output layer: a dense layer, its activation, perhaps a norm."""
+
+    def __init__(self, config: ModelConfig, activation: str, key: jax.Array, *, norm: bool):
+        D = config.d_model
+        self.activation = activation
+        self.dense = Linear(key, {"embed": D}, {"width": D}, bias=config.bias, std=weight_std(config, D))
+        self.norm = Norm(config, {"width": D}) if norm else None
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Maps [B, T, D] to [B, T, D]."""
+        x_BTD = ACTIVATIONS[self.activation](self.dense(x_BTD))
+        return x_BTD if self.norm is None else self.norm(x_BTD)
+
+
 class MaskedHead(nnx.Module):
-    """Tells the masked tokens: a last transform, then the embedding as output layer with a bias of its own (BERT)."""
+    """Tells the masked tokens: a last transform, then the embedding as output layer (BERT)."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
-        D = config.d_model
-        self.config = config
-        self.dense = Linear(key, {"embed": D}, {"width": D}, bias=config.bias, std=weight_std(config, D))
-        self.norm = Norm(D, "width", kind=config.norm, eps=config.norm_eps, bias=config.bias)
-        self.bias = constant(0.0, [padded_vocab(config)], ["vocab"]) if config.bias else None
+        self.transform = Transform(config, config.activation, key, norm=True)
 
     def __call__(self, x_BTD: jax.Array, batch: Batch, key: jax.Array | None) -> jax.Array:
         """Features [B, P, D] at the places of the batch, or [B, T, D] at all."""
         if batch.places_BP is not None:
             x_BTD = jnp.take_along_axis(x_BTD, batch.places_BP[:, :, None], axis=1)
-        return self.norm(ACTIVATIONS[self.config.activation](self.dense(x_BTD)))
+        return self.transform(x_BTD)
 
-    def output(self, embedding_VD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """The output layer: weights [V, D] and bias [V]."""
-        return embedding_VD, None if self.bias is None else self.bias.get_value()
+    def output(self) -> None:
+        """Its output layer is that of the embedding."""
 
 
 class PooledHead(nnx.Module):
-    """Tells a class or a number of the whole row: pooling, a dense layer and tanh, dropout, output layer (BERT)."""
+    """Tells a class or a number of the whole row: pooling, a transform, dropout, output layer (BERT)."""
 
     def __init__(self, config: ModelConfig, labels: int, key: jax.Array):
         pooler_key, head_key = jax.random.split(key)
-        D = config.d_model
-        std = weight_std(config, D)
         self.config = config
-        self.pooler = Linear(pooler_key, {"embed": D}, {"width": D}, bias=config.bias, std=std)
+        self.pooler = Transform(config, config.head_activation, pooler_key, norm=config.head_norm)
         self.head, self.bias = _output(config, labels, head_key)
 
     def __call__(self, x_BTD: jax.Array, batch: Batch, key: jax.Array | None) -> jax.Array:
         """Features [B, 1, D]."""
-        pooled_B1D = jnp.tanh(self.pooler(pool(x_BTD, batch.segments_BT, self.config.pool)))
+        pooled_B1D = self.pooler(pool(x_BTD, batch.segments_BT, self.config.pool))
         return dropout(pooled_B1D, self.config.dropout, key)
 
-    def output(self, embedding_VD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def output(self) -> tuple[jax.Array, jax.Array]:
         """The output layer: weights [labels, D] and bias [labels]."""
         return self.head.get_value(), self.bias.get_value()
 
@@ -79,14 +86,16 @@ class TokenHead(nnx.Module):
     """Tells something of each token, its tag or whether an answer starts or ends there: dropout, output layer."""
 
     def __init__(self, config: ModelConfig, labels: int, key: jax.Array):
+        pooler_key, head_key = jax.random.split(key)
         self.config = config
-        self.head, self.bias = _output(config, labels, key)
+        self.pooler = Transform(config, config.head_activation, pooler_key, norm=True) if config.head_norm else None
+        self.head, self.bias = _output(config, labels, head_key)
 
     def __call__(self, x_BTD: jax.Array, batch: Batch, key: jax.Array | None) -> jax.Array:
         """Features [B, T, D]."""
-        return dropout(x_BTD, self.config.dropout, key)
+        return dropout(x_BTD if self.pooler is None else self.pooler(x_BTD), self.config.dropout, key)
 
-    def output(self, embedding_VD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def output(self) -> tuple[jax.Array, jax.Array]:
         """The output layer: weights [labels, D] and bias [labels]."""
         return self.head.get_value(), self.bias.get_value()
 

@@ -11,6 +11,7 @@ the mesh. They are cast to the type of the activations where they are used.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,27 +68,31 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, computed in float32."""
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axes, computed in float32."""
 
-    def __init__(self, size: int, axis: str, *, kind: str, eps: float, bias: bool):
-        self.kind, self.eps = kind, eps
-        self.scale = constant(1.0, [size], [axis])
-        self.bias = constant(0.0, [size], [axis]) if bias and kind == "layernorm" else None
+    def __init__(self, config: ModelConfig, axes: dict[str, int], kind: str = ""):
+        """Args: axes maps the logical name of each axis to its size; kind, where it is not the config's."""
+        self.kind, self.eps, self.offset = kind or config.norm, config.norm_eps, config.norm_offset
+        sizes, names = list(axes.values()), list(axes)
+        self.scale = constant(0.0 if self.offset else 1.0, sizes, names)
+        self.bias = constant(0.0, sizes, names) if config.bias and self.kind == "layernorm" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises [..., D], keeping its type."""
+        """Normalises [..., *axes], keeping its type."""
         y = x.astype(jnp.float32)
+        scale = self.scale.get_value()
+        axes = tuple(range(-scale.ndim, 0))
         if self.kind == "layernorm":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y = y * _along_last(self.scale.get_value(), y)
+            y = y - jnp.mean(y, axis=axes, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=axes, keepdims=True) + self.eps)
+        y = y * _along_last(1.0 + scale if self.offset else scale, y)
         if self.bias is not None:
             y = y + _along_last(self.bias.get_value(), y)
         return y.astype(x.dtype)
 
 
-def _along_last(v_D: jax.Array, like: jax.Array) -> jax.Array:
-    return jax.lax.broadcast_in_dim(v_D, like.shape, (like.ndim - 1,))
+def _along_last(v: jax.Array, like: jax.Array) -> jax.Array:
+    return jax.lax.broadcast_in_dim(v, like.shape, range(like.ndim - v.ndim, like.ndim))
 
 
 ACTIVATIONS = {
@@ -96,17 +101,53 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 
 
-def rotate(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021): feature pairs (c, c + C/2) turn with the token's position."""
-    half = x_BTHC.shape[-1] // 2
-    frequency_C = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(theta) / half))
-    angle_BT1C = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None, :]
-    sin, cos = jnp.sin(angle_BT1C), jnp.cos(angle_BT1C)
-    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHC.dtype)
+class Rotation(NamedTuple):
+    """How far the feature pairs of each token are turned; C here counts pairs."""
+
+    sin_BTC: jax.Array
+    cos_BTC: jax.Array
+
+
+def rotary_frequencies(config: ModelConfig, layer_type: str) -> np.ndarray:
+    """By how much rotary positions (Su et al. 2021) turn each feature pair a token, in radians: float32 [C/2].
+
+    `llama3` (Grattafiori et al. 2024) stretches the waves of which the old length holds fewer than rope_low_factor,
+    leaves alone those of which it holds more than rope_high_factor, and goes from one to the other in between.
+    """
+    pairs = int(config.head_dim * config.rope_fraction) // 2
+    is_local = layer_type == "window" and config.rope_local_theta > 0
+    theta = config.rope_local_theta if is_local else config.rope_theta
+    frequency_C = theta ** -(np.arange(pairs) / pairs)
+    if layer_type == "no_rope":
+        frequency_C = np.zeros(pairs)
+    elif config.rope_scaling == "linear" and not is_local:
+        frequency_C = frequency_C / config.rope_factor
+    elif config.rope_scaling == "llama3" and not is_local:
+        waves_C = config.rope_original_length * frequency_C / (2 * math.pi)
+        low, high = config.rope_low_factor, config.rope_high_factor
+        kept_C = np.clip((waves_C - low) / (high - low), 0.0, 1.0)
+        frequency_C = frequency_C * (kept_C + (1.0 - kept_C) / config.rope_factor)
+    return frequency_C.astype(np.float32)
+
+
+def rotation(positions_BT: jax.Array, frequency_C: np.ndarray) -> Rotation:
+    """Where tokens at these positions turn to."""
+    angle_BTC = positions_BT[:, :, None].astype(jnp.float32) * jnp.asarray(frequency_C)[None, None]
+    return Rotation(jnp.sin(angle_BTC), jnp.cos(angle_BTC))
+
+
+def rotate(x_BTHC: jax.Array, to: Rotation) -> jax.Array:
+    """Turns the feature pairs (c, c + n) of each head, where n = how many there are; features behind them stay."""
+    sin, cos = to.sin_BTC[:, :, None], to.cos_BTC[:, :, None]
+    pairs = sin.shape[-1]
+    x = x_BTHC.astype(jnp.float32)
+    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1).astype(x_BTHC.dtype)
 
 
 def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:

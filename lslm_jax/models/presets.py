@@ -50,8 +50,9 @@ llama_8b = replace(
 
 BERT = ModelConfig(
     family="encoder",
-    norm_first=False,
+    norm_place="after",
     embed_norm=True,
+    output_bias=True,
     norm_eps=1e-12,
     token_types=2,
     max_length=512,
@@ -65,7 +66,7 @@ T5 = ModelConfig(
     norm="rmsnorm",
     norm_eps=1e-6,
     bias=False,
-    attention_scale=False,
+    attention_scale=1.0,
     head_dim=64,
     max_length=512,
     dropout=0.1,
@@ -75,6 +76,10 @@ T5 = ModelConfig(
 
 bert_base = replace(BERT, num_layers=12, d_model=768, num_heads=12)
 """BERT, 110M parameters (Devlin et al. 2019)."""
+bert_small = replace(
+    BERT, num_layers=4, d_model=256, num_heads=4, max_length=128, positions="rotary", norm_place="before", dropout=0.0
+)
+"""A small BERT for small budgets: rotary positions and norms in front let it learn in a tenth of the steps."""
 roberta_base = replace(bert_base, norm_eps=1e-5, token_types=1)
 """RoBERTa, 125M parameters (Liu et al. 2019)."""
 modern_encoder_base = ModelConfig(
@@ -91,17 +96,22 @@ modern_encoder_base = ModelConfig(
     bias=False,
     rope_theta=160_000.0,
     window=65,
-    global_every=3,
+    layer_types=("full", "window", "window"),
+    rope_local_theta=10_000.0,
+    first_norm=False,
+    output_bias=True,
+    head_activation="gelu_exact",
+    head_norm=True,
     dtype="bfloat16",
 )
-"""An encoder in the manner of ModernBERT (Warner et al. 2024), with one base wavelength of rotary positions for all."""
+"""ModernBERT, 149M parameters (Warner et al. 2024)."""
 transformer_base = ModelConfig(
     family="encoder_decoder",
     num_layers=6,
     d_model=512,
     num_heads=8,
     positions="sinusoidal",
-    norm_first=False,
+    norm_place="after",
     embed_scale=True,
     activation="relu",
     dropout=0.1,
@@ -141,6 +151,12 @@ def build(config: ModelConfig, key: "jax.Array", objective: str = "causal") -> A
             from lslm_jax.models.seq2seq import Seq2Seq
 
             return Seq2Seq(config, key)
+
+
+def layer_types(config: ModelConfig, num_layers: int) -> list[str]:
+    """What each layer of a stack sees: `full`, `window` or `no_rope`."""
+    kinds = config.layer_types or ("window" if config.window else "full",)
+    return [kinds[i % len(kinds)] for i in range(num_layers)]
 
 
 def flops_per_token(
@@ -189,10 +205,8 @@ def _tower(config: ModelConfig, num_layers: int, length: int, *, causal: bool) -
     D, F, C = config.d_model, config.d_ff, config.head_dim
     projections = D * C * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = D * F * (3 if config.gated else 2)
-    everywhere = 0
-    if config.window and config.global_every:
-        everywhere = -(-num_layers // config.global_every)
-    seen = everywhere * _seen(length, 0, causal) + (num_layers - everywhere) * _seen(length, config.window, causal)
+    windows = [config.window if kind == "window" else 0 for kind in layer_types(config, num_layers)]
+    seen = sum(_seen(length, window, causal) for window in windows)
     return num_layers * (projections + mlp) + 2 * config.num_heads * C * seen
 
 

@@ -94,4 +94,4 @@ class Seq2Seq(Embedding):
 
     def _dropped(self, x_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
         """A stack's output, with dropout where that of its last block has passed a norm since (T5)."""
-        return dropout(x_BTD, self.config.dropout, key) if self.config.norm_first else x_BTD
+        return dropout(x_BTD, self.config.dropout, key) if self.decoder.norm is not None else x_BTD

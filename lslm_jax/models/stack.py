@@ -57,11 +57,9 @@ def beside(layers: Any, *parts: Any) -> Any:
     return list(zip(*([None] * len(layers) if part is None else part for part in parts), strict=True))
 
 
-def every(layers: Any, period: int) -> Any:
-    """True for layers 0, n, 2n ..., of a period n: stacked, or a list."""
-    if isinstance(layers, nnx.List):
-        return [i % period == 0 for i in range(len(layers))]
-    return jnp.arange(jax.tree.leaves(layers)[0].shape[0]) % period == 0
+def spread(layers: Any, values: list[Any]) -> Any:
+    """A number for each layer, for `run` to take as caches: stacked, or a list as the layers are."""
+    return values if isinstance(layers, nnx.List) else jnp.asarray(values)
 
 
 def run(

@@ -12,7 +12,8 @@ from lslm_jax.config import ModelConfig
 from lslm_jax.models import attention, stack
 from lslm_jax.models.attention import Backend, KeyValues
 from lslm_jax.models.block import AttendSource, Block
-from lslm_jax.models.layers import INIT_STD, Norm, normal, relative_bias
+from lslm_jax.models.layers import INIT_STD, Norm, Rotation, normal, relative_bias, rotary_frequencies, rotation
+from lslm_jax.models.presets import layer_types
 
 
 class Tower(nnx.Module):
@@ -25,8 +26,7 @@ class Tower(nnx.Module):
         make = functools.partial(Block, config, cross=cross)
         self.config, self.causal = config, causal
         self.blocks = stack.stacked(make, config.num_layers, key)
-        norm = Norm(config.d_model, "width", kind=config.norm, eps=config.norm_eps, bias=config.bias)
-        self.norm = norm if config.norm_first else None
+        self.norm = None if config.norm_place == "after" else Norm(config, {"width": config.d_model})
         std = config.d_model**-0.5 if config.init == "fan_in" else INIT_STD
         table = [config.relative_buckets, config.num_heads]
         table_key = jax.random.fold_in(key, config.num_layers)
@@ -58,7 +58,9 @@ class Tower(nnx.Module):
         config = self.config
         length = x_BTD.shape[1]
         bias_HTS = self._bias(length, length, 0)
-        attend_any = functools.partial(attention.attend, scale=config.attention_scale, backend=backend)
+        attend_any = functools.partial(
+            attention.attend, scale=config.attention_scale, cap=config.attention_softcap, backend=backend
+        )
 
         def attend(q_BTHC, k_BTKC, v_BTKC, cache, everywhere):
             out_BTHC = attend_any(
@@ -95,20 +97,18 @@ class Tower(nnx.Module):
         config = self.config
         slots_T, slots_S = index + jnp.arange(x_BTD.shape[1]), jnp.arange(mask_BTS.shape[-1])
         bias_HTS = self._bias(len(slots_T), len(slots_S), index)
+        attend_any = functools.partial(
+            attention.attend_masked, scale=config.attention_scale, cap=config.attention_softcap
+        )
 
         def attend(q_BTHC, k_BTKC, v_BTKC, cache, everywhere):
             k_BSKC = jax.lax.dynamic_update_slice_in_dim(cache.k_BSKC, k_BTKC, index, axis=1)
             v_BSKC = jax.lax.dynamic_update_slice_in_dim(cache.v_BSKC, v_BTKC, index, axis=1)
             near_TS = attention.near(slots_T[:, None] - slots_S[None, :], config.window, everywhere)
             seen_BTS = mask_BTS & near_TS[None]
-            out_BTHC = attention.attend_masked(
-                q_BTHC, k_BSKC, v_BSKC, seen_BTS, bias_HTS=bias_HTS, scale=config.attention_scale
-            )
-            return out_BTHC, KeyValues(k_BSKC, v_BSKC)
+            return attend_any(q_BTHC, k_BSKC, v_BSKC, seen_BTS, bias_HTS=bias_HTS), KeyValues(k_BSKC, v_BSKC)
 
-        attend_source = functools.partial(
-            attention.attend_masked, mask_BTS=cross_mask_BTS, scale=config.attention_scale
-        )
+        attend_source = functools.partial(attend_any, mask_BTS=cross_mask_BTS)
         return self._run(x_BTD, positions_BT, attend, attend_source, caches=cache, cross=cross)
 
     def keys_values(self, memory_BSD: jax.Array) -> Any:
@@ -129,6 +129,30 @@ class Tower(nnx.Module):
             self.distances.get_value(), length, source_length, start, causal=self.causal, farthest=farthest
         )
 
+    def _layers(self, positions_BT: jax.Array) -> tuple[Rotation | None, Any, Any, Any]:
+        """Rotations of all kinds of layers, [N, B, T, C]; and, where layers differ, what tells them apart.
+
+        Returns:
+          The rotations, or None. Of each layer: whether it ignores the window, which rotation is its own, whether it
+          is the first; each None where that is no question.
+        """
+        config = self.config
+        kinds = layer_types(config, config.num_layers)
+        mixed = config.window and set(kinds) - {"window"}
+        everywhere = stack.spread(self.blocks, [kind != "window" for kind in kinds]) if mixed else None
+        is_first = None if config.first_norm else stack.spread(self.blocks, [i == 0 for i in range(len(kinds))])
+        if config.positions != "rotary":
+            return None, everywhere, None, is_first
+        frequencies = {kind: rotary_frequencies(config, kind) for kind in kinds}
+        rotations = [rotation(positions_BT, frequency_C) for frequency_C in frequencies.values()]
+        which = stack.spread(self.blocks, [list(frequencies).index(kind) for kind in kinds])
+        return (
+            jax.tree.map(lambda *each: jnp.stack(each), *rotations),
+            everywhere,
+            which if len(rotations) > 1 else None,
+            is_first,
+        )
+
     def _run(
         self,
         x_BTD: jax.Array,
@@ -142,16 +166,16 @@ class Tower(nnx.Module):
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         config = self.config
-        mixed = config.window and config.global_every
-        everywhere = stack.every(self.blocks, config.global_every) if mixed else None
+        rotations, *differences = self._layers(positions_BT)
 
         def apply(block, x_BTD, given, key):
-            cache, source, everywhere = given
+            cache, source, everywhere, rotary, is_first = given
             return block(
                 x_BTD,
-                positions_BT,
+                jax.tree.map(lambda each: each[0 if rotary is None else rotary], rotations),
                 functools.partial(attend, everywhere=everywhere),
                 cache=cache,
+                is_first=is_first,
                 source=memory_BSD if source is None else source,
                 attend_source=attend_source,
                 key=key,
@@ -162,7 +186,7 @@ class Tower(nnx.Module):
                 self.blocks,
                 x_BTD,
                 apply,
-                caches=stack.beside(self.blocks, caches, cross, everywhere),
+                caches=stack.beside(self.blocks, caches, cross, *differences),
                 keys=None if key is None or not config.dropout else jax.random.split(key, config.num_layers),
                 remat=config.remat,
                 scan=config.scan_layers,

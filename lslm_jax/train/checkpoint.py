@@ -1,4 +1,4 @@
-"""Checkpoints: what is in one, how it is written and found again, and how a run begins. Orbax stays in this file.
+"""Checkpoints: what is in one, how it is written and found again. Orbax stays in this file.
 
 WORKDIR/checkpoints/STEP/ holds the parts `model`, `optimizer`, `ema` (where there is one) and `counters`, each a flat
 map from parameter name to array, so that evaluation reads the weights alone; Orbax's metadata carry the identity of
@@ -12,53 +12,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from etils import epath
-from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from lslm_jax import config_checks
-from lslm_jax.config import CheckpointConfig, Config
+from lslm_jax.config import CheckpointConfig
 from lslm_jax.errors import CheckpointRefused, SaveError
 from lslm_jax.train import identity as identities
 from lslm_jax.train.manifest import check_manifest, write_manifest
-from lslm_jax.train.state import State, abstract_state, init_state
+from lslm_jax.train.state import State
+from lslm_jax.trees import flatten, unflatten
 
 _HEAD = "top."  # of the names of what an encoder ends with
-
-
-def begin(
-    config: Config,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    checkpoints: "Checkpoints",
-    log: Callable[[str], None],
-) -> State:
-    """The state that training goes on from.
-
-    The ways a run can begin, in this order:
-
-    1. From its own latest checkpoint: everything, bit for bit.
-    2. From the latest weights of another run (`train.init_from`), as far as they fit: a body under a new head, say.
-       Step and optimizer start anew.
-    3. From random weights.
-
-    Raises:
-      CheckpointRefused: a checkpoint does not fit this run or cannot be read.
-    """
-    step = checkpoints.latest_step()
-    if step is not None:
-        state = checkpoints.restore(step, abstract_state(config, optimizer, mesh), log)
-        log(f"resumed from step {step}")
-        return state
-    state = init_state(config, optimizer, mesh)
-    if config.train.init_from:
-        source = epath.Path(config.train.init_from) / "checkpoints"
-        model = checkpoints.load_fitting(source, state.model, log)
-        ema = None if state.ema is None else jax.tree.map(jnp.copy, model)
-        state = state._replace(model=model, ema=ema)
-    return state
 
 
 class Checkpoints:
@@ -67,7 +32,7 @@ class Checkpoints:
     def __init__(self, workdir: epath.Path, config: CheckpointConfig, identity: Mapping[str, Any]):
         """Opens or creates WORKDIR/checkpoints; what a killed save left behind is removed."""
         self._directory = epath.Path(workdir) / "checkpoints"
-        self._identity = dict(identity)
+        self.identity = dict(identity)
         self._aside = ThreadPoolExecutor(1)
         self._saving: Future[None] | None = None
         policies: Any = ocp.training.save_decision_policies
@@ -100,9 +65,9 @@ class Checkpoints:
         step = int(state.step)
         self._wait()
         with _as_save_error(self._directory / str(step)):
-            parts = {name: _flatten(part) for name, part in _parts(state).items()}
+            parts = {name: flatten(part) for name, part in _parts(state).items()}
             saved = self._orbax.save_checkpointables_async(
-                step, parts, metrics=dict(metrics or {}), custom_metadata=self._identity
+                step, parts, metrics=dict(metrics or {}), custom_metadata=self.identity
             )
         if saved is not None and jax.process_index() == 0:
             self._saving = self._aside.submit(_finish, saved, self._directory / str(step))
@@ -116,10 +81,10 @@ class Checkpoints:
         directory = self._directory / str(step)
         check_manifest(directory)
         made_by: Any = self._orbax.checkpointables_metadata(step).custom_metadata
-        identities.check(directory, made_by, self._identity, log)
-        parts = {name: _flatten(part) for name, part in _parts(abstract).items()}
+        identities.check(directory, made_by, self.identity, log)
+        parts = {name: flatten(part) for name, part in _parts(abstract).items()}
         loaded = _load(directory, parts)
-        restored = {name: _unflatten(part, loaded[name]) for name, part in _parts(abstract).items()}
+        restored = {name: unflatten(part, loaded[name]) for name, part in _parts(abstract).items()}
         counters = restored.pop("counters")
         return State(**{"ema": None, **restored, **counters})
 
@@ -137,15 +102,15 @@ class Checkpoints:
         directory = epath.Path(source).resolve() / str(latest_step(source))
         check_manifest(directory)
         made_by: Any = ocp.checkpointables_metadata(directory).custom_metadata
-        theirs, mine = made_by["tokenizer_sha256"], self._identity["tokenizer_sha256"]
+        theirs, mine = made_by["tokenizer_sha256"], self.identity["tokenizer_sha256"]
         if theirs != mine:
             raise CheckpointRefused(
                 f"{directory} was made with another tokenizer ({theirs[:12]}, now {mine[:12]}): its embeddings mean "
                 f"other tokens; set tokenizer.path to that run's"
             )
         part = "ema" if (directory / "ema").is_dir() else "model"
-        stored, wanted = ocp.checkpointables_metadata(directory).metadata[part], _flatten(model)
-        heads_too = _same_task(made_by, self._identity)
+        stored, wanted = ocp.checkpointables_metadata(directory).metadata[part], flatten(model)
+        heads_too = _same_task(made_by, self.identity)
         fits = lambda name: name in stored and (heads_too or not name.startswith(_HEAD))
         taken = {name: _abstract(leaf) for name, leaf in wanted.items() if fits(name)}
         _compare(f"{directory}: {part}", {name: stored[name] for name in taken}, taken)
@@ -157,7 +122,7 @@ class Checkpoints:
         for what, names in (("fresh", wanted.keys() - taken.keys()), ("left behind", stored.keys() - taken.keys())):
             if names:
                 log(f"{what}: {', '.join(sorted(names))}")
-        return _unflatten(model, wanted | dict(loaded))
+        return unflatten(model, wanted | dict(loaded))
 
     def close(self) -> None:
         """Waits for saves in the background.
@@ -224,7 +189,7 @@ def load_model(directory: epath.Path, abstract: Any, step: int) -> Any:
     path = epath.Path(directory).resolve() / str(step)
     check_manifest(path)
     name = "ema" if (path / "ema").is_dir() else "model"
-    return _unflatten(abstract, _load(path, {name: _flatten(abstract)})[name])
+    return unflatten(abstract, _load(path, {name: flatten(abstract)})[name])
 
 
 def _open(directory: epath.Path, **options: Any) -> ocp.training.Checkpointer:
@@ -241,19 +206,6 @@ def _parts(state: State) -> dict[str, Any]:
     parts = {"model": state.model, "optimizer": state.optimizer, "ema": state.ema}
     counters = {"step": state.step, "skipped": state.skipped}
     return {name: part for name, part in parts.items() if part is not None} | {"counters": counters}
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    """Arrays by dotted name, free of the classes they sit in, so that a checkpoint outlives them."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _unflatten(like: Any, arrays: Mapping[str, Any]) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[_name(path)], like)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _load(directory: epath.Path, parts: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> Mapping[str, Any]:

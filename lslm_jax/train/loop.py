@@ -23,7 +23,8 @@ from lslm_jax.models.presets import flops_per_token
 from lslm_jax.observe import Metrics, Profiler, device_memory, mfu, parameter_table
 from lslm_jax.progress import Progress, StepTimer
 from lslm_jax.sharding import batch_sharding, to_global
-from lslm_jax.train.checkpoint import Checkpoints, begin
+from lslm_jax.train.begin import begin
+from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.preemption import Preemption
 from lslm_jax.train.state import State, abstract_state, evaluated_model, num_parameters

@@ -1,18 +1,15 @@
 """A trained Llama, 260,000 parameters, and the sentence it is known to begin with."""
 
-import json
 from dataclasses import replace
 
-import jax
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from lslm_jax.config import GenerateConfig, ModelConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config import Config, GenerateConfig
+from lslm_jax.convert import pretrained
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.generate.decode import generate, stream
-from lslm_jax.models import presets
+from lslm_jax.sharding import make_mesh
+from lslm_jax.train.state import abstract_model
 
 BEGINNING = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 
@@ -29,50 +26,9 @@ def tokenizer(directory):
 
 @pytest.fixture(scope="module")
 def model(directory):
-    theirs = json.loads((directory / "config.json").read_text())
-    config = ModelConfig(
-        num_layers=theirs["num_hidden_layers"],
-        d_model=theirs["hidden_size"],
-        num_heads=theirs["num_attention_heads"],
-        num_kv_heads=theirs["num_key_value_heads"],
-        d_ff=theirs["intermediate_size"],
-        vocab_size=theirs["vocab_size"],
-        max_length=theirs["max_position_embeddings"],
-        rope_theta=theirs["rope_parameters"]["rope_theta"],
-        norm_eps=theirs["rms_norm_eps"],
-        positions="rotary",
-        norm="rmsnorm",
-        activation="silu",
-        gated=True,
-        bias=False,
-    )
-    return filled(fill_sizes(config), load_file(directory / "model.safetensors"))
-
-
-def filled(config, weights):
-    """Our model with their weights: theirs are [out, in], ours [in, *out] or [*in, out], heads apart."""
-    names = {
-        "attention_norm/scale": "input_layernorm",
-        "attention/q/w": "self_attn.q_proj",
-        "attention/k/w": "self_attn.k_proj",
-        "attention/v/w": "self_attn.v_proj",
-        "attention/o/w": "self_attn.o_proj",
-        "mlp_norm/scale": "post_attention_layernorm",
-        "mlp/gate/w": "mlp.gate_proj",
-        "mlp/up/w": "mlp.up_proj",
-        "mlp/down/w": "mlp.down_proj",
-    }
-
-    def theirs(path, shape):
-        path = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-        whole = {"embed": "model.embed_tokens.weight", "norm/scale": "model.norm.weight"}
-        if path in whole:
-            return weights[whole[path]]
-        name = names[path.removeprefix("blocks/")]
-        return np.stack([weights[f"model.layers.{i}.{name}.weight"].T for i in range(shape[0])]).reshape(shape)
-
-    shapes = jax.eval_shape(lambda: presets.build(config, jax.random.key(0)))
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: theirs(path, leaf.shape), shapes)
+    source = pretrained.describe(directory)
+    config = Config(model=source.model)
+    return pretrained.load(source, "causal", abstract_model(config, make_mesh(config))).model
 
 
 @pytest.mark.parametrize("scan", [True, False])

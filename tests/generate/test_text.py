@@ -1,5 +1,6 @@
 import pytest
 
+from lslm_jax.config import GenerateConfig
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.generate.text import Row
 
@@ -9,7 +10,7 @@ HARD = "na\u00efve \u20ac5 \U0001f600\U0001f469\u200d\U0001f680 \u65e5\u672c\u8a
 def told(tokenizer, ids, *, prompt=(), stop=(), chunk=1, eos=True):
     """What a reader gets, chunk by chunk, and the result."""
     ids = [*map(int, ids), *[tokenizer.eos_id] * eos]
-    row = Row(tokenizer, 0, [tokenizer.bos_id, *map(int, prompt)], len(ids), stop)
+    row = Row(tokenizer, 0, [tokenizer.bos_id, *map(int, prompt)], len(ids), GenerateConfig(stop=stop))
     parts = []
     for start in range(0, len(ids), chunk):
         for id in ids[start : start + chunk]:
@@ -44,7 +45,9 @@ def test_the_text_goes_on_where_the_prompt_stopped(any_tokenizer, cut):
 
 def test_a_text_of_its_own_does_not_go_on_from_the_prompt(any_tokenizer):
     prompt, ids = (any_tokenizer.encode(text).tolist() for text in ("Once upon", "a time"))
-    row = Row(any_tokenizer, 0, [any_tokenizer.bos_id, *prompt], len(ids), (), context=[any_tokenizer.bos_id])
+    row = Row(
+        any_tokenizer, 0, [any_tokenizer.bos_id, *prompt], len(ids), GenerateConfig(), context=[any_tokenizer.bos_id]
+    )
     for id in ids:
         row.push(id)
     assert row.result().text == any_tokenizer.decode(ids)

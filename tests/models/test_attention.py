@@ -95,9 +95,10 @@ BOTH_WAYS = Demands(bidirectional=True)
             "its window looks back only, and model.window=9 looks both ways here",
         ),
         ({}, Demands(bias=True), "it has no model.positions=relative"),
-        ({}, Demands(mixed=True), "it is one for all layers, and model.global_every makes them differ"),
+        ({}, Demands(mixed=True), "it is one for all layers, and model.layer_types makes them differ"),
         ({"platform": "tpu"}, BOTH_WAYS._replace(window=9), None),
         ({"platform": "tpu"}, Demands(bias=True), "it has no model.positions=relative"),
+        ({}, Demands(softcap=True), "it has no model.attention_softcap"),
         (
             {"platform": "tpu", "source_length": 100},
             BOTH_WAYS,
@@ -121,7 +122,8 @@ def test_a_model_demands_what_its_config_says():
     decoder = ModelConfig(window=8)
     assert attention.demands(decoder) == attention.PLAIN
     assert attention.demands(replace(decoder, family="encoder")) == Demands(bidirectional=True, window=8)
-    assert attention.demands(replace(decoder, global_every=3)) == Demands(mixed=True)
+    assert attention.demands(replace(decoder, layer_types=("full", "window"))) == Demands(mixed=True)
+    assert attention.demands(replace(decoder, attention_softcap=50.0)) == Demands(softcap=True)
     assert attention.demands(ModelConfig(family="encoder_decoder", positions="relative")) == Demands(
         bidirectional=True, bias=True
     )
@@ -130,7 +132,7 @@ def test_a_model_demands_what_its_config_says():
 @pytest.mark.parametrize("name", ["cudnn", "splash"])
 def test_a_kernel_never_leaves_out_silently_what_it_cannot_do(name):
     q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads=2)
-    for extra in ({"bias_HTS": jnp.zeros((H, T, T))}, {"everywhere": True}):
+    for extra in ({"bias_HTS": jnp.zeros((H, T, T))}, {"everywhere": True}, {"cap": 30.0}):
         with pytest.raises(ConfigError, match=f"model.attention={name} cannot compute this attention"):
             attention.attend(q_BTHC, k_BTKC, v_BTKC, segments_BT=None, window=3, backend=Backend(name, ""), **extra)
 
@@ -153,14 +155,18 @@ def test_the_mask_of_an_encoder_looks_both_ways_and_that_of_a_pair_across():
         np.testing.assert_array_equal(mask_BTS[0, 4:], [source[0] == 0 if 0 in source else source[0] > 0] * 2)
 
 
-def test_a_bias_is_added_before_the_softmax_and_scaling_can_be_left_out():
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_products_are_scaled_capped_and_biased_before_the_softmax(cap):
     q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads=2)
     bias_HTS = jax.random.normal(jax.random.key(7), (H, T, T))
     mask_BTS = attention.visible(T, T, packed_rows(), causal=False, window=0)
-    out_BTHC = np.asarray(attention.attend_masked(q_BTHC, k_BTKC, v_BTKC, mask_BTS, bias_HTS=bias_HTS, scale=False))
+    settings = {"bias_HTS": bias_HTS, "scale": 0.7, "cap": cap}
+    out_BTHC = np.asarray(attention.attend_masked(q_BTHC, k_BTKC, v_BTKC, mask_BTS, **settings))
     q, k, v, bias, mask_BTS = *map(np.float64, (q_BTHC, k_BTKC, v_BTKC, bias_HTS)), np.asarray(mask_BTS)
     for b, h in np.ndindex(B, H):
-        logits_TS = np.where(mask_BTS[b], q[b, :, h] @ k[b, :, h // 2].T + bias[h], -np.inf)
+        product_TS = 0.7 * q[b, :, h] @ k[b, :, h // 2].T
+        product_TS = cap * np.tanh(product_TS / cap) if cap else product_TS
+        logits_TS = np.where(mask_BTS[b], product_TS + bias[h], -np.inf)
         weights_TS = np.exp(logits_TS - logits_TS.max(axis=1, keepdims=True))
         expected_TC = weights_TS / weights_TS.sum(1, keepdims=True) @ v[b, :, h // 2]
         np.testing.assert_allclose(out_BTHC[b, :, h], expected_TC, atol=2e-5)

@@ -19,13 +19,14 @@ T, S, D = 10, 12, 32
 SIZES = {"num_layers": 2, "d_model": D, "num_heads": 4, "vocab_size": 61, "num_labels": 3, "max_length": 32}
 SIZES |= {"head_dim": 8, "d_ff": 48, "dropout": 0.0, "dtype": "float32"}
 BERT = fill_sizes(replace(presets.BERT, **SIZES))
-MODERN = fill_sizes(replace(presets.modern_encoder_base, **SIZES, window=0, global_every=0))
+MODERN = fill_sizes(replace(presets.modern_encoder_base, **SIZES, window=0, layer_types=()))
 T5 = fill_sizes(replace(presets.t5_small, **SIZES, num_decoder_layers=3, relative_buckets=8, relative_distance=9))
 T5_V1_1 = replace(T5, gated=True, activation="gelu", tie_embeddings=False, logit_scale=False, num_kv_heads=2)
 ORIGINAL = fill_sizes(replace(presets.transformer_base, **SIZES))
 ENCODERS = {"bert": BERT, "modern": MODERN}
 PAIRS = {"t5": T5, "t5-v1.1": T5_V1_1, "2017": ORIGINAL}
 pairs = pytest.mark.parametrize("config", PAIRS.values(), ids=PAIRS)
+MIXED = ("full", "window")
 families = pytest.mark.parametrize("config", [*ENCODERS.values(), *PAIRS.values()], ids=[*ENCODERS, *PAIRS])
 
 
@@ -37,10 +38,10 @@ families = pytest.mark.parametrize("config", [*ENCODERS.values(), *PAIRS.values(
         (replace(MODERN, positions="relative"), [], T),
         (replace(MODERN, window=3), [1], 2),
         (replace(MODERN, window=3), [], 4),
-        (replace(MODERN, window=3, global_every=2), [], T),
-        (replace(MODERN, window=3, global_every=2), [0], 2),
-        (replace(MODERN, window=3, global_every=2, scan_layers=False), [0], 2),
-        (replace(MODERN, window=3, global_every=2, scan_layers=False), [1], T),
+        (replace(MODERN, window=3, layer_types=MIXED), [], T),
+        (replace(MODERN, window=3, layer_types=MIXED), [0], 2),
+        (replace(MODERN, window=3, layer_types=MIXED, scan_layers=False), [0], 2),
+        (replace(MODERN, window=3, layer_types=MIXED, scan_layers=False), [1], T),
     ],
     ids=["bert", "modern", "relative", "one local", "two local", "mixed", "its local", "unrolled", "its global"],
 )
@@ -121,7 +122,7 @@ def test_padding_changes_nothing_and_is_never_nan(config):
 
 @pytest.mark.parametrize("config", [BERT, MODERN, T5], ids=["bert", "modern", "t5"])
 def test_scan_and_recomputation_change_nothing(config):
-    config = replace(config, dropout=0.3, window=3 if config.positions == "rotary" else 0, global_every=2)
+    config = replace(config, dropout=0.3, window=3 if config.positions == "rotary" else 0, layer_types=MIXED)
     packed, _ = examples(config)
     model = random_model(config, "tagging")
     leaves = jax.tree.leaves(model)
@@ -145,7 +146,7 @@ def test_scan_and_recomputation_change_nothing(config):
 
 
 @pytest.mark.parametrize("unstacked", [False, True])
-@pytest.mark.parametrize("config", [T5, T5_V1_1, replace(ORIGINAL, window=3, global_every=2)], ids=PAIRS)
+@pytest.mark.parametrize("config", [T5, T5_V1_1, replace(ORIGINAL, window=3, layer_types=MIXED)], ids=PAIRS)
 def test_an_encoder_decoder_writes_with_a_cache_what_it_reads_as_a_whole(config, unstacked):
     model = random_model(config)
     rng = np.random.default_rng(0)
@@ -175,7 +176,7 @@ def test_an_encoder_decoder_writes_with_a_cache_what_it_reads_as_a_whole(config,
 
 @pytest.mark.parametrize("positions", ["rotary", "relative"])
 def test_a_decoder_with_a_window_in_some_layers_reads_with_a_cache_as_without(positions):
-    config = fill_sizes(ModelConfig(**SIZES, positions=positions, window=3, global_every=2))
+    config = fill_sizes(ModelConfig(**SIZES, positions=positions, window=3, layer_types=MIXED))
     model = random_model(config)
     tokens_BT, positions_BT = jnp.arange(T)[None], jnp.arange(T)[None]
     zeros = jnp.zeros((2, 1, T, 4, 8))
@@ -186,7 +187,7 @@ def test_a_decoder_with_a_window_in_some_layers_reads_with_a_cache_as_without(po
     second, _ = model.with_cache(tokens_BT[:, 6:], positions_BT[:, 6:], cache, jnp.int32(6), mask_BTS[:, 6:])
     whole = model(tokens_BT)
     np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), whole, atol=1e-5)
-    assert np.max(np.abs(whole - random_model(replace(config, global_every=0))(tokens_BT))) > 0.01
+    assert np.max(np.abs(whole - random_model(replace(config, layer_types=()))(tokens_BT))) > 0.01
 
 
 @families
@@ -259,7 +260,8 @@ def test_weights_start_as_large_as_what_they_sum_up_is_small():
         for param, std in expected:
             assert abs(float(jnp.std(param.get_value())) / std - 1) < 0.03
     bert = presets.build(replace(BERT, **big), jax.random.key(0), "masked")
-    for param in (bert.embed, bert.positions, bert.blocks.attention.o.w, bert.blocks.mlp.down.w, bert.top.dense.w):
+    head = bert.top.transform.dense.w
+    for param in (bert.embed, bert.positions, bert.blocks.attention.o.w, bert.blocks.mlp.down.w, head):
         assert abs(float(jnp.std(param.get_value())) / INIT_STD - 1) < 0.03
 
 
@@ -271,7 +273,7 @@ def random_model(config, objective="seq2seq"):
     def draw(path, leaf):
         names = {part.name for part in path}
         # Where products are not divided by sqrt(C), queries are small instead.
-        size = 0.3 / config.head_dim**0.5 if "q" in names and not config.attention_scale else 0.3
+        size = 0.3 / config.head_dim**0.5 if "q" in names and config.attention_scale else 0.3
         return jnp.asarray(rng.normal("scale" in names, size, leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)

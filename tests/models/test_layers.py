@@ -1,12 +1,14 @@
 """The small parts against their formulas in NumPy."""
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lslm_jax.config import ModelConfig
 from lslm_jax.models.layers import (
     ACTIVATIONS,
     Linear,
@@ -14,7 +16,9 @@ from lslm_jax.models.layers import (
     distance_buckets,
     dropout,
     relative_bias,
+    rotary_frequencies,
     rotate,
+    rotation,
     sinusoids,
     softcap,
 )
@@ -39,7 +43,7 @@ def test_linear_maps_named_axes_to_named_axes():
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 def test_norms_follow_their_formulas(kind):
-    norm = Norm(12, "width", kind=kind, eps=1e-3, bias=True)
+    norm = Norm(ModelConfig(norm=kind, norm_eps=1e-3), {"width": 12})
     norm.scale.set_value(jnp.linspace(0.5, 2.0, 12))
     x = X - X.mean(-1, keepdims=True) if kind == "layernorm" else X
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * np.linspace(0.5, 2.0, 12)
@@ -52,7 +56,7 @@ def test_norms_follow_their_formulas(kind):
 
 
 def test_norms_are_computed_in_float32_whatever_goes_in():
-    norm = Norm(12, "width", kind="layernorm", eps=1e-5, bias=True)
+    norm = Norm(ModelConfig(), {"width": 12})
     large = jnp.asarray(X + 100.0, jnp.bfloat16)
     assert norm(large).dtype == jnp.bfloat16
     exact = norm(large.astype(jnp.float32))
@@ -66,7 +70,39 @@ def test_rotary_embedding_turns_pairs_of_features_like_complex_numbers():
     frequency_C = 10_000.0 ** (-np.arange(3) / 3)
     turned = complex_BTHC * np.exp(1j * positions_BT[:, :, None, None] * frequency_C)
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
-    np.testing.assert_allclose(rotate(jnp.asarray(x_BTHC), jnp.asarray(positions_BT), 10_000.0), expected, atol=1e-5)
+    config = ModelConfig(positions="rotary", head_dim=6)
+    to = rotation(jnp.asarray(positions_BT), rotary_frequencies(config, "full"))
+    np.testing.assert_allclose(rotate(jnp.asarray(x_BTHC), to), expected, atol=1e-5)
+
+
+def test_rotary_positions_turn_a_share_of_the_features_or_none():
+    x_BTHC = jnp.asarray(X.reshape(2, 5, 1, 12))
+    positions_BT = jnp.arange(5)[None].repeat(2, axis=0)
+    config = ModelConfig(positions="rotary", head_dim=12, rope_fraction=0.5)
+    whole = replace(config, head_dim=6, rope_fraction=1.0)
+    in_part = rotate(x_BTHC, rotation(positions_BT, rotary_frequencies(config, "full")))
+    expected = rotate(x_BTHC[..., :6], rotation(positions_BT, rotary_frequencies(whole, "full")))
+    np.testing.assert_array_equal(in_part[..., :6], expected)
+    np.testing.assert_array_equal(in_part[..., 6:], x_BTHC[..., 6:])
+    none = rotate(x_BTHC, rotation(positions_BT, rotary_frequencies(config, "no_rope")))
+    np.testing.assert_array_equal(none, x_BTHC)
+
+
+def test_stretched_rotary_waves_follow_their_formulas():
+    plain = ModelConfig(positions="rotary", head_dim=64, rope_theta=1e4, rope_factor=8.0, rope_original_length=100)
+    frequency_C = rotary_frequencies(plain, "full")
+    np.testing.assert_allclose(frequency_C, 1e4 ** (-np.arange(32) / 32), rtol=1e-6)
+    linear = replace(plain, rope_scaling="linear", rope_local_theta=100.0)
+    np.testing.assert_allclose(rotary_frequencies(linear, "full"), frequency_C / 8, rtol=1e-6)
+    np.testing.assert_allclose(rotary_frequencies(linear, "window"), 100.0 ** (-np.arange(32) / 32), rtol=1e-6)
+    stretched = rotary_frequencies(replace(plain, rope_scaling="llama3"), "full")
+    waves = 100 * frequency_C / (2 * np.pi)
+    np.testing.assert_array_equal(stretched[waves > 4], frequency_C[waves > 4])
+    np.testing.assert_allclose(stretched[waves < 1], frequency_C[waves < 1] / 8, rtol=1e-6)
+    between = (waves > 1) & (waves < 4)
+    share = (waves[between] - 1) / 3
+    np.testing.assert_allclose(stretched[between], frequency_C[between] * (share + (1 - share) / 8), rtol=1e-6)
+    assert between.any() and (waves > 4).any() and (waves < 1).any()
 
 
 @pytest.mark.parametrize("width", [8, 7])
@@ -110,6 +146,7 @@ def test_activations_are_what_their_names_say():
         "relu": positive,
         "relu2": positive**2,
         "silu": x * sigmoid,
+        "tanh": np.tanh(x),
     }
     assert set(ACTIVATIONS) == set(expected)
     for name, values in expected.items():

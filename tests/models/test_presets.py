@@ -84,7 +84,7 @@ def test_flops_of_encoders_and_encoder_decoders_agree_with_what_xla_counts(famil
     B, T, S, D, L = 2, 64, 96, 512, 2
     model = ModelConfig(family=family, num_layers=L, num_decoder_layers=1, d_model=D, num_heads=8, vocab_size=1024)
     model = fill_sizes(replace(model, num_labels=128, window=window, scan_layers=False))
-    model = replace(model, global_every=2 if window else 0)
+    model = replace(model, layer_types=("full", "window") if window else ())
     ids = lambda n: jax.ShapeDtypeStruct((B, n), jnp.int32)
     batch = Batch(ids(T), ids(T), jax.ShapeDtypeStruct((B, T), jnp.float32))
     predictions = 0

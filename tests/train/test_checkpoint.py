@@ -20,6 +20,7 @@ from lslm_jax.config_checks import validate
 from lslm_jax.errors import CheckpointRefused, SaveError
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, identity
+from lslm_jax.train.begin import begin
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_state
@@ -287,7 +288,7 @@ def begun(workdir, config):
     run = opened(workdir, config)
     lines = []
     with jax.set_mesh(mesh_of()):
-        state = checkpoint.begin(config, make_optimizer(config.optimizer, 50), mesh_of(), run, lines.append)
+        state = begin(config, make_optimizer(config.optimizer, 50), mesh_of(), run, lines.append)
     run.close()
     return state, lines
 

@@ -38,7 +38,7 @@ def changed(config=CONFIG, **sections):
 
 FAMILIES = {
     "decoder": CONFIG,
-    "encoder": changed(model={"family": "encoder", "norm_first": False}, task={"objective": "masked"}),
+    "encoder": changed(model={"family": "encoder", "norm_place": "after"}, task={"objective": "masked"}),
     "encoder_decoder": changed(
         model={"family": "encoder_decoder", "positions": "relative", "norm": "rmsnorm", "gated": True, "bias": False},
         data={"source_len": T},

@@ -1,0 +1,43 @@
+r"""Sentiment of film reviews (SST-2) by MiniLM, a small BERT distilled from a large one: fine-tuning.
+
+    python -m lslm_jax.main --config=configs/minilm_sst2.py --pretrained=DIR --workdir=runs/minilm_sst2 \
+        --config.data.files=sst2/train.tsv.gz --config.data.valid_files=sst2/dev.tsv.gz
+
+DIR holds sentence-transformers/all-MiniLM-L6-v2, or any other BERT, RoBERTa, DistilBERT or ModernBERT. Columns are
+`sentence` and `label` (0 negative, 1 positive), as GLUE has them.
+"""
+
+from lslm_jax.config import (
+    CheckpointConfig,
+    CleanConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        data=DataConfig(
+            example="label",
+            files=("sst2/train.tsv.gz",),
+            valid_files=("sst2/dev.tsv.gz",),
+            text_key="sentence",
+            labels=("negative", "positive"),
+            seq_len=64,
+            packing="pad",
+        ),
+        clean=CleanConfig(whitespace="collapse"),
+        task=TaskConfig(objective="classification"),
+        model=ModelConfig(family="encoder", pool="mean"),
+        train=TrainConfig(steps=650, batch_size=32),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-5, b2=0.98, schedule="linear", warmup_steps=65, final_ratio=0.0, weight_decay=0.01
+        ),
+        checkpoint=CheckpointConfig(every=325, best="eval/accuracy"),
+        eval=EvalConfig(every=325),
+    )

@@ -1,0 +1,160 @@
+"""Encoder-decoders of Hugging Face: T5, T5 1.1 (Flan-T5), and Marian's translators."""
+
+from typing import Any
+
+from lslm_jax.config import ModelConfig
+from lslm_jax.convert.family import LAYER, Family, Part, Setting, Settings
+from lslm_jax.convert.settings import activation
+from lslm_jax.errors import ConfigError
+
+Modules = dict[str, str | Part]
+
+
+def _t5_stack(stack: str, gated: bool) -> Modules:
+    layer = f"{stack}.block.{LAYER}.layer"
+    mlp = f"{layer}.{2 if stack == 'decoder' else 1}"
+    ours = f"{stack}.blocks"
+    modules: Modules = {
+        f"{stack}.norm": f"{stack}.final_layer_norm",
+        f"{stack}.distances": f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        f"{ours}.attention_norm": f"{layer}.0.layer_norm",
+        f"{ours}.mlp_norm": f"{mlp}.layer_norm",
+        f"{ours}.mlp.up": f"{mlp}.DenseReluDense.{'wi_1' if gated else 'wi'}",
+        f"{ours}.mlp.down": f"{mlp}.DenseReluDense.wo",
+    }
+    modules |= {f"{ours}.attention.{name}": f"{layer}.0.SelfAttention.{name}" for name in "qkvo"}
+    if gated:
+        modules[f"{ours}.mlp.gate"] = f"{mlp}.DenseReluDense.wi_0"
+    if stack == "decoder":
+        modules[f"{ours}.cross_norm"] = f"{layer}.1.layer_norm"
+        modules |= {f"{ours}.cross.{name}": f"{layer}.1.EncDecAttention.{name}" for name in "qkvo"}
+    return modules
+
+
+def _read_decoder_layers(theirs: Settings) -> dict[str, Any]:
+    return {"num_decoder_layers": theirs.get("num_decoder_layers") or theirs.get("num_layers", 0)}
+
+
+def _read_tied(theirs: Settings) -> dict[str, Any]:
+    """Where the output layer is the embedding, it reads a smaller hidden state. Newer versions say only the latter."""
+    tied = theirs.get("scale_decoder_outputs", theirs.get("tie_word_embeddings", True))
+    return {"tie_embeddings": tied, "logit_scale": tied}
+
+
+def _t5(*, gated: bool) -> Family:
+    projection = "gated-gelu" if gated else "relu"
+    return Family(
+        model_type="t5",
+        classes={"seq2seq": "T5ForConditionalGeneration", "span_corruption": "T5ForConditionalGeneration"},
+        prefix="",
+        modules={
+            "embed": "shared.weight",
+            "head": "lm_head.weight",
+            **_t5_stack("encoder", gated),
+            **_t5_stack("decoder", gated),
+        },
+        ignored=("*.embed_tokens.weight", "*.EncDecAttention.relative_attention_bias.*"),
+        stand_ins={"lm_head.weight": "shared.weight"},
+        fields={
+            "vocab_size": "vocab_size",
+            "d_model": "d_model",
+            "head_dim": "d_kv",
+            "d_ff": "d_ff",
+            "num_layers": "num_layers",
+            "num_heads": "num_heads",
+            "max_length": ("n_positions", 512),
+            "relative_buckets": ("relative_attention_num_buckets", 32),
+            "relative_distance": ("relative_attention_max_distance", 128),
+            "norm_eps": ("layer_norm_epsilon", 1e-6),
+            "dropout": ("dropout_rate", 0.1),
+        },
+        settings=(
+            Setting(_read_decoder_layers, lambda model: {"num_decoder_layers": model.num_decoder_layers}),
+            Setting(_read_tied, lambda model: {"tie_word_embeddings": model.tie_embeddings}),
+        ),
+        fixed={
+            "family": "encoder_decoder",
+            "positions": "relative",
+            "norm": "rmsnorm",
+            "bias": False,
+            "attention_scale": 1.0,
+            "gated": gated,
+            "activation": "gelu" if gated else "relu",
+        },
+        demands={"feed_forward_proj": projection},
+    )
+
+
+T5 = _t5(gated=False)
+T5_GATED = _t5(gated=True)
+
+
+def _marian_stack(stack: str) -> Modules:
+    layer, ours = f"model.{stack}.layers.{LAYER}", f"{stack}.blocks"
+    modules: Modules = {
+        f"{ours}.attention_norm": f"{layer}.self_attn_layer_norm",
+        f"{ours}.mlp.up": f"{layer}.fc1",
+        f"{ours}.mlp.down": f"{layer}.fc2",
+        f"{ours}.mlp_norm": f"{layer}.final_layer_norm",
+    }
+    projections = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+    modules |= {f"{ours}.attention.{a}": f"{layer}.self_attn.{b}" for a, b in projections.items()}
+    if stack == "decoder":
+        modules[f"{ours}.cross_norm"] = f"{layer}.encoder_attn_layer_norm"
+        modules |= {f"{ours}.cross.{a}": f"{layer}.encoder_attn.{b}" for a, b in projections.items()}
+    return modules
+
+
+def _read_marian(theirs: Settings) -> dict[str, Any]:
+    for name in ("attention_heads", "ffn_dim"):
+        sizes = [theirs.get(f"{stack}_{name}") for stack in ("encoder", "decoder")]
+        if sizes[0] != sizes[1]:
+            raise ConfigError(f"marian with encoder_{name}={sizes[0]} and decoder_{name}={sizes[1]} is not supported")
+    return {}
+
+
+def _write_marian(model: ModelConfig) -> dict[str, Any]:
+    return {"decoder_attention_heads": model.num_heads, "decoder_ffn_dim": model.d_ff}
+
+
+MARIAN = Family(
+    model_type="marian",
+    classes={"seq2seq": "MarianMTModel"},
+    prefix="model.",
+    modules={
+        "embed": "model.shared.weight",
+        "output_bias": "final_logits_bias",
+        **_marian_stack("encoder"),
+        **_marian_stack("decoder"),
+    },
+    rows=("final_logits_bias",),
+    ignored=("model.*.embed_tokens.weight", "model.*.embed_positions.weight", "lm_head.weight"),
+    fields={
+        "vocab_size": "vocab_size",
+        "max_length": ("max_position_embeddings", 1024),
+        "d_model": "d_model",
+        "num_layers": "encoder_layers",
+        "num_decoder_layers": "decoder_layers",
+        "num_heads": "encoder_attention_heads",
+        "d_ff": "encoder_ffn_dim",
+        "embed_scale": ("scale_embedding", False),
+        "dropout": ("dropout", 0.1),
+    },
+    settings=(activation("activation_function", "gelu"), Setting(_read_marian, _write_marian)),
+    fixed={
+        "family": "encoder_decoder",
+        "positions": "sinusoidal",
+        "norm": "layernorm",
+        "norm_place": "after",
+        "output_bias": True,
+        "bias": True,
+    },
+    demands={
+        "static_position_embeddings": True,
+        "normalize_before": False,
+        "normalize_embedding": False,
+        "add_final_layer_norm": False,
+        "share_encoder_decoder_embeddings": True,
+        "tie_word_embeddings": True,
+    },
+)

@@ -1,0 +1,272 @@
+"""Directories as Hugging Face has them: the model that one holds, its vocabulary, and how a run takes it up.
+
+Nothing here needs jax before weights are read: a command that cannot work says so at once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from lslm_jax import atomic, config_loading
+from lslm_jax.config import Config, GenerateConfig, ModelConfig
+from lslm_jax.convert import decoders, encoders, gguf, pairs, safetensors
+from lslm_jax.convert.family import Family
+from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.errors import ConfigError, InputMissing
+
+FAMILIES = (
+    decoders.GPT2,
+    decoders.LLAMA,
+    decoders.MISTRAL,
+    decoders.QWEN2,
+    decoders.QWEN3,
+    decoders.GEMMA2,
+    decoders.GEMMA3,
+    decoders.SMOLLM3,
+    decoders.OLMO2,
+    decoders.GPT_NEOX,
+    encoders.BERT,
+    encoders.ROBERTA,
+    encoders.DISTILBERT,
+    encoders.MODERNBERT,
+    pairs.T5,
+    pairs.T5_GATED,
+    pairs.MARIAN,
+)
+
+
+class Pretrained(NamedTuple):
+    """A model in a directory.
+
+    Attributes:
+      directory: that holds config.json and weights, or a GGUF file.
+      family: how its settings and weights are named.
+      model: what config.json describes.
+      settings: config.json itself.
+    """
+
+    directory: epath.Path
+    family: Family
+    model: ModelConfig
+    settings: dict[str, Any]
+
+
+def describe(directory: epath.Path | str) -> Pretrained:
+    """Reads a directory's config.json, or what a GGUF file says.
+
+    Raises:
+      InputMissing: there is none.
+      ConfigError: it is of a family, or has a setting, that our blocks do not express exactly.
+    """
+    directory = epath.Path(directory).expanduser().absolute()
+    path = directory if _is_gguf(directory) else directory / "config.json"
+    if not path.is_file():
+        raise InputMissing(f"{directory} holds no config.json: it is not a pretrained model")
+    settings = gguf.settings(path) if _is_gguf(path) else atomic.read_json(path)
+    kind = settings.get("model_type")
+    candidates = [family for family in FAMILIES if family.model_type == kind]
+    if not candidates:
+        known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
+        raise ConfigError(f"{path}: models of type {kind} are not supported, only {known}")
+    problems = []
+    for family in candidates:
+        try:
+            return Pretrained(directory, family, _typed(family.read(settings)), settings)
+        except ConfigError as error:
+            problems.append(str(error))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            problems.append(f"a setting is malformed ({type(error).__name__}: {error})")
+    raise ConfigError(f"{path}: {problems[-1]}")
+
+
+def _is_gguf(path: epath.Path) -> bool:
+    return path.suffix == ".gguf"
+
+
+def _typed(model: ModelConfig) -> ModelConfig:
+    """The model, once each of its settings is known to be of its type."""
+    return config_loading.from_dict(config_loading.to_dict(Config(model=model))).model
+
+
+def is_pretrained(directory: epath.Path) -> bool:
+    """Whether a directory holds a Hugging Face model, and not a run of ours, which has a config.json too."""
+    path = directory / "config.json"
+    return _is_gguf(directory) or (path.is_file() and "model_type" in atomic.read_json(path))
+
+
+def load(source: Pretrained, objective: str, abstract: Any, fresh: Any = None) -> Any:
+    """The weights of a directory: `weights.Loaded`, with the errors of `weights.load` and `safetensors`."""
+    from lslm_jax.convert import weights
+
+    path = source.directory
+    tensors = gguf.tensors(path) if _is_gguf(path) else safetensors.open_directory(path)
+    return weights.load(tensors, source.family, source.model, objective, abstract, fresh)
+
+
+# How a run takes it up.
+
+# What is chosen by whoever runs the model.
+_RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "init")
+_VOCABULARIES = {
+    "tokenizer.json": "huggingface",
+    "vocab.txt": "huggingface",
+    "spiece.model": "sentencepiece",
+    "tokenizer.model": "sentencepiece",
+}
+_OBJECTIVES = {
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "ForMaskedLM": "masked",
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "tagging",
+    "ForQuestionAnswering": "qa",
+    "ForConditionalGeneration": "seq2seq",
+    "MTModel": "seq2seq",
+}
+_EXAMPLES = {"classification": "label", "tagging": "tags", "qa": "qa", "seq2seq": "pair"}
+
+
+def configure(config: Config, source: Pretrained) -> Config:
+    """A config whose model, vocabulary and first weights are those of a directory.
+
+    Raises:
+      InputMissing: there is no vocabulary that can be read.
+    """
+    model = replace(source.model, **{name: getattr(config.model, name) for name in _RUN_KEYS})
+    if config.model.pool != ModelConfig().pool:
+        model = replace(model, pool=config.model.pool)
+    path = vocabulary(source.directory)
+    tokenizer = replace(config.tokenizer, kind=_VOCABULARIES.get(path.name, "huggingface"), path=str(path))
+    return replace(
+        config, model=model, tokenizer=tokenizer, train=replace(config.train, init_from=str(source.directory))
+    )
+
+
+def default_config(source: Pretrained) -> Config:
+    """A config for what the directory's model was trained to do, and how its makers let it write."""
+    labels = source.settings.get("id2label") or {}
+    objective = task_of(source)
+    config = configure(Config(), source)
+    data = replace(
+        config.data,
+        source="synthetic",
+        example=_EXAMPLES.get(objective, "text"),
+        labels=tuple(str(labels[key]) for key in sorted(labels, key=int))
+        if objective in ("classification", "tagging")
+        else (),
+        seq_len=min(config.data.seq_len, source.model.max_length),
+    )
+    task = replace(config.task, objective=objective)
+    return replace(config, data=data, task=task, generate=generation(source.directory))
+
+
+def task_of(source: Pretrained) -> str:
+    """The objective of ours that its class, as config.json names it, was trained on.
+
+    Raises:
+      ConfigError: it names none that we know.
+    """
+    names = source.settings.get("architectures") or []
+    found = [objective for suffix, objective in _OBJECTIVES.items() for name in names if name.endswith(suffix)]
+    if not found:
+        named = ", ".join(map(str, names)) or "none"
+        raise ConfigError(
+            f"{source.directory} does not say what its model is for (architectures: {named}): add --config=FILE"
+        )
+    return found[0]
+
+
+def vocabulary(directory: epath.Path) -> epath.Path:
+    """The file of its vocabulary.
+
+    Raises:
+      InputMissing: there is none that can be read.
+    """
+    if _is_gguf(directory):
+        return directory
+    for name in _VOCABULARIES:
+        if (directory / name).is_file():
+            return directory / name
+    raise InputMissing(f"{directory} holds no vocabulary: none of {', '.join(_VOCABULARIES)}")
+
+
+def generation(directory: epath.Path) -> GenerateConfig:
+    """How its makers let it write: generation_config.json, as far as we do the same."""
+    path = directory / "generation_config.json"
+    theirs = atomic.read_json(path) if path.is_file() else {}
+    words = tokenizers.load(vocabulary(directory))
+    ends = theirs.get("eos_token_id", words.eos_id)
+    ends = [ends] if isinstance(ends, int) else ends or []
+    ours = GenerateConfig(
+        temperature=0.0,
+        beams=max(int(theirs.get("num_beams") or 1), 1),
+        bos=words.adds_bos,
+        stop_ids=tuple(id for id in ends if id != words.eos_id),
+    )
+    if theirs.get("do_sample"):
+        ours = replace(
+            ours,
+            temperature=float(theirs.get("temperature") or 1.0),
+            top_k=int(theirs.get("top_k") or 0),
+            top_p=float(theirs.get("top_p") or 1.0),
+            min_p=float(theirs.get("min_p") or 0.0),
+        )
+    if ours.beams == 1:
+        ours = replace(ours, repetition_penalty=float(theirs.get("repetition_penalty") or 1.0))
+    return ours
+
+
+# The way out.
+
+
+def family_of(model: ModelConfig, objective: str) -> Family:
+    """The first family that has such models.
+
+    Raises:
+      ConfigError: none has; it says what the nearest one lacks.
+    """
+    problems = []
+    for family in FAMILIES:
+        if objective not in family.classes:
+            continue
+        try:
+            family.write(model)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        return family
+    if not problems:
+        raise ConfigError(f"no family of Hugging Face has models for task.objective={objective}")
+    raise ConfigError(f"no family of Hugging Face has such models: {'; '.join(problems)}")
+
+
+def export_settings(
+    family: Family,
+    model: ModelConfig,
+    objective: str,
+    dtype: str,
+    tokens: Mapping[str, int | None],
+    labels: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+      family: that has such models.
+      model: with all sizes filled in.
+      objective: which head it has.
+      dtype: of the weights.
+      tokens: ids of `bos`, `eos` and `pad`.
+      labels: of classes or tags.
+    """
+    ids = {f"{role}_token_id": id for role, id in tokens.items()}
+    settings = ids | family.write(model) | {"architectures": [family.classes[objective]], "torch_dtype": dtype}
+    if model.family == "encoder_decoder":
+        settings |= {"is_encoder_decoder": True, "decoder_start_token_id": tokens["bos"]}
+    if objective == "regression":
+        settings |= {"num_labels": 1, "problem_type": "regression"}
+    if labels:
+        settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        settings["label2id"] = {label: i for i, label in enumerate(labels)}
+    return settings

@@ -1,0 +1,230 @@
+"""Weights between a Hugging Face directory and a model of ours, one tensor at a time.
+
+Each tensor goes from its file straight to the devices that hold a part of it, and back: the host never holds more
+than one of them, and what lies on its own devices.
+"""
+
+import fnmatch
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lslm_jax.config import ModelConfig
+from lslm_jax.convert.family import LAYER, Family, Layout, Part, layout
+from lslm_jax.convert.safetensors import Source, Stored
+from lslm_jax.errors import ConfigError, DataError
+from lslm_jax.trees import flatten, unflatten
+
+_SUFFIXES = {"w": ".weight", "scale": ".weight", "b": ".bias", "bias": ".bias"}
+_HEAD = ("top.", "head", "output_bias")  # how names of what a body may lack begin
+_VOCAB = ("embed", "head", "output_bias")  # have a row a token, and ours rows of padding behind them
+
+
+class _Use(NamedTuple):
+    """Where a part of one of their tensors goes: to which parameter of ours, to which layer of it."""
+
+    ours: str
+    layer: int | None
+    index: int
+    layout: Layout
+
+
+class Loaded(NamedTuple):
+    """A model with weights from a directory.
+
+    Attributes:
+      model: of the abstract model's kind.
+      fresh: names of parameters that the directory lacks; they are those of the model that was given.
+      skipped: names of theirs that were left out knowingly: masks, copies, other heads.
+    """
+
+    model: Any
+    fresh: list[str]
+    skipped: list[str]
+
+
+def load(
+    tensors: Mapping[str, Stored],
+    family: Family,
+    config: ModelConfig,
+    objective: str,
+    abstract: Any,
+    fresh: Any = None,
+) -> Loaded:
+    """Reads weights into a model.
+
+    Args:
+      tensors: of the directory.
+      family: how they are named.
+      config: of the model, as the directory's config.json says.
+      objective: which head the model has.
+      abstract: its shapes and shardings.
+      fresh: a model whose head stands in where the directory has none, or one of another shape; None: that is an error.
+
+    Raises:
+      DataError: weights are missing, have other shapes, or there are some that such a model has no place for.
+    """
+    wanted, given = flatten(abstract), {} if fresh is None else flatten(fresh)
+    tensors = {_modern(name): tensor for name, tensor in tensors.items()}
+    stand_ins = {name: tensors[other] for name, other in family.stand_ins.items() if other in tensors}
+    tensors = stand_ins | tensors
+    uses = _uses(family, config, objective, wanted, bare=_is_bare(tensors, family))
+    parts = [(name, use) for name, several in uses.items() for use in several]
+    fits = lambda name, use: name in tensors and _shape(tensors[name], use) == use.layout.shape
+    heads = sorted(
+        {use.ours for name, use in parts if use.ours in given and use.ours.startswith(_HEAD) and not fits(name, use)}
+    )
+    if lacking := {name for name, use in parts if name not in tensors and use.ours not in heads}:
+        raise DataError(f"the weights lack {len(lacking)} tensors of a {family.model_type}: {_some(lacking)}")
+    uses = {name: kept for name, several in uses.items() if (kept := [use for use in several if use.ours not in heads])}
+    skipped = [name for name in tensors if name not in uses and name not in stand_ins]
+    if strangers := [name for name in skipped if not _is_known(name, family, config)]:
+        raise DataError(
+            f"a {family.model_type} like this has no place for {len(strangers)} tensors: {_some(strangers)}"
+        )
+    arrays = _read(tensors, uses, wanted, config)
+    return Loaded(unflatten(abstract, arrays | {name: given[name] for name in heads}), heads, skipped)
+
+
+def _read(
+    tensors: Mapping[str, Stored], uses: Mapping[str, list[_Use]], wanted: Mapping[str, Any], config: ModelConfig
+) -> dict[str, jax.Array]:
+    arrays: dict[str, jax.Array] = {}
+    present = {name: tensor for name, tensor in tensors.items() if name in uses}
+    for name, tensor in present.items():
+        for use in uses[name]:
+            _check(name, tensor, use, config)
+    for name, tensor in sorted(present.items(), key=lambda item: (str(item[1].path), item[1].begin)):
+        theirs = tensor.read()
+        for use in uses[name]:
+            leaf, ours = wanted[use.ours], use.layout.ours(theirs, use.index)
+            if use.layer is None:
+                arrays[use.ours] = _place(ours, leaf.shape, leaf.dtype, leaf.sharding)
+                continue
+            spec = PartitionSpec(*leaf.sharding.spec[1:])
+            one = _place(ours, leaf.shape[1:], leaf.dtype, NamedSharding(leaf.sharding.mesh, spec))
+            whole = arrays.get(use.ours)
+            whole = _blank(leaf.shape, leaf.dtype, leaf.sharding, use.ours) if whole is None else whole
+            arrays[use.ours] = _put(whole, one, use.layer)
+    return arrays
+
+
+def _place(ours: np.ndarray, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    """On its devices: each is given its part alone, with zeros for rows of padding."""
+
+    def part(index: Any) -> np.ndarray:
+        cut = np.asarray(ours[index], dtype)
+        rows = len(range(*index[0].indices(shape[0])))
+        return np.pad(cut, [(0, rows - len(cut)), *[(0, 0)] * (cut.ndim - 1)]) if len(cut) < rows else cut
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _blank(shape: tuple[int, ...], dtype: Any, sharding: Any, name: str) -> jax.Array:
+    """All layers of a parameter before they are read; ones where a layer lacks a scale, as ModernBERT's first does."""
+    value = 1.0 if name.endswith(".scale") else 0.0
+    return jax.jit(lambda: jnp.full(shape, value, dtype), out_shardings=sharding)()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole: jax.Array, one: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(whole, one, layer, 0)
+
+
+def sources(model: Any, family: Family, config: ModelConfig, objective: str, dtype: str) -> dict[str, Source]:
+    """What to write: their tensors by name, each fetched from its devices when its turn comes.
+
+    Every process of a run over several hosts must fetch them, in this order.
+    """
+    arrays = flatten(model)
+    parts = _uses(family, config, objective, arrays)
+    kind = np.dtype(jnp.dtype(dtype))
+
+    def source(name: str, uses: list[_Use]) -> Source:
+        uses = sorted(uses, key=lambda use: use.index)
+        shape = uses[0].layout.shape
+
+        def make() -> np.ndarray:
+            return uses[0].layout.theirs([_fetch(arrays[use.ours], use, config) for use in uses]).astype(kind)
+
+        return Source(kind, (1, *shape) if name in family.rows else shape, make)
+
+    return {name: source(name, uses) for name, uses in parts.items()}
+
+
+def _fetch(array: jax.Array, use: _Use, config: ModelConfig) -> np.ndarray:
+    """One layer of a parameter, or all of it, on the host, without rows of padding."""
+    layer, sharding = use.layer, array.sharding
+    whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    cut = jax.jit(lambda array: array if layer is None else array[layer], out_shardings=whole)(array)
+    return np.asarray(cut.addressable_data(0))[: config.vocab_size if use.ours in _VOCAB else None]
+
+
+def _uses(
+    family: Family, config: ModelConfig, objective: str, leaves: Mapping[str, Any], *, bare: bool = False
+) -> dict[str, list[_Use]]:
+    """What each of their tensors holds, by name; `bare` where the names lack the family's prefix."""
+    places = family.places(objective)
+    uses: dict[str, list[_Use]] = {}
+    for name, leaf in leaves.items():
+        module, _, last = name.rpartition(".")
+        place, suffix = (places[name], "") if name in places else (places.get(module), _SUFFIXES.get(last, ""))
+        if place is None:
+            raise ConfigError(f"{family.model_type} has no place for {name}")
+        theirs, index = (place.name, place.index) if isinstance(place, Part) else (place, 0)
+        is_layered = LAYER in theirs
+        shape = leaf.shape[1:] if is_layered else leaf.shape
+        if name in _VOCAB:
+            shape = (config.vocab_size, *shape[1:])
+        form = layout(name, shape, place, transposed=family.transposed)
+        for i in range(leaf.shape[0]) if is_layered else [None]:
+            if i == 0 and not config.first_norm and module == "blocks.attention_norm":
+                continue
+            full = theirs.replace(LAYER, str(i)) + suffix
+            uses.setdefault(full.removeprefix(family.prefix) if bare else full, []).append(_Use(name, i, index, form))
+    return uses
+
+
+def _is_bare(tensors: Mapping[str, Stored], family: Family) -> bool:
+    """Whether this is a body saved without a head, whose names lack the prefix."""
+    return not any(name.startswith(family.prefix) for name in tensors)
+
+
+def _is_known(name: str, family: Family, config: ModelConfig) -> bool:
+    """Whether a tensor may be left out: it holds nothing to learn, is a copy, or belongs to another head."""
+    names = (name, family.prefix + name)
+    if config.tie_embeddings and name == family.modules.get("head"):
+        return True
+    heads = [place for head in family.heads.values() for place in head.values() if isinstance(place, str)]
+    patterns = [*family.ignored, *heads, *(f"{place}.*" for place in heads)]
+    return any(fnmatch.fnmatchcase(each, pattern) for each in names for pattern in patterns)
+
+
+def _shape(tensor: Stored, use: _Use) -> tuple[int, ...]:
+    """Of a tensor, without the axis of size 1 that some have in front of it."""
+    return tensor.shape[1:] if tensor.shape == (1, *use.layout.shape) else tensor.shape
+
+
+def _check(name: str, tensor: Stored, use: _Use, config: ModelConfig) -> None:
+    expected, found = use.layout.shape, _shape(tensor, use)
+    if use.ours in _VOCAB and found[:1] != (config.vocab_size,):
+        rows = found[0] if found else 0
+        raise DataError(f"{tensor.path}: {name} has {rows} rows where config.json says vocab_size={config.vocab_size}")
+    if found != expected:
+        raise DataError(f"{tensor.path}: {name} is {list(found)} where config.json makes it {list(expected)}")
+    if tensor.dtype.kind in "iub":
+        raise DataError(f"{tensor.path}: {name} is of whole numbers ({tensor.dtype}), not weights")
+
+
+def _modern(name: str) -> str:
+    """The name as it is today: once BERT's norms had a gamma and a beta."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

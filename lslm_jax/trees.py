@@ -1,0 +1,20 @@
+"""Arrays of a model or a state by dotted name, free of the classes they sit in, so that files outlive them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by name, as `blocks.attention.q.w`."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(like: Any, arrays: Mapping[str, Any]) -> Any:
+    """A tree like another, each leaf replaced by the array of its name."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[_name(path)], like)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

@@ -1,0 +1,259 @@
+"""Hugging Face directories in and out, by the commands a user types; and those that cannot be used, told in a line."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import load_file, save_file
+
+from lslm_jax.config import Config, MeshConfig, ModelConfig, TaskConfig, TrainConfig
+from lslm_jax.config_checks import fill_sizes
+from lslm_jax.convert import pretrained, weights
+from lslm_jax.convert.family import differences
+from lslm_jax.errors import ConfigError, LslmError
+from lslm_jax.main import main
+from lslm_jax.models import presets
+from lslm_jax.sharding import make_mesh
+from lslm_jax.train.state import abstract_model
+from lslm_jax.trees import flatten
+
+BODY = {"num_layers": 2, "d_model": 32, "num_heads": 2, "max_length": 64}
+LLAMA = BODY | {"positions": "rotary", "norm": "rmsnorm", "activation": "silu", "gated": True, "bias": False}
+REST = {
+    "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5},
+    "checkpoint": {"every": 1000},
+    "eval": {"every": 0},
+    "log": {"tensorboard": False},
+    "generate": {"temperature": 0.0, "max_tokens": 24},
+}
+RUNS = {
+    "decoder": {"model": LLAMA | {"qk_norm": "head"}},
+    "encoder": {"model": BODY | {"family": "encoder"}, "task": {"objective": "masked"}},
+    "encoder_decoder": {"model": BODY | {"family": "encoder_decoder"}, "task": {"objective": "seq2seq"}},
+}
+
+
+def command(capsys, *arguments, code=0):
+    """Runs a command; returns its stdout, or the one line on stderr of one that must fail."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, arguments)))
+    output = capsys.readouterr()
+    assert stop.value.code == code, output.err
+    return output.out if code == 0 else output.err.strip().splitlines()[-1].removeprefix("lslm: ")
+
+
+def trained(workdir, capsys, *arguments, **sections):
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "given.json").write_text(json.dumps(REST | sections))
+    return json.loads(command(capsys, f"--config={workdir}/given.json", f"--workdir={workdir}", *arguments))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("texts")
+    lines = [f"the {animal} sat on mat {i} and looked at the cow" for i in range(60) for animal in ("cat", "dog")]
+    (root / "a.txt").write_text("\n".join(lines) + "\n")
+    (root / "b.txt").write_text("\n".join(line.upper() for line in lines) + "\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocabulary"),
+    [("decoder", "bpe"), ("decoder", "unigram"), ("decoder", "bytes"), ("encoder", "bpe"), ("encoder_decoder", "bpe")],
+)
+def test_an_exported_model_says_what_the_run_says(kind, vocabulary, texts, tmp_path, capsys):
+    pair = {"files": [f"{texts}/a.txt", f"{texts}/b.txt"], "example": "pair"}
+    data = pair if kind == "encoder_decoder" else {"files": [f"{texts}/a.txt"]}
+    given = (
+        {"kind": "bytes"}
+        if vocabulary == "bytes"
+        else {"model": vocabulary, "vocab_size": 293 if vocabulary == "unigram" else 300}
+    )
+    sections = RUNS[kind] | {"data": {"document": "line", "seq_len": 64} | data, "tokenizer": given}
+    if kind == "encoder_decoder":
+        preset = {"positions": "relative", "norm": "rmsnorm", "norm_eps": 1e-6, "bias": False, "attention_scale": 1.0}
+        preset |= {"activation": "gelu", "gated": True, "tie_embeddings": False, "init": "fan_in"}
+        sections |= {"model": sections["model"] | preset, "data": sections["data"] | {"packing": "bins"}}
+    if kind == "encoder":
+        preset = {"norm_place": "after", "embed_norm": True, "activation": "gelu_exact", "token_types": 2}
+        sections |= {"model": sections["model"] | preset | {"output_bias": True, "norm_eps": 1e-12}}
+    run = tmp_path / "run"
+    trained(run, capsys, **sections, train={"steps": 30, "batch_size": 16})
+    out = tmp_path / "out"
+    summary = json.loads(command(capsys, "export", f"--workdir={run}", f"--to={out}"))
+    assert summary["step"] == 30 and set(summary["files"]) == {path.name for path in out.iterdir()}
+    tensors = load_file(out / "model.safetensors")
+    assert summary["model_type"] == json.loads((out / "config.json").read_text())["model_type"]
+    assert sum(array.size for array in tensors.values()) <= summary["parameters"]
+
+    prompt = "the c[MASK]t sat" if kind == "encoder" else "the cat sat on"
+    [ours, theirs] = [
+        json.loads(
+            command(capsys, "generate", f"--prompt={prompt}", "--json", "--config.generate.max_tokens=24", *flags)
+        )
+        for flags in ((f"--workdir={run}",), (f"--pretrained={out}",))
+    ]
+    assert theirs.pop("step") == 0 and ours.pop("step") == 30
+    assert theirs == ours
+
+
+def test_a_trained_llama_goes_on_from_its_weights_and_back(shared, texts, tmp_path, capsys):
+    stories = shared / "models" / "stories260K"
+    data = {"files": [f"{texts}/a.txt"], "document": "line", "seq_len": 64, "valid_fraction": 0.2}
+    begun = json.loads(
+        command(
+            capsys,
+            "evaluate",
+            f"--pretrained={stories}",
+            f"--workdir={tmp_path}/zero",
+            f"--config={given(tmp_path, data=data)}",
+        )
+    )
+    result = trained(
+        tmp_path / "run", capsys, f"--pretrained={stories}", data=data, train={"steps": 20, "batch_size": 16}
+    )
+    assert begun["eval/loss"] - 1.0 > result["eval/loss"]
+    command(capsys, "export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/out")
+    assert pretrained.describe(tmp_path / "out").family.model_type == "llama"
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        stories / "tokenizer.json"
+    ).read_bytes() or json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == json.loads(
+        (stories / "tokenizer.json").read_text()
+    )
+
+
+def given(directory, **sections):
+    (directory / "given.json").write_text(json.dumps(REST | sections))
+    return directory / "given.json"
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_weights_go_straight_to_their_places_on_any_mesh(mesh, shared):
+    source = pretrained.describe(shared / "models" / "stories260K")
+    config = Config(model=source.model, mesh=MeshConfig(**mesh), train=TrainConfig(batch_size=8))
+    whole, parts = (
+        flatten(pretrained.load(source, "causal", abstract_model(config, make_mesh(config, devices))).model)
+        for config, devices in ((Config(model=source.model), jax.devices()[:1]), (config, None))
+    )
+    assert parts["blocks.mlp.up.w"].addressable_shards[0].data.size < whole["blocks.mlp.up.w"].size
+    for name, array in whole.items():
+        np.testing.assert_array_equal(parts[name], array, err_msg=name)
+
+
+def test_half_precision_weights_are_read_exactly_and_a_body_may_lack_its_prefix(shared, tmp_path):
+    stories = shared / "models" / "stories260K"
+    shutil.copy(stories / "config.json", tmp_path)
+    arrays = load_file(stories / "model.safetensors")
+    halves = {name.removeprefix("model."): array.astype(np.float16) for name, array in arrays.items()}
+    save_file(halves, tmp_path / "model.safetensors")
+    source = pretrained.describe(tmp_path)
+    config = Config(model=source.model)
+    model = pretrained.load(source, "causal", abstract_model(config, make_mesh(config))).model
+    expected = halves["layers.1.self_attn.q_proj.weight"].astype(np.float32).T
+    np.testing.assert_array_equal(model.blocks.attention.q.w.get_value()[1].reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2_small", "llama_8b", "bert_base", "modern_encoder_base", "t5_small", "t5_v1_1_small"]
+)
+def test_our_presets_have_a_family(name):
+    model = fill_sizes(getattr(presets, name))
+    model = model if model.vocab_size else fill_sizes(ModelConfig(**{**vars(model), "vocab_size": 50_257}))
+    objective = {"encoder": "masked", "encoder_decoder": "seq2seq"}.get(model.family, "causal")
+    family = pretrained.family_of(model, objective)
+    assert not differences(family.read(json.loads(json.dumps(family.write(model)))), model)
+
+
+def test_a_model_that_no_family_has_is_refused_by_name():
+    odd = fill_sizes(ModelConfig(vocab_size=100, norm="rmsnorm"))
+    with pytest.raises(ConfigError, match=r"no family .* gpt2 has no model.norm=rmsnorm; llama has no"):
+        pretrained.family_of(odd, "causal")
+
+
+BROKEN = {
+    "another vocabulary": ({"vocab_size": 600}, 65, "model.embed_tokens.weight has 512 rows where config.json says"),
+    "another width": ({"intermediate_size": 100}, 65, "is [64, 172] where config.json makes it [64, 100]"),
+    "more layers": ({"num_hidden_layers": 6}, 65, "the weights lack 9 tensors of a llama: model.layers.5"),
+    "fewer layers": ({"num_hidden_layers": 4}, 65, "a llama like this has no place for 9 tensors: model.layers.4"),
+    "biases": ({"attention_bias": True}, 2, "llama with attention_bias=True is not supported, only False"),
+    "yarn": ({"rope_parameters": {"rope_type": "yarn"}}, 2, "rotary positions of type yarn are not supported"),
+    "another family": ({"model_type": "mamba"}, 2, "models of type mamba are not supported, only gpt2, llama"),
+    "no type": ({"model_type": None}, 2, "models of type None are not supported"),
+    "an unknown activation": ({"hidden_act": "snake"}, 2, "hidden_act=snake is not among"),
+    "text for a number": ({"hidden_size": "wide"}, 2, "config.json: model.d_model"),
+}
+
+
+@pytest.mark.parametrize(("changes", "code", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_directory_that_contradicts_itself_is_told_in_one_line(changes, code, message, shared, tmp_path, capsys):
+    for path in (shared / "models" / "stories260K").iterdir():
+        shutil.copy(path, tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert message in command(capsys, "generate", f"--pretrained={tmp_path}", "--prompt=a", code=code)
+
+
+@pytest.mark.parametrize(
+    ("gone", "code", "message"),
+    [
+        ("config.json", 66, "holds no config.json: it is not a pretrained model"),
+        ("tokenizer.json", 66, "holds no vocabulary: none of tokenizer.json"),
+        ("model.safetensors", 66, "holds no model.safetensors"),
+    ],
+)
+def test_a_missing_file_is_told_in_one_line(gone, code, message, shared, tmp_path, capsys):
+    for path in (shared / "models" / "stories260K").iterdir():
+        shutil.copy(path, tmp_path)
+    (tmp_path / gone).unlink()
+    assert message in command(capsys, "generate", f"--pretrained={tmp_path}", "--prompt=a", code=code)
+
+
+def test_a_run_with_another_vocabulary_or_model_is_refused(shared, texts, tmp_path, capsys):
+    stories = shared / "models" / "stories260K"
+    data = {"files": [f"{texts}/a.txt"], "document": "line", "seq_len": 64}
+    sections = {"data": data, "model": LLAMA, "train": {"steps": 1, "init_from": str(stories)}}
+    config = given(tmp_path, **sections, tokenizer={"vocab_size": 300})
+    message = command(capsys, f"--config={config}", f"--workdir={tmp_path}/a", code=76)
+    assert "has another vocabulary" in message and message.endswith("set tokenizer.path to its own")
+    path = {"kind": "huggingface", "path": f"{stories}/tokenizer.json"}
+    config = given(tmp_path, **sections, tokenizer=path)
+    message = command(capsys, f"--config={config}", f"--workdir={tmp_path}/b", code=76)
+    assert message == f"{stories} has model.num_layers=5, unlike this run"
+
+
+def test_settings_are_read_before_jax_is_needed(tmp_path):
+    with pytest.raises(LslmError, match=r"holds no config\.json"):
+        pretrained.describe(epath.Path(tmp_path))
+
+
+def test_old_names_of_norms_and_heads_of_another_size_are_taken_for_what_they_are(tmp_path):
+    model = fill_sizes(replace(presets.BERT, **BODY, vocab_size=100, num_labels=2))
+    config = Config(model=model, task=TaskConfig(objective="classification"), train=TrainConfig(batch_size=8))
+    mesh = make_mesh(config)
+    abstract = lambda config: abstract_model(config, mesh)
+    build = lambda config: presets.build(config.model, jax.random.key(1), "classification")
+    made = build(config)
+    family = pretrained.family_of(model, "classification")
+    arrays = {
+        name: source.make()
+        for name, source in weights.sources(made, family, model, "classification", "float32").items()
+    }
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    renamed = lambda name: next((name.replace(new, before) for new, before in old.items() if new in name), name)
+    save_file({renamed(name): array for name, array in arrays.items()}, tmp_path / "model.safetensors")
+    settings = pretrained.export_settings(family, model, "classification", "float32", {"bos": 1, "eos": 2, "pad": 0})
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    source = pretrained.describe(tmp_path)
+    loaded = flatten(pretrained.load(source, "classification", abstract(config)).model)
+    for name, array in flatten(made).items():
+        rows = 100 if name == "embed" else None
+        np.testing.assert_array_equal(loaded[name][:rows], array[:rows], err_msg=name)
+    more = replace(config, model=replace(model, num_labels=5))
+    found = pretrained.load(source, "classification", abstract(more), build(more))
+    assert found.fresh == ["top.bias", "top.head"]
+    np.testing.assert_array_equal(found.model.top.pooler.dense.w.get_value(), made.top.pooler.dense.w.get_value())
