@@ -150,7 +150,9 @@ def sources(model: Any, family: Family, config: ModelConfig, objective: str, dty
         shape = uses[0].layout.shape
 
         def make() -> np.ndarray:
-            return uses[0].layout.theirs([_fetch(arrays[use.ours], use, config) for use in uses]).astype(kind)
+            return (
+                uses[0].layout.theirs([_fetch(arrays[use.ours], use, config) for use in uses]).astype(kind, order="C")
+            )
 
         return Source(kind, (1, *shape) if name in family.rows else shape, make)
 

@@ -35,7 +35,7 @@ def run(table_SV, first_B, limit_B, alpha, *, beams, room):
         return logits_BWV, (state_BW, reads_BW + 1)
 
     cache = first_B, jnp.zeros_like(first_B)
-    settings = {"beams": beams, "room": room, "eos_id": EOS, "length_penalty": alpha}
+    settings = {"beams": beams, "room": room, "eos_ids": (EOS,), "length_penalty": alpha}
     return beam.search(step, table_SV[first_B], cache, limit_B, **settings)
 
 
@@ -103,7 +103,7 @@ def search_chain(table_SV, limit, **settings):
     """The best texts of a toy whose next token depends on its last one alone; it begins after token 0."""
     table_SV = jnp.asarray(table_SV)
     step = lambda cache, tokens_BW, count: (table_SV[tokens_BW], cache)
-    found = beam.search(step, table_SV[:1], (), jnp.array([limit]), room=limit, eos_id=EOS, **settings)
+    found = beam.search(step, table_SV[:1], (), jnp.array([limit]), room=limit, eos_ids=(EOS,), **settings)
     rows = zip(*(np.asarray(a)[0] for a in found), strict=True)
     return [(ids[:n].tolist(), round(float(s), 4)) for ids, n, s in rows if s > -np.inf]
 
@@ -188,7 +188,7 @@ def test_the_loop_ends_as_soon_as_nothing_can_win():
 
     # Two texts of one and of two tokens hold nearly all probability.
     table_SV = jnp.asarray(chain([0.60, 0.38, 0.02], [0.98, 0.01, 0.01], [0.01, 0.01, 0.98]))
-    run = functools.partial(beam.search, step, room=50, eos_id=EOS, beams=2)
+    run = functools.partial(beam.search, step, room=50, eos_ids=(EOS,), beams=2)
     run(table_SV[:1], (), jnp.array([50]), length_penalty=0.0)
     jax.effects_barrier()
     assert reads == [1]

@@ -95,15 +95,27 @@ def test_a_stop_string_ends_its_row_and_no_other(llama, tokenizer):
     assert any(b.ended == "length" for b in stopped)
 
 
-def test_the_end_of_text_ends_its_row_and_no_other(llama, tokenizer):
+@pytest.mark.parametrize("by", ["the vocabulary", "the settings"])
+def test_the_end_of_text_ends_its_row_and_no_other(by, llama, tokenizer):
     free = generate(llama, tokenizer, PROMPTS, GREEDY, 0)
-    tokenizer.eos_id = free[0].ids[5]
-    ended = generate(llama, tokenizer, PROMPTS, GREEDY, 0)
+    eos_id = free[0].ids[5]
+    if by == "the vocabulary":
+        tokenizer.eos_id = eos_id
+    ended = generate(llama, tokenizer, PROMPTS, replace(GREEDY, stop_ids=(eos_id,) * (by == "the settings")), 0)
     for a, b in zip(free, ended, strict=True):
-        end = a.ids.index(tokenizer.eos_id) if tokenizer.eos_id in a.ids else None
+        end = a.ids.index(eos_id) if eos_id in a.ids else None
         assert b.ids == a.ids[:end]
         assert (b.ended, b.num_tokens) == (("length", 24) if end is None else ("eos", end + 1))
     assert ended[0].ended == "eos"
+
+
+def test_a_model_that_never_saw_bos_reads_the_prompt_alone(llama, tokenizer):
+    asked = replace(GREEDY, bos=False)
+    same = generate(llama, tokenizer, [[tokenizer.bos_id, 5, 6]], asked, 0)
+    assert same[0].ids == generate(llama, tokenizer, [[5, 6]], GREEDY, 0)[0].ids
+    assert generate(llama, tokenizer, [[5, 6]], asked, 0)[0].ids != same[0].ids
+    # Something must be read.
+    assert generate(llama, tokenizer, [[]], asked, 0)[0].ids == generate(llama, tokenizer, [[]], GREEDY, 0)[0].ids
 
 
 def test_text_stops_at_the_longest_the_model_was_built_for(gpt, tokenizer):

@@ -50,7 +50,7 @@ def test_a_score_is_what_reading_the_text_at_once_gives_and_better_than_greedy(m
 
 def test_one_beam_says_what_greedy_decoding_says(model, tokenizer):
     rows = decode._rows(model.config, tokenizer, PROMPTS, GREEDY, 0, ())
-    rules = decode._Rules(replace(BEAMS, beams=1), tokenizer.vocab_size, tokenizer.eos_id)
+    rules = decode._Rules(replace(BEAMS, beams=1), tokenizer.vocab_size, (tokenizer.eos_id,))
     ids_BN, length_B, _ = decode._search(model.unstacked(), reading.pad(rows, 0, model.config), rules, 12)
     texts = [ids_N[:n].tolist() for ids_N, n in zip(np.asarray(ids_BN), length_B, strict=True)]
     assert texts == [said(result, tokenizer) for result in generate(model, tokenizer, PROMPTS, GREEDY, 0)]
