@@ -4,8 +4,8 @@ python -m lslm_jax.main --config=configs/bert_small_novels.py --workdir=runs/ber
         --config.data.files=novels/train.jsonl.gz --config.data.valid_files=novels/valid.jsonl.gz
 
 Measured on 2026-11-26 on two CPU cores of 145 GFLOP/s: 25 minutes; of masked tokens (whole words) it tells 28.6 %, at a
-loss of 4.67. After 400, 800 and 1,200 steps: 21.4, 25.4 and 27.6 %, loss 5.48, 5.01 and 4.80. With the learned positions
-and the dropout of BERT it had come to 11.6 %, loss 6.33, after 1,200 steps.
+loss of 4.67. After 400, 800 and 1,200 steps: 21.4, 25.4 and 27.6 %, loss 5.48, 5.01 and 4.80. With learned positions
+and dropout, as in BERT, it had come to 11.6 %, loss 6.33, after 1,200 steps.
 """
 
 from lslm_jax.config import (
