@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 
 from lslm_jax import atomic
-from lslm_jax.data.tokenizer_base import Spans, Tokenizer, sentinels
+from lslm_jax.data.tokenizer_base import WELL_KNOWN, Spans, Tokenizer, sentinels
+from lslm_jax.data.tokenizer_files import from_word_pieces, named_tokens
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 _BYTES_FILE = "bytes.json"
@@ -22,12 +23,6 @@ _WORD_PIECES = "vocab.txt"
 _FORMATS = {".json": "tokenizer.json", ".txt": "vocab.txt of word pieces"}
 _BYTES = {"kind": "bytes", "pad_id": 0, "bos_id": 1, "eos_id": 2, "first_byte": 3}
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space
-_WELL_KNOWN = {
-    "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]", "<|endoftext|>"),
-    "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]"),
-    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"),
-    "mask": ("[MASK]", "<mask>"),
-}
 _BYTE_LEVEL = str.maketrans("\u0120\u010a\u0109\u010d", " \n\t\r")  # how byte-level BPE (GPT-2) writes blanks
 
 
@@ -73,7 +68,7 @@ class SentencePiece(Tokenizer):
     def __init__(self, content: bytes):
         self._processor = processor = sentencepiece().SentencePieceProcessor(model_proto=content)
         own = {"pad": processor.pad_id(), "bos": processor.bos_id(), "eos": processor.eos_id(), "mask": -1}
-        ids = {role: self._named(names) if own[role] < 0 else own[role] for role, names in _WELL_KNOWN.items()}
+        ids = {role: self._named(names) if own[role] < 0 else own[role] for role, names in WELL_KNOWN.items()}
         ids = (ids["pad"], ids["bos"], ids["eos"], ids["mask"])
         super().__init__(content, processor.vocab_size(), *ids, sentinels(self._find))
         self._special = {id: self.piece(id) for id in (self.mask_id, *self.sentinel_ids) if id is not None}
@@ -159,7 +154,7 @@ class HuggingFace(Tokenizer):
         tokenizer.no_truncation()
         first = tokenizer.encode("a").ids[:1]
         tokenizer.encode_special_tokens = True  # that is: as the ordinary text they are in a document
-        ids = {role: self._find(names, named.get(role)) for role, names in _WELL_KNOWN.items()}
+        ids = {role: self._find(names, named.get(role)) for role, names in WELL_KNOWN.items()}
         vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         ids = (ids["pad"], ids["bos"], ids["eos"], ids["mask"])
         super().__init__(content, vocab_size, *ids, sentinels(tokenizer.token_to_id))
@@ -226,7 +221,7 @@ class HuggingFace(Tokenizer):
         return piece.translate(_BYTE_LEVEL) if self._is_byte_level else piece.replace(SPACE_MARK, " ")
 
     def save(self, directory: epath.Path) -> str:
-        roles = [role for role in _WELL_KNOWN if getattr(self, f"{role}_id") is not None]
+        roles = [role for role in WELL_KNOWN if getattr(self, f"{role}_id") is not None]
         roles = {f"{role}_token": self.piece(getattr(self, f"{role}_id")) for role in roles}
         atomic.write_json(directory / "tokenizer_config.json", roles)
         return super().save(directory)
@@ -267,13 +262,13 @@ def load(path: epath.Path | str) -> Tokenizer:
         return Bytes()
     try:
         if path.suffix == ".json":
-            return HuggingFace(content, _named_tokens(path.parent))
+            return HuggingFace(content, named_tokens(path.parent))
         if path.suffix == ".gguf":
             from lslm_jax.data import gguf_files
 
             return HuggingFace(*gguf_files.vocabulary(path))
         if path.name == _WORD_PIECES:
-            return HuggingFace(_from_word_pieces(path), _named_tokens(path.parent))
+            return HuggingFace(from_word_pieces(path, _tokenizers()), named_tokens(path.parent))
         return SentencePiece(content)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -281,35 +276,6 @@ def load(path: epath.Path | str) -> Tokenizer:
         raise
     except Exception as error:  # what the two libraries raise on a bad file is Exception itself, or RuntimeError
         raise DataError(f"{path} is not a {_FORMATS.get(path.suffix, 'SentencePiece model')}") from error
-
-
-def _from_word_pieces(path: epath.Path) -> bytes:
-    """The tokenizer.json of a vocab.txt (BERT): a piece a line, in lower case unless the file beside says otherwise."""
-    beside = path.parent / "tokenizer_config.json"
-    settings = atomic.read_json(beside) if beside.is_file() else {}
-    pieces = path.read_text().splitlines()
-    lower = settings.get("do_lower_case", True)
-    made = _tokenizers().BertWordPieceTokenizer(
-        {piece: id for id, piece in enumerate(pieces)},
-        lowercase=lower,
-        strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-    )
-    return made.to_str().encode()
-
-
-def _named_tokens(directory: epath.Path) -> dict[str, str | int]:
-    """Special tokens by role, or their ids, as the files beside a tokenizer.json name them."""
-    read = lambda name: atomic.read_json(directory / name) if (directory / name).is_file() else {}
-    model = read("config.json")
-    # What an encoder-decoder writes begins with this, and not with the bos of its vocabulary.
-    start = {"bos": model["decoder_start_token_id"]} if model.get("is_encoder_decoder") else {}
-    for settings in (read("tokenizer_config.json"), read("special_tokens_map.json")):
-        tokens = {role: settings[f"{role}_token"] for role in _WELL_KNOWN if settings.get(f"{role}_token")}
-        if tokens:
-            named = {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items()}
-            return named | start
-    return start
 
 
 @functools.cache

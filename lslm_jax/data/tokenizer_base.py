@@ -15,6 +15,12 @@ from lslm_jax import atomic
 from lslm_jax.errors import ConfigError
 
 _FACTS = ("kind", "sha256", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id", "sentinel_ids")
+WELL_KNOWN = {
+    "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]", "<|endoftext|>"),
+    "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]"),
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"),
+    "mask": ("[MASK]", "<mask>"),
+}
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
