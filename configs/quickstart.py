@@ -2,8 +2,8 @@
 
 python -m lslm_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-Measured on two cores of an AMD EPYC, 2026-11-26: 5 min in all, 3.9k tokens/s; 1.327 bits per byte of the held-out files,
-of which `gzip -9` needs 1.891.
+Measured on two cores of an AMD EPYC, 2026-11-26: 5 min in all, 3.9k tokens/s; 1.327 bits per byte of the held-out
+files, of which `gzip -9` needs 1.891.
 """
 
 import pathlib
