@@ -104,13 +104,12 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 def generate(config: Config, flags: argparse.Namespace) -> None:
     """`generate`: does with each prompt what the model was trained for; the text of a single one is streamed."""
     prompts = respond.read_prompts(config, flags)
-    mesh = make_mesh(replace(config, train=replace(config.train, batch_size=len(jax.devices()), accumulate=1)))
+    mesh = _mesh_without_batch(config)
     data_dir = epath.Path() if flags.pretrained else _data_dir(config, _workdir(flags))
     config, facts = _resolve_pretrained(config) if flags.pretrained else _resolve(config, data_dir)
     with jax.set_mesh(mesh):
         setting = _setting(config, facts, data_dir, mesh)
-        if setting.words is None:
-            raise InputMissing(f"{data_dir} holds no tokenizer: this run was trained on synthetic data")
+        _require_words(setting, data_dir)
         if config.task.objective == "qa" and not flags.pretrained:
             starts_N = Shards.open(data_dir / "train").numbers[:, 0]
             setting = setting._replace(answerable=bool((starts_N >= 0).all()))
@@ -129,19 +128,30 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`export`: a checkpoint as a Hugging Face directory; returns what `convert.export` says of it."""
     if not flags.to:
         raise ConfigError("export needs --to=DIR, where to write")
-    mesh = make_mesh(replace(config, train=replace(config.train, batch_size=len(jax.devices()), accumulate=1)))
+    mesh = _mesh_without_batch(config)
     workdir = _workdir(flags)
     data_dir = _data_dir(config, workdir)
     config, facts = _resolve(config, data_dir)
     with jax.set_mesh(mesh):
         setting = _setting(config, facts, data_dir, mesh)
-        if setting.words is None:
-            raise InputMissing(f"{data_dir} holds no tokenizer: this run was trained on synthetic data")
+        _require_words(setting, data_dir)
         model, step = _load_model(config, flags, mesh)
         result = workdir / "result.json"
         metrics = json.loads(result.read_text()) if result.exists() else {}
-        to, metrics = epath.Path(flags.to).expanduser().absolute(), metrics if metrics.get("step") == step else {}
-        return {"step": step} | write_pretrained(to, model, config, setting.words, setting.labels, flags.dtype, metrics)
+        measured = metrics if metrics.get("step") == step else {}
+        to = epath.Path(flags.to).expanduser().absolute()
+        written = write_pretrained(to, model, config, setting.words, setting.labels, flags.dtype, measured)
+        return {"step": step} | written
+
+
+def _mesh_without_batch(config: Config) -> Mesh:
+    """The mesh of a command for which train.batch_size, and whether it divides over the devices, is nothing."""
+    return make_mesh(replace(config, train=replace(config.train, batch_size=len(jax.devices()), accumulate=1)))
+
+
+def _require_words(setting: Setting, data_dir: epath.Path) -> None:
+    if setting.words is None:
+        raise InputMissing(f"{data_dir} holds no tokenizer: this run was trained on synthetic data")
 
 
 def _workdir(flags: argparse.Namespace) -> epath.Path:

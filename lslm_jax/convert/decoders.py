@@ -7,7 +7,6 @@ from lslm_jax.convert.settings import (
     activation,
     layers_without_rope,
     optional,
-    partial_rope,
     rope,
     two_ropes,
     used_window,
@@ -90,7 +89,7 @@ GPT_NEOX = Family(
         "parallel": ("use_parallel_residual", True),
         "dropout": ("hidden_dropout", 0.0),
     },
-    settings=(activation("hidden_act", "gelu"), partial_rope(10_000.0, 0.25)),
+    settings=(activation("hidden_act", "gelu"), rope(10_000.0, "rotary_emb_base", ("rotary_pct", 0.25))),
     fixed={"positions": "rotary", "norm": "layernorm", "bias": True},
     demands={"attention_bias": True},
 )

@@ -16,8 +16,8 @@ from lslm_jax.models.presets import layer_types
 
 Settings = Mapping[str, Any]  # of a config.json
 LAYER = "{i}"  # stands for a layer's number in a name of theirs
-# Settings that change how a model is trained or run, not what it computes.
-_OF_A_RUN = {"dropout", "init", "dtype", "attention", "scan_layers", "remat", "pool"}
+RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "init")  # are chosen by whoever runs a model
+_OF_A_RUN = {*RUN_KEYS, "dropout", "pool"}  # change how it is trained or run, not what it computes
 
 
 class Part(NamedTuple):
@@ -91,7 +91,7 @@ class Family:
             ours[name] = _get(theirs, *((key,) if isinstance(key, str) else key))
         for setting in self.settings:
             ours |= setting.read(theirs)
-        return fill_sizes(replace(ModelConfig(), **ours))
+        return fill_sizes(ModelConfig(**ours))
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json of a model.

@@ -79,13 +79,16 @@ def settings(path: epath.Path) -> dict[str, Any]:
     if kind not in _FAMILIES:
         raise ConfigError(f"{path}: GGUF models of type {kind} are not supported, only {', '.join(_FAMILIES)}")
     names = {tensor.name for tensor in tensors}
+    tokens = theirs.get("tokenizer.ggml.tokens")
+    if not tokens:
+        raise ConfigError(f"{path} holds no vocabulary")
     if "rope_freqs.weight" in names or theirs.get(f"{kind}.rope.scaling.type", "none") != "none":
         raise ConfigError(f"{path}: stretched rotary positions are not read from GGUF: take the model's safetensors")
     found = {name: theirs[f"{kind}.{key}"] for name, key in _KEYS.items() if f"{kind}.{key}" in theirs}
     return found | {
         "model_type": kind,
         "architectures": [f"{kind}ForCausalLM"],
-        "vocab_size": len(theirs["tokenizer.ggml.tokens"]),
+        "vocab_size": len(tokens),
         "tie_word_embeddings": "output.weight" not in names,
     }
 

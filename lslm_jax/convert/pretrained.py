@@ -3,7 +3,8 @@
 Nothing here needs jax before weights are read: a command that cannot work says so at once.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from etils import epath
 from lslm_jax import atomic, config_loading
 from lslm_jax.config import Config, GenerateConfig, ModelConfig
 from lslm_jax.convert import decoders, encoders, gguf, pairs, safetensors
-from lslm_jax.convert.family import Family
+from lslm_jax.convert.family import RUN_KEYS, Family
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, InputMissing
 
@@ -73,11 +74,10 @@ def describe(directory: epath.Path | str) -> Pretrained:
     problems = []
     for family in candidates:
         try:
-            return Pretrained(directory, family, _typed(family.read(settings)), settings)
+            with _well_formed():
+                return Pretrained(directory, family, _typed(Config(model=family.read(settings))).model, settings)
         except ConfigError as error:
             problems.append(str(error))
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            problems.append(f"a setting is malformed ({type(error).__name__}: {error})")
     raise ConfigError(f"{path}: {problems[-1]}")
 
 
@@ -85,9 +85,18 @@ def _is_gguf(path: epath.Path) -> bool:
     return path.suffix == ".gguf"
 
 
-def _typed(model: ModelConfig) -> ModelConfig:
-    """The model, once each of its settings is known to be of its type."""
-    return config_loading.from_dict(config_loading.to_dict(Config(model=model))).model
+def _typed(config: Config) -> Config:
+    """The config, once each of its settings is known to be of its type."""
+    return config_loading.from_dict(config_loading.to_dict(config))
+
+
+@contextlib.contextmanager
+def _well_formed(where: str = "") -> Iterator[None]:
+    """Says of what a stranger's setting of another type raises that it is one."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{where}a setting is malformed ({type(error).__name__}: {error})") from error
 
 
 def is_pretrained(directory: epath.Path) -> bool:
@@ -107,8 +116,6 @@ def load(source: Pretrained, objective: str, abstract: Any, fresh: Any = None) -
 
 # How a run takes it up.
 
-# What is chosen by whoever runs the model.
-_RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "init")
 _VOCABULARIES = {
     "tokenizer.json": "huggingface",
     "vocab.txt": "huggingface",
@@ -134,7 +141,7 @@ def configure(config: Config, source: Pretrained) -> Config:
     Raises:
       InputMissing: there is no vocabulary that can be read.
     """
-    model = replace(source.model, **{name: getattr(config.model, name) for name in _RUN_KEYS})
+    model = replace(source.model, **{name: getattr(config.model, name) for name in RUN_KEYS})
     if config.model.pool != ModelConfig().pool:
         model = replace(model, pool=config.model.pool)
     path = vocabulary(source.directory)
@@ -145,21 +152,25 @@ def configure(config: Config, source: Pretrained) -> Config:
 
 
 def default_config(source: Pretrained) -> Config:
-    """A config for what the directory's model was trained to do, and how its makers let it write."""
-    labels = source.settings.get("id2label") or {}
-    objective = task_of(source)
-    config = configure(Config(), source)
-    data = replace(
-        config.data,
-        source="synthetic",
-        example=_EXAMPLES.get(objective, "text"),
-        labels=tuple(str(labels[key]) for key in sorted(labels, key=int))
-        if objective in ("classification", "tagging")
-        else (),
-        seq_len=min(config.data.seq_len, source.model.max_length),
-    )
-    task = replace(config.task, objective=objective)
-    return replace(config, data=data, task=task, generate=generation(source.directory))
+    """A config for what the directory's model was trained to do, and how its makers let it write.
+
+    Raises:
+      InputMissing: there is no vocabulary that can be read.
+      ConfigError: it does not say what it was trained to do, or a setting is malformed.
+    """
+    with _well_formed(f"{source.directory}: "):
+        objective = task_of(source)
+        config = configure(Config(), source)
+        labels = source.settings.get("id2label") if objective in ("classification", "tagging") else None
+        data = replace(
+            config.data,
+            source="synthetic",
+            example=_EXAMPLES.get(objective, "text"),
+            labels=tuple(str(labels[key]) for key in sorted(labels, key=int)) if labels else (),
+            seq_len=min(config.data.seq_len, source.model.max_length),
+        )
+        task = replace(config.task, objective=objective)
+        return _typed(replace(config, data=data, task=task, generate=generation(source.directory)))
 
 
 def task_of(source: Pretrained) -> str:

@@ -210,5 +210,5 @@ def _write_file(path: epath.Path, sources: Mapping[str, Source]) -> None:
     file = atomic.WholeFile(path)
     file.write(len(text).to_bytes(8, "little") + text)
     for source in sources.values():
-        file.write(np.ascontiguousarray(source.make(), source.dtype).tobytes())
+        file.write(source.make().tobytes())
     file.close()

@@ -1,5 +1,6 @@
 """Settings that config.json tells in other words than ours: activations, rotary positions, what each layer sees."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lslm_jax.config import ModelConfig
@@ -44,16 +45,25 @@ def optional(ours: str, key: str, default: int = 0) -> Setting:
     return Setting(read, lambda model: {key: getattr(model, ours) or None})
 
 
-def rope(default_theta: float) -> Setting:
-    """Rotary positions, the same in all layers."""
+def rope(default_theta: float, key: str = "rope_theta", fraction: tuple[str, float] | None = None) -> Setting:
+    """Rotary positions, the same in all layers.
+
+    Args:
+      default_theta: where config.json does not say.
+      key: what theirs is called.
+      fraction: what the share of rotated features is called, and how much it is where config.json does not say.
+    """
 
     def read(theirs: Settings) -> dict[str, Any]:
         inner = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-        theta = inner.get("rope_theta", theirs.get("rope_theta", default_theta))
-        return {"rope_theta": float(theta)} | _read_scaling(inner)
+        ours = {"rope_theta": float(inner.get("rope_theta", theirs.get(key, default_theta)))}
+        if fraction:
+            ours["rope_fraction"] = float(inner.get("partial_rotary_factor", theirs.get(*fraction)))
+        return ours | _read_scaling(inner)
 
     def write(model: ModelConfig) -> dict[str, Any]:
-        return {"rope_theta": model.rope_theta, "rope_scaling": _write_scaling(model)}
+        share = {fraction[0]: model.rope_fraction} if fraction else {}
+        return {key: model.rope_theta, "rope_scaling": _write_scaling(model)} | share
 
     return Setting(read, write)
 
@@ -116,23 +126,6 @@ def two_ropes(theta_key: str, theta: float, local_key: str, local_theta: float) 
     return Setting(read, write)
 
 
-def partial_rope(default_theta: float, default_fraction: float) -> Setting:
-    """Rotary positions of a share of the features, by the names that GPT-NeoX has for them."""
-
-    def read(theirs: Settings) -> dict[str, Any]:
-        inner = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-        return {
-            "rope_theta": float(inner.get("rope_theta", theirs.get("rotary_emb_base", default_theta))),
-            "rope_fraction": float(inner.get("partial_rotary_factor", theirs.get("rotary_pct", default_fraction))),
-        } | _read_scaling(inner)
-
-    def write(model: ModelConfig) -> dict[str, Any]:
-        scaling = _write_scaling(model)
-        return {"rotary_emb_base": model.rope_theta, "rotary_pct": model.rope_fraction, "rope_scaling": scaling}
-
-    return Setting(read, write)
-
-
 def window(key: str = "sliding_window") -> Setting:
     """One window for all layers, or null."""
     return Setting(lambda theirs: {"window": theirs.get(key) or 0}, lambda model: {key: model.window or None})
@@ -149,12 +142,7 @@ def windows(period: int, full: int, period_key: str = "") -> Setting:
 
     def read(theirs: Settings) -> dict[str, Any]:
         size = theirs.get(period_key, period) if period_key else period
-        place = full % size
-        kinds = theirs.get("layer_types") or [
-            "full_attention" if i % size == place else "sliding_attention"
-            for i in range(int(theirs["num_hidden_layers"]))
-        ]
-        return _seen(theirs.get("sliding_window"), kinds)
+        return _seen(theirs.get("sliding_window"), theirs, lambda i: i % size == full % size)
 
     def write(model: ModelConfig) -> dict[str, Any]:
         return {"sliding_window": model.window or None, "layer_types": _their_kinds(model)}
@@ -169,10 +157,7 @@ def used_window() -> Setting:
         if not theirs.get("use_sliding_window"):
             return {}
         first = theirs.get("max_window_layers", 28)
-        kinds = theirs.get("layer_types") or [
-            "sliding_attention" if i >= first else "full_attention" for i in range(int(theirs["num_hidden_layers"]))
-        ]
-        return _seen(theirs.get("sliding_window"), kinds)
+        return _seen(theirs.get("sliding_window"), theirs, lambda i: i < first)
 
     def write(model: ModelConfig) -> dict[str, Any]:
         used = {"use_sliding_window": model.window > 0, "sliding_window": model.window or None}
@@ -186,15 +171,12 @@ def modern_window() -> Setting:
 
     def read(theirs: Settings) -> dict[str, Any]:
         size = theirs.get("global_attn_every_n_layers", 3)
-        kinds = theirs.get("layer_types") or [
-            "sliding_attention" if i % size else "full_attention" for i in range(int(theirs["num_hidden_layers"]))
-        ]
-        return _seen(theirs.get("local_attention", 128) // 2 + 1, kinds)
+        return _seen(theirs.get("local_attention", 128) // 2 + 1, theirs, lambda i: i % size == 0)
 
     def write(model: ModelConfig) -> dict[str, Any]:
         kinds = _their_kinds(model)
         every = next((n for n in range(1, len(kinds)) if kinds[n] == "full_attention"), len(kinds))
-        size = {"local_attention": 2 * (model.window - 1), "global_attn_every_n_layers": every}
+        size = {"local_attention": 2 * max(model.window - 1, 0), "global_attn_every_n_layers": every}
         return size | {"layer_types": kinds}
 
     return Setting(read, write)
@@ -214,13 +196,17 @@ def layers_without_rope() -> Setting:
     return Setting(read, write)
 
 
-def _seen(window: int | None, theirs: list[str]) -> dict[str, Any]:
-    unknown = [kind for kind in theirs if kind not in _SEEN]
+def _seen(window: int | None, theirs: Settings, sees_all: Callable[[int], bool]) -> dict[str, Any]:
+    """The window, and which layers see it: as config.json lists them, or else all but those that `sees_all` names."""
+    kinds = theirs.get("layer_types") or [
+        "full_attention" if sees_all(i) else "sliding_attention" for i in range(int(theirs["num_hidden_layers"]))
+    ]
+    unknown = [kind for kind in kinds if kind not in _SEEN]
     if unknown:
         raise ConfigError(f"layers of type {unknown[0]} are not supported, only {', '.join(_SEEN)}")
-    if not window or "sliding_attention" not in theirs:
+    if not window or "sliding_attention" not in kinds:
         return {}
-    return {"window": window, "layer_types": _shortest([_SEEN[kind] for kind in theirs])}
+    return {"window": window, "layer_types": _shortest([_SEEN[kind] for kind in kinds])}
 
 
 def _their_kinds(model: ModelConfig) -> list[str]:

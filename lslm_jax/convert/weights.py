@@ -63,7 +63,7 @@ def load(
       family: how they are named.
       config: of the model, as the directory's config.json says.
       objective: which head the model has.
-      abstract: its shapes and shardings.
+      abstract: its shapes and shardings, or such a model.
       fresh: a model whose head stands in where the directory has none, or one of another shape; None: that is an error.
 
     Raises:
@@ -150,9 +150,8 @@ def sources(model: Any, family: Family, config: ModelConfig, objective: str, dty
         shape = uses[0].layout.shape
 
         def make() -> np.ndarray:
-            return (
-                uses[0].layout.theirs([_fetch(arrays[use.ours], use, config) for use in uses]).astype(kind, order="C")
-            )
+            fetched = [_fetch(arrays[use.ours], use, config) for use in uses]
+            return uses[0].layout.theirs(fetched).astype(kind, order="C")
 
         return Source(kind, (1, *shape) if name in family.rows else shape, make)
 
@@ -161,10 +160,16 @@ def sources(model: Any, family: Family, config: ModelConfig, objective: str, dty
 
 def _fetch(array: jax.Array, use: _Use, config: ModelConfig) -> np.ndarray:
     """One layer of a parameter, or all of it, on the host, without rows of padding."""
-    layer, sharding = use.layer, array.sharding
+    sharding = array.sharding
     whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    cut = jax.jit(lambda array: array if layer is None else array[layer], out_shardings=whole)(array)
+    cut = _gather(use.layer is not None, whole)(array, use.layer or 0)
     return np.asarray(cut.addressable_data(0))[: config.vocab_size if use.ours in _VOCAB else None]
+
+
+@functools.cache
+def _gather(is_layered: bool, whole: NamedSharding | None) -> Any:
+    """Brings an array, or one layer of it, whole to every device: one program for all layers."""
+    return jax.jit(lambda array, layer: array[layer] if is_layered else array, out_shardings=whole)
 
 
 def _uses(

@@ -1,14 +1,17 @@
 """GGUF files of llama.cpp: how they are opened, and the vocabulary in one as a tokenizer.json."""
 
+import functools
 import json
 from typing import Any
 
 from etils import epath
 
-from lslm_jax.data.tokenizer_json import merges
+from lslm_jax.data.tokenizer import SPACE_MARK
+from lslm_jax.data.tokenizer_json import BLANKS, DECODERS, added, frame, merges
 from lslm_jax.errors import ConfigError, DataError
 
 _CONTROL, _BYTE = 3, 6  # types of tokens
+_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
 # How a text is split before pairs of letters are merged; each splits as the models' own tokenizer.json does.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -29,8 +32,9 @@ _PARTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+@functools.lru_cache(maxsize=1)
 def open_file(path: epath.Path) -> tuple[dict[str, Any], list[Any]]:
-    """Settings by name, and the tensors as the gguf package has them.
+    """Settings by name, and the tensors as the gguf package has them; kept, for reading a vocabulary takes seconds.
 
     Raises:
       ConfigError: the gguf package is missing.
@@ -44,9 +48,8 @@ def open_file(path: epath.Path) -> tuple[dict[str, Any], list[Any]]:
         reader = gguf.GGUFReader(path)
         return {name: field.contents() for name, field in reader.fields.items()}, list(reader.tensors)
     except Exception as error:  # whatever it stumbles over
-        raise DataError(
-            f"{path} is not a whole GGUF file: {str(error).splitlines()[:1] or type(error).__name__}"
-        ) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{path} is not a whole GGUF file: {reason}") from error
 
 
 def vocabulary(path: epath.Path) -> tuple[bytes, dict[str, int]]:
@@ -54,49 +57,31 @@ def vocabulary(path: epath.Path) -> tuple[bytes, dict[str, int]]:
 
     Raises:
       ConfigError: it is of a kind, or splits text in a way, that is not known here.
+      DataError: the file is not whole, or not GGUF.
     """
     settings, _ = open_file(path)
     kind, tokens = settings.get("tokenizer.ggml.model"), settings.get("tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not tokens:
-        raise ConfigError(f"{path} has a vocabulary of kind {kind}, and only gpt2 and llama are supported")
+        raise ConfigError(f"vocabularies of kind {kind} are not supported, only gpt2 and llama")
     types = settings.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     ids = {role: settings.get(f"tokenizer.ggml.{name}_token_id") for role, name in _ROLES.items()}
-    special = [i for i, kind in enumerate(types) if kind == _CONTROL]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    ids = {role: id for role, id in ids.items() if id is not None}
+    begins = "bos" in ids and settings.get("tokenizer.ggml.add_bos_token", kind == "llama")
     content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": tokens[i]} | flags for i in special],
-        "post_processor": None if ids["bos"] is None or not _adds_bos(settings, kind) else _frame(tokens, ids["bos"]),
+        "added_tokens": added({i: tokens[i] for i, kind in enumerate(types) if kind == _CONTROL}),
+        "post_processor": frame({tokens[ids["bos"]]: ids["bos"]}, {}) if begins else None,
     }
-    parts = _byte_level(settings, path) if kind == "gpt2" else _sentences(settings, tokens, types)
-    return json.dumps(content | parts).encode(), {role: id for role, id in ids.items() if id is not None}
+    parts = _byte_level(settings) if kind == "gpt2" else _sentences(settings, tokens, types)
+    return json.dumps(content | parts).encode(), ids
 
 
-_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
-
-
-def _adds_bos(settings: dict[str, Any], kind: str) -> bool:
-    return bool(settings.get("tokenizer.ggml.add_bos_token", kind == "llama"))
-
-
-def _frame(tokens: list[str], bos_id: int) -> dict[str, Any]:
-    bos = tokens[bos_id]
-    first = {"SpecialToken": {"id": bos, "type_id": 0}}
-    text = lambda name, type_id: {"Sequence": {"id": name, "type_id": type_id}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, text("A", 0)],
-        "pair": [first, text("A", 0), text("B", 1)],
-        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-    }
-
-
-def _byte_level(settings: dict[str, Any], path: epath.Path) -> dict[str, Any]:
+def _byte_level(settings: dict[str, Any]) -> dict[str, Any]:
     split = settings.get("tokenizer.ggml.pre", "gpt-2")
     if split not in _PARTS:
-        raise ConfigError(f"{path} splits text as {split}, and only {', '.join(_PARTS)} are supported")
+        raise ConfigError(f"text split as {split} is not supported, only {', '.join(_PARTS)}")
     pairs = [pair.split(" ", 1) for pair in settings.get("tokenizer.ggml.merges") or []]
     vocab = {token: i for i, token in enumerate(settings["tokenizer.ggml.tokens"])}
     return {
@@ -113,15 +98,13 @@ def _sentences(settings: dict[str, Any], tokens: list[str], types: list[int]) ->
     plain = {
         token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind not in (_CONTROL, _BYTE)
     }
-    blank = {"type": "Prepend", "prepend": "\u2581"}
-    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    before = [blank] if settings.get("tokenizer.ggml.add_space_prefix", True) else []
-    spaces = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
-    first = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if before else []
+    prefixed = settings.get("tokenizer.ggml.add_space_prefix", True)
+    before = [{"type": "Prepend", "prepend": SPACE_MARK}] if prefixed else []
+    first = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []
     return {
-        "normalizer": {"type": "Sequence", "normalizers": [*before, blanks]},
+        "normalizer": {"type": "Sequence", "normalizers": [*before, BLANKS]},
         "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *first]},
+        "decoder": {"type": "Sequence", "decoders": [*DECODERS, *first]},
         "model": {
             "type": "BPE",
             "vocab": {token: i for i, token in enumerate(tokens)},

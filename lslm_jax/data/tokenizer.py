@@ -20,7 +20,7 @@ from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 _BYTES_FILE = "bytes.json"
 _WORD_PIECES = "vocab.txt"
-_FORMATS = {".json": "tokenizer.json", ".txt": "vocab.txt of word pieces"}
+_FORMATS = {".json": "tokenizer.json", ".txt": "vocab.txt of word pieces", ".gguf": "GGUF file with a vocabulary"}
 _BYTES = {"kind": "bytes", "pad_id": 0, "bos_id": 1, "eos_id": 2, "first_byte": 3}
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 _BYTE_LEVEL = str.maketrans("\u0120\u010a\u0109\u010d", " \n\t\r")  # how byte-level BPE (GPT-2) writes blanks
@@ -221,9 +221,7 @@ class HuggingFace(Tokenizer):
         return piece.translate(_BYTE_LEVEL) if self._is_byte_level else piece.replace(SPACE_MARK, " ")
 
     def save(self, directory: epath.Path) -> str:
-        roles = [role for role in WELL_KNOWN if getattr(self, f"{role}_id") is not None]
-        roles = {f"{role}_token": self.piece(getattr(self, f"{role}_id")) for role in roles}
-        atomic.write_json(directory / "tokenizer_config.json", roles)
+        atomic.write_json(directory / "tokenizer_config.json", self.roles())
         return super().save(directory)
 
 
@@ -253,29 +251,32 @@ def load(path: epath.Path | str) -> Tokenizer:
     path = epath.Path(path)
     if not path.is_file():
         raise InputMissing(f"tokenizer {path} does not exist")
-    content = b" " if path.suffix == ".gguf" else path.read_bytes()
-    if not content:
+    if not path.stat().length:
         raise DataError(f"tokenizer {path} is empty")
     if path.name == _BYTES_FILE:
         if atomic.read_json(path) != _BYTES:
             raise DataError(f"{path} defines other bytes than this program's")
         return Bytes()
     try:
-        if path.suffix == ".json":
-            return HuggingFace(content, named_tokens(path.parent))
-        if path.suffix == ".gguf":
-            from lslm_jax.data import gguf_files
-
-            return HuggingFace(*gguf_files.vocabulary(path))
-        if path.name == _WORD_PIECES:
-            return HuggingFace(from_word_pieces(path, _tokenizers()), named_tokens(path.parent))
-        return SentencePiece(content)
+        return _read(path)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except DataError:
         raise
     except Exception as error:  # what the two libraries raise on a bad file is Exception itself, or RuntimeError
         raise DataError(f"{path} is not a {_FORMATS.get(path.suffix, 'SentencePiece model')}") from error
+
+
+def _read(path: epath.Path) -> Tokenizer:
+    if path.suffix == ".json":
+        return HuggingFace(path.read_bytes(), named_tokens(path.parent))
+    if path.name == _WORD_PIECES:
+        return HuggingFace(from_word_pieces(path, _tokenizers()), named_tokens(path.parent))
+    if path.suffix == ".gguf":
+        from lslm_jax.data import gguf_files
+
+        return HuggingFace(*gguf_files.vocabulary(path))
+    return SentencePiece(path.read_bytes())
 
 
 @functools.cache

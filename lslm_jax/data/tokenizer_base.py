@@ -21,7 +21,7 @@ WELL_KNOWN = {
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"),
     "mask": ("[MASK]", "<mask>"),
 }
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Spans(NamedTuple):
@@ -124,12 +124,17 @@ class Tokenizer(abc.ABC):
 
     def _text(self, id: int) -> str:
         piece = self.piece(id) or ""  # a Hugging Face vocabulary may have gaps
-        byte = _BYTE_PIECE.fullmatch(piece)
+        byte = BYTE_PIECE.fullmatch(piece)
         return bytes([int(byte[1], 16)]).decode(errors="replace") if byte else self._spelling(piece)
 
     def facts(self) -> dict[str, Any]:
         """What others need to know of it, as JSON values."""
         return {key: getattr(self, key) for key in _FACTS}
+
+    def roles(self) -> dict[str, str]:
+        """Which of its tokens has which role, in the words of tokenizer_config.json."""
+        ids = {f"{role}_token": getattr(self, f"{role}_id") for role in WELL_KNOWN}
+        return {role: self.piece(id) for role, id in ids.items() if id is not None}
 
     def save(self, directory: epath.Path) -> str:
         """Writes the file that `load` reads, and returns its name.

@@ -5,10 +5,11 @@ unigram models, where two ways to spell a text are equally likely, either may be
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from lslm_jax.data.tokenizer import SPACE_MARK, Bytes, HuggingFace
-from lslm_jax.data.tokenizer_base import Tokenizer
+from lslm_jax.data.tokenizer_base import BYTE_PIECE, Tokenizer
 from lslm_jax.errors import ConfigError
 
 _UNIGRAM, _BPE = 1, 2  # of SentencePiece's model types
@@ -19,51 +20,76 @@ def convert(words: Tokenizer, family: str) -> dict[str, Any]:
     """The content of tokenizer.json, which frames a text as models of the family read it.
 
     Args:
-      words: a vocabulary of any kind. One that came as a tokenizer.json stays what it is.
+      words: a vocabulary of any kind. One that came as a tokenizer.json keeps its own frame.
       family: model.family: a decoder reads bos before a text, an encoder bos and eos around it, of an
         encoder-decoder the encoder reads eos behind it.
 
     Raises:
       ConfigError: the vocabulary normalises text in a way that tokenizer.json cannot say, or a package is missing.
     """
+    before = {} if family == "encoder_decoder" else {words.piece(words.bos_id): words.bos_id}
+    after = {} if family == "decoder" else {words.piece(words.eos_id): words.eos_id}
     if isinstance(words, HuggingFace):
-        return json.loads(words.content)
+        return _given(words, family, frame(before, after))
     model = _bytes_model(words) if isinstance(words, Bytes) else _sentencepiece_model(words)
-    special = dict.fromkeys([words.pad_id, words.bos_id, words.eos_id, *model.pop("special")])
-    named = [{"id": id, "content": words.piece(id)} for id in special]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    blanks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
-    decoders = [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    spaces = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
+    special = sorted({words.pad_id, words.bos_id, words.eos_id, *model.pop("special")})
+    is_bytes = isinstance(words, Bytes)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [entry | flags for entry in sorted(named, key=lambda entry: entry["id"])],
-        "normalizer": None if isinstance(words, Bytes) else blanks,
+        "added_tokens": added({id: words.piece(id) for id in special}),
+        "normalizer": None if is_bytes else BLANKS,
         "pre_tokenizer": None,
-        "post_processor": _frame(words, family),
-        "decoder": {"type": "Sequence", "decoders": decoders if isinstance(words, Bytes) else [spaces, *decoders]},
+        "post_processor": frame(before, after),
+        "decoder": {"type": "Sequence", "decoders": DECODERS[is_bytes:]},
         "model": model,
     }
 
 
 def roles(words: Tokenizer) -> dict[str, Any]:
     """The content of tokenizer_config.json: which of its tokens begins a text, and so on."""
-    ids = {"bos": words.bos_id, "eos": words.eos_id, "pad": words.pad_id, "mask": words.mask_id}
-    named = {f"{role}_token": words.piece(id) for role, id in ids.items() if id is not None}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | named
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | words.roles()
 
 
-def _frame(words: Tokenizer, family: str) -> dict[str, Any]:
-    token = lambda id: {"SpecialToken": {"id": words.piece(id), "type_id": 0}}
-    before = [] if family == "encoder_decoder" else [words.bos_id]
-    after = [] if family == "decoder" else [words.eos_id]
+# Parts of a tokenizer.json. Those of SentencePiece write a blank as U+2581, and what the vocabulary lacks in bytes.
+
+BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
+DECODERS: list[dict[str, Any]] = [
+    {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+
+
+def added(tokens: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Special tokens, by id."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return [{"id": id, "content": token} | flags for id, token in tokens.items()]
+
+
+def frame(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, Any]:
+    """Puts tokens, with their ids, before a text or the first of a pair, and behind each."""
+    token = lambda name, type_id=0: {"SpecialToken": {"id": name, "type_id": type_id}}
     text = lambda name, type_id: {"Sequence": {"id": name, "type_id": type_id}}
     single = [*map(token, before), text("A", 0), *map(token, after)]
-    used = {words.piece(id): {"id": words.piece(id), "ids": [id], "tokens": [words.piece(id)]} for id in before + after}
-    pair = [*single, text("B", 1), *({"SpecialToken": {"id": words.piece(id), "type_id": 1}} for id in after)]
-    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": used}
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, text("B", 1), *(token(name, 1) for name in after)],
+        "special_tokens": {
+            name: {"id": name, "ids": [id], "tokens": [name]} for name, id in {**before, **after}.items()
+        },
+    }
+
+
+def _given(words: HuggingFace, family: str, framed: dict[str, Any]) -> dict[str, Any]:
+    """What came as a tokenizer.json; if it puts no bos before a text, a decoder trained here reads one all the same."""
+    content = json.loads(words.content)
+    if family == "decoder" and not words.adds_bos:
+        own = content.get("post_processor")
+        content["post_processor"] = {"type": "Sequence", "processors": [own, framed]} if own else framed
+    return content
 
 
 def _bytes_model(words: Bytes) -> dict[str, Any]:
@@ -112,7 +138,7 @@ def merges(scores: dict[str, float]) -> list[list[str]]:
     found = [
         (-score, piece, cut)
         for piece, score in scores.items()
-        if not (len(piece) == 6 and piece.startswith("<0x"))
+        if not BYTE_PIECE.fullmatch(piece)
         for cut in range(1, len(piece))
         if piece[:cut] in scores and piece[cut:] in scores
     ]

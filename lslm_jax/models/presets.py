@@ -79,7 +79,7 @@ bert_base = replace(BERT, num_layers=12, d_model=768, num_heads=12)
 bert_small = replace(
     BERT, num_layers=4, d_model=256, num_heads=4, max_length=128, positions="rotary", norm_place="before", dropout=0.0
 )
-"""A small BERT for small budgets: rotary positions and norms in front let it learn in a tenth of the steps."""
+"""A small BERT for small budgets; `configs/bert_small_novels.py` has what rotary positions make of one."""
 roberta_base = replace(bert_base, norm_eps=1e-5, token_types=1)
 """RoBERTa, 125M parameters (Liu et al. 2019)."""
 modern_encoder_base = ModelConfig(

@@ -67,7 +67,6 @@ def _load_pretrained(
         )
     if unlike := differences(config.model, source.model):
         raise CheckpointRefused(f"{directory} has {unlike[0]}, unlike this run")
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), model)
-    loaded = pretrained.load(source, config.task.objective, abstract, model)
+    loaded = pretrained.load(source, config.task.objective, model, model)
     log(f"started from the weights of {directory}" + f"; fresh: {', '.join(loaded.fresh)}" * bool(loaded.fresh))
     return loaded.model

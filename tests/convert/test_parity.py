@@ -13,7 +13,6 @@ from etils import epath
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, TaskConfig
 from lslm_jax.convert import pretrained, safetensors, weights
-from lslm_jax.main import main
 from lslm_jax.models import attention, layers
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import losses
@@ -319,7 +318,7 @@ def test_outputs_gradients_and_weights_are_those_of_transformers(case, tmp_path)
 
 
 @pytest.mark.parametrize("config", ["quickstart", "gpt2_small"])
-def test_what_is_trained_here_transformers_loads_and_it_writes_the_same(config, tmp_path, capsys):
+def test_what_is_trained_here_transformers_loads_and_it_writes_the_same(config, tmp_path, command):
     run, out = f"--workdir={tmp_path}/run", tmp_path / "out"
     text = "def add(a, b):\n    return a + b\n\n\nprint(add(1, 2))\n"
     for i in range(8):
@@ -330,24 +329,15 @@ def test_what_is_trained_here_transformers_loads_and_it_writes_the_same(config, 
         "--config.train.steps=40",
     ]
     settings += ["--config.data.source=files", "--config.data.valid_fraction=0.2", "--config.tokenizer.vocab_size=300"]
-    command(capsys, *settings, run)
-    command(capsys, "export", run, f"--to={out}")
+    command(*settings, run)
+    command("export", run, f"--to={out}")
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     words = transformers.AutoTokenizer.from_pretrained(out)
     prompt = "def add7(a, b):\n    return"
     ids = model.generate(**words(prompt, return_tensors="pt"), max_new_tokens=24, do_sample=False)
     asked = ["generate", run, f"--prompt={prompt}", "--json", "--config.generate.temperature=0"]
-    ours = json.loads(command(capsys, *asked, "--config.generate.max_tokens=24"))
+    ours = json.loads(command(*asked, "--config.generate.max_tokens=24"))
     assert words.decode(ids[0], skip_special_tokens=True) == prompt + ours["text"]
-
-
-def command(capsys, *arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    output = capsys.readouterr()
-    assert stop.value.code == 0, output.err
-    return output.out
 
 
 @pytest.mark.parametrize("causal", [True, False])

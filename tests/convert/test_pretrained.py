@@ -15,7 +15,6 @@ from lslm_jax.config_checks import fill_sizes
 from lslm_jax.convert import pretrained, weights
 from lslm_jax.convert.family import differences
 from lslm_jax.errors import ConfigError, LslmError
-from lslm_jax.main import main
 from lslm_jax.models import presets
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train.state import abstract_model
@@ -37,20 +36,10 @@ RUNS = {
 }
 
 
-def command(capsys, *arguments, code=0):
-    """Runs a command; returns its stdout, or the one line on stderr of one that must fail."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(list(map(str, arguments)))
-    output = capsys.readouterr()
-    assert stop.value.code == code, output.err
-    return output.out if code == 0 else output.err.strip().splitlines()[-1].removeprefix("lslm: ")
-
-
-def trained(workdir, capsys, *arguments, **sections):
+def trained(workdir, command, *arguments, **sections):
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "given.json").write_text(json.dumps(REST | sections))
-    return json.loads(command(capsys, f"--config={workdir}/given.json", f"--workdir={workdir}", *arguments))
+    return json.loads(command(f"--config={workdir}/given.json", f"--workdir={workdir}", *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +55,7 @@ def texts(tmp_path_factory):
     ("kind", "vocabulary"),
     [("decoder", "bpe"), ("decoder", "unigram"), ("decoder", "bytes"), ("encoder", "bpe"), ("encoder_decoder", "bpe")],
 )
-def test_an_exported_model_says_what_the_run_says(kind, vocabulary, texts, tmp_path, capsys):
+def test_an_exported_model_says_what_the_run_says(kind, vocabulary, texts, tmp_path, command):
     pair = {"files": [f"{texts}/a.txt", f"{texts}/b.txt"], "example": "pair"}
     data = pair if kind == "encoder_decoder" else {"files": [f"{texts}/a.txt"]}
     given = (
@@ -83,9 +72,9 @@ def test_an_exported_model_says_what_the_run_says(kind, vocabulary, texts, tmp_p
         preset = {"norm_place": "after", "embed_norm": True, "activation": "gelu_exact", "token_types": 2}
         sections |= {"model": sections["model"] | preset | {"output_bias": True, "norm_eps": 1e-12}}
     run = tmp_path / "run"
-    trained(run, capsys, **sections, train={"steps": 30, "batch_size": 16})
+    trained(run, command, **sections, train={"steps": 30, "batch_size": 16})
     out = tmp_path / "out"
-    summary = json.loads(command(capsys, "export", f"--workdir={run}", f"--to={out}"))
+    summary = json.loads(command("export", f"--workdir={run}", f"--to={out}"))
     assert summary["step"] == 30 and set(summary["files"]) == {path.name for path in out.iterdir()}
     tensors = load_file(out / "model.safetensors")
     assert summary["model_type"] == json.loads((out / "config.json").read_text())["model_type"]
@@ -93,21 +82,18 @@ def test_an_exported_model_says_what_the_run_says(kind, vocabulary, texts, tmp_p
 
     prompt = "the c[MASK]t sat" if kind == "encoder" else "the cat sat on"
     [ours, theirs] = [
-        json.loads(
-            command(capsys, "generate", f"--prompt={prompt}", "--json", "--config.generate.max_tokens=24", *flags)
-        )
+        json.loads(command("generate", f"--prompt={prompt}", "--json", "--config.generate.max_tokens=24", *flags))
         for flags in ((f"--workdir={run}",), (f"--pretrained={out}",))
     ]
     assert theirs.pop("step") == 0 and ours.pop("step") == 30
     assert theirs == ours
 
 
-def test_a_trained_llama_goes_on_from_its_weights_and_back(shared, texts, tmp_path, capsys):
+def test_a_trained_llama_goes_on_from_its_weights_and_back(shared, texts, tmp_path, command):
     stories = shared / "models" / "stories260K"
     data = {"files": [f"{texts}/a.txt"], "document": "line", "seq_len": 64, "valid_fraction": 0.2}
     begun = json.loads(
         command(
-            capsys,
             "evaluate",
             f"--pretrained={stories}",
             f"--workdir={tmp_path}/zero",
@@ -115,10 +101,10 @@ def test_a_trained_llama_goes_on_from_its_weights_and_back(shared, texts, tmp_pa
         )
     )
     result = trained(
-        tmp_path / "run", capsys, f"--pretrained={stories}", data=data, train={"steps": 20, "batch_size": 16}
+        tmp_path / "run", command, f"--pretrained={stories}", data=data, train={"steps": 20, "batch_size": 16}
     )
     assert begun["eval/loss"] - 1.0 > result["eval/loss"]
-    command(capsys, "export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/out")
+    command("export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/out")
     assert pretrained.describe(tmp_path / "out").family.model_type == "llama"
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
         stories / "tokenizer.json"
@@ -190,12 +176,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("changes", "code", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_directory_that_contradicts_itself_is_told_in_one_line(changes, code, message, shared, tmp_path, capsys):
+def test_a_directory_that_contradicts_itself_is_told_in_one_line(changes, code, message, shared, tmp_path, command):
     for path in (shared / "models" / "stories260K").iterdir():
         shutil.copy(path, tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert message in command(capsys, "generate", f"--pretrained={tmp_path}", "--prompt=a", code=code)
+    assert message in command("generate", f"--pretrained={tmp_path}", "--prompt=a", code=code)
 
 
 @pytest.mark.parametrize(
@@ -206,24 +192,41 @@ def test_a_directory_that_contradicts_itself_is_told_in_one_line(changes, code, 
         ("model.safetensors", 66, "holds no model.safetensors"),
     ],
 )
-def test_a_missing_file_is_told_in_one_line(gone, code, message, shared, tmp_path, capsys):
+def test_a_missing_file_is_told_in_one_line(gone, code, message, shared, tmp_path, command):
     for path in (shared / "models" / "stories260K").iterdir():
         shutil.copy(path, tmp_path)
     (tmp_path / gone).unlink()
-    assert message in command(capsys, "generate", f"--pretrained={tmp_path}", "--prompt=a", code=code)
+    assert message in command("generate", f"--pretrained={tmp_path}", "--prompt=a", code=code)
 
 
-def test_a_run_with_another_vocabulary_or_model_is_refused(shared, texts, tmp_path, capsys):
+def test_a_run_with_another_vocabulary_or_model_is_refused(shared, texts, tmp_path, command):
     stories = shared / "models" / "stories260K"
     data = {"files": [f"{texts}/a.txt"], "document": "line", "seq_len": 64}
     sections = {"data": data, "model": LLAMA, "train": {"steps": 1, "init_from": str(stories)}}
     config = given(tmp_path, **sections, tokenizer={"vocab_size": 300})
-    message = command(capsys, f"--config={config}", f"--workdir={tmp_path}/a", code=76)
+    message = command(f"--config={config}", f"--workdir={tmp_path}/a", code=76)
     assert "has another vocabulary" in message and message.endswith("set tokenizer.path to its own")
     path = {"kind": "huggingface", "path": f"{stories}/tokenizer.json"}
     config = given(tmp_path, **sections, tokenizer=path)
-    message = command(capsys, f"--config={config}", f"--workdir={tmp_path}/b", code=76)
+    message = command(f"--config={config}", f"--workdir={tmp_path}/b", code=76)
     assert message == f"{stories} has model.num_layers=5, unlike this run"
+
+
+MALFORMED = {
+    "a temperature": ("generation_config.json", {"do_sample": True, "temperature": "warm"}),
+    "an end": ("generation_config.json", {"eos_token_id": ["</s>"]}),
+    "architectures": ("config.json", {"architectures": [None]}),
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_setting_of_how_it_writes_is_told_in_one_line(name, changes, shared, tmp_path, command):
+    for path in (shared / "models" / "stories260K").iterdir():
+        shutil.copy(path, tmp_path)
+    path = tmp_path / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+    message = command("generate", f"--pretrained={tmp_path}", "--prompt=a", code=2)
+    assert "malformed" in message or "generate.stop_ids" in message
 
 
 def test_settings_are_read_before_jax_is_needed(tmp_path):

