@@ -113,6 +113,12 @@ class ModelConfig:
     """Non-linearity of a whole-text head (BERT tanh, DistilBERT relu)."""
     head_norm: bool = False
     """Whether heads have a dense layer with a norm for tokens, too (ModernBERT); else texts alone have one, without."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters beside projections (LoRA); they are then trained alone, with heads. 0: none."""
+    lora_alpha: float = 16.0
+    """What adapters say is multiplied with this / lora_rank."""
+    lora_targets: tuple[str, ...] = ("*",)
+    """Projections of a block that have one, by pattern: `attention.q`, `attention.*`, `mlp.*`, `cross.*`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products. Parameters are always float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -275,6 +281,8 @@ class TrainConfig:
     """Decay of an exponential moving average of the weights, which evaluation then uses. 0: off."""
     init_from: str = ""
     """A run, or a Hugging Face model, whose weights a fresh run starts from, as far as they fit. Empty: random ones."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that stay as they are, by pattern, as `embed,blocks.*`; ! exempts: `*,!top.*` trains heads alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +309,8 @@ class OptimizerConfig:
     """Whether momentum looks ahead (sgd, adam, adamw, muon)."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only: no biases, norms or positions."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer relative to that of the one above it, down to the embeddings (BEiT). 1: the same."""
     clip: float = 1.0
     """Largest global norm of the gradient. 0: no clipping."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -1,6 +1,7 @@
 """Refuses a config that cannot work, in one line that names the keys and what would do."""
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -29,6 +30,13 @@ def fill_sizes(model: ModelConfig) -> ModelConfig:
         d_ff=model.d_ff or 4 * model.d_model,
         num_decoder_layers=model.num_decoder_layers or model.num_layers,
     )
+
+
+def projections(model: ModelConfig) -> list[str]:
+    """Names of what `model.lora_targets` may name: the projections of a block."""
+    parts = [f"attention.{name}" for name in "qkvo"]
+    parts += [f"cross.{name}" for name in "qkvo"] if model.family == "encoder_decoder" else []
+    return [*parts, "mlp.up", *["mlp.gate"] * model.gated, "mlp.down"]
 
 
 def resolve_vocabulary(model: ModelConfig, tokens: int) -> ModelConfig:
@@ -67,12 +75,12 @@ _POSITIVE = (
     "model.rope_factor model.rope_low_factor model.rope_high_factor model.rope_original_length model.norm_eps "
     "model.relative_buckets model.relative_distance data.seq_len task.span_length task.stride task.max_answer "
     "data.shard_tokens tokenizer.vocab_size tokenizer.sample_bytes train.steps train.batch_size train.accumulate "
-    "optimizer.learning_rate optimizer.eps checkpoint.every checkpoint.keep log.every generate.max_tokens "
-    "generate.repetition_penalty generate.beams"
+    "model.lora_alpha optimizer.learning_rate optimizer.eps checkpoint.every checkpoint.keep log.every "
+    "generate.max_tokens generate.repetition_penalty generate.beams"
 ).split()
 _NOT_NEGATIVE = (
     "seed model.num_kv_heads model.head_dim model.d_ff model.num_decoder_layers model.vocab_size model.num_labels "
-    "model.token_types model.window model.position_offset model.rope_local_theta model.attention_scale "
+    "model.token_types model.lora_rank model.window model.position_offset model.rope_local_theta model.attention_scale "
     "model.attention_softcap model.logit_softcap data.source_len "
     "data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss optimizer.warmup_steps "
     "optimizer.weight_decay optimizer.clip checkpoint.keep_every eval.every eval.batches generate.temperature "
@@ -119,6 +127,9 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             f"model.relative_distance={full.relative_distance} is too small for "
             f"model.relative_buckets={full.relative_buckets}: use more than half as much"
         )
+    for pattern in full.lora_targets if full.lora_rank else ():
+        if not fnmatch.filter(projections(full), pattern):
+            yield f"model.lora_targets={pattern} names no projection: there are {', '.join(projections(full))}"
     if full.token_types and full.family != "encoder":
         yield f"model.token_types={full.token_types} needs model.family=encoder"
     if full.num_decoder_layers != full.num_layers and full.family != "encoder_decoder":
@@ -241,6 +252,8 @@ def _run_problems(config: Config) -> Iterator[str]:
         )
     if config.optimizer.nesterov and config.optimizer.name in ("adafactor", "lion"):
         yield f"optimizer.nesterov does not go with optimizer.name={config.optimizer.name}"
+    if not 0 < config.optimizer.layer_decay <= 1:
+        yield f"optimizer.layer_decay must be in (0, 1], got {config.optimizer.layer_decay}"
     best, names = config.checkpoint.best, (*_LOWEST_IS_BEST, *_HIGHEST_IS_BEST)
     if best and not (best.startswith("eval/") and best.rpartition("/")[-1] in names):
         yield f"checkpoint.best wants eval/NAME with NAME one of {', '.join(names)}; got {best!r}"

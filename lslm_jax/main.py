@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     written = flags.add_argument_group("export")
     written.add_argument("--to", metavar="DIR", help="where to write it")
     types = ("float32", "bfloat16", "float16")
+    written.add_argument("--adapter", action="store_true", help="write what LoRA trained alone, in PEFT's format")
     written.add_argument("--dtype", choices=types, default="float32", help="of the weights in the files")
     return flags
 
@@ -111,7 +112,7 @@ def _base(flags: argparse.Namespace) -> Config:
             raise ConfigError("--config=FILE is missing, as --config=configs/quickstart.py")
         flags.config = f"{flags.workdir}/config.json"
     config = config_loading.load(flags.config)
-    return pretrained.configure(config, source) if flags.pretrained else config
+    return pretrained.configure(config, source, trains=flags.verb == "train") if flags.pretrained else config
 
 
 if __name__ == "__main__":

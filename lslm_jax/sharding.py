@@ -32,6 +32,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "types": None,
     "buckets": None,
     "labels": None,
+    "rank": None,
     "layers": None,
     # Activations only; "width" also for norms and biases.
     "batch": ("data", "fsdp"),

@@ -10,9 +10,10 @@ from etils import epath
 
 from lslm_jax import atomic, config_loading
 from lslm_jax.config import Config, GenerateConfig
-from lslm_jax.convert import pretrained, safetensors, weights
+from lslm_jax.convert import peft, pretrained, safetensors, weights
 from lslm_jax.data import tokenizer_json
 from lslm_jax.data.tokenizer_base import Tokenizer
+from lslm_jax.errors import ConfigError
 from lslm_jax.trees import flatten
 
 _PACKAGES = ("lslm_jax", "jax", "flax")
@@ -69,6 +70,24 @@ def export(
     for name, text in (texts | {"config.json": _json(settings)}).items():
         atomic.write(directory / name, text.encode())
     return {"model_type": family.model_type, "files": [*files, *texts, "config.json"], "parameters": parameters}
+
+
+def export_adapter(directory: epath.Path, model: Any, config: Config) -> dict[str, Any]:
+    """Writes what LoRA trained, in PEFT's format; the model it belongs to is the one that the run started from.
+
+    Returns:
+      `model_type` of that, names of the `files`.
+
+    Raises:
+      ConfigError: the run has no adapters, or no family of Hugging Face has such a model.
+      SaveError: the directory cannot be written.
+    """
+    if not config.model.lora_rank:
+        raise ConfigError("this run has no adapters (model.lora_rank=0): leave out --adapter")
+    objective = config.task.objective
+    family = pretrained.family_of(config.model, objective)
+    files = peft.export(directory, model, family, config.model, objective, config.train.init_from)
+    return {"model_type": family.model_type, "files": files}
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -16,7 +16,8 @@ from lslm_jax.models.presets import layer_types
 
 Settings = Mapping[str, Any]  # of a config.json
 LAYER = "{i}"  # stands for a layer's number in a name of theirs
-RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "init")  # are chosen by whoever runs a model
+LORA_KEYS = ("lora_rank", "lora_alpha", "lora_targets")
+RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "init", *LORA_KEYS)  # are chosen by whoever runs a model
 _OF_A_RUN = {*RUN_KEYS, "dropout", "pool"}  # change how it is trained or run, not what it computes
 
 

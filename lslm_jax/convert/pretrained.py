@@ -12,6 +12,7 @@ from etils import epath
 
 from lslm_jax import atomic, config_loading
 from lslm_jax.config import Config, GenerateConfig, ModelConfig
+from lslm_jax.convert import adapter as adapters
 from lslm_jax.convert import decoders, encoders, gguf, pairs, safetensors
 from lslm_jax.convert.family import RUN_KEYS, Family
 from lslm_jax.data import tokenizer as tokenizers
@@ -46,22 +47,29 @@ class Pretrained(NamedTuple):
       family: how its settings and weights are named.
       model: what config.json describes.
       settings: config.json itself.
+      adapter: that was trained beside it, or None.
     """
 
     directory: epath.Path
     family: Family
     model: ModelConfig
     settings: dict[str, Any]
+    adapter: adapters.Adapter | None = None
 
 
 def describe(directory: epath.Path | str) -> Pretrained:
-    """Reads a directory's config.json, or what a GGUF file says.
+    """Reads a directory's config.json, or what a GGUF file says; an adapter is described by the model it belongs to.
 
     Raises:
       InputMissing: there is none.
       ConfigError: it is of a family, or has a setting, that our blocks do not express exactly.
     """
     directory = epath.Path(directory).expanduser().absolute()
+    if adapters.is_adapter(directory):
+        adapter = adapters.describe(directory)
+        if not (directory / adapter.base).exists():
+            raise InputMissing(f"{directory} was trained on {adapter.base}, which is not here")
+        return describe(directory / adapter.base)._replace(adapter=adapter)
     path = directory if _is_gguf(directory) else directory / "config.json"
     if not path.is_file():
         raise InputMissing(f"{directory} holds no config.json: it is not a pretrained model")
@@ -102,16 +110,24 @@ def _well_formed(where: str = "") -> Iterator[None]:
 def is_pretrained(directory: epath.Path) -> bool:
     """Whether a directory holds a Hugging Face model, and not a run of ours, which has a config.json too."""
     path = directory / "config.json"
-    return _is_gguf(directory) or (path.is_file() and "model_type" in atomic.read_json(path))
+    return (
+        _is_gguf(directory)
+        or adapters.is_adapter(directory)
+        or (path.is_file() and "model_type" in atomic.read_json(path))
+    )
 
 
 def load(source: Pretrained, objective: str, abstract: Any, fresh: Any = None) -> Any:
     """The weights of a directory: `weights.Loaded`, with the errors of `weights.load` and `safetensors`."""
-    from lslm_jax.convert import weights
+    from lslm_jax.convert import peft, weights
 
-    path = source.directory
+    path, adapter = source.directory, source.adapter
     tensors = gguf.tensors(path) if _is_gguf(path) else safetensors.open_directory(path)
-    return weights.load(tensors, source.family, source.model, objective, abstract, fresh)
+    if adapter is None:
+        return weights.load(tensors, source.family, source.model, objective, abstract, fresh)
+    tensors = {**tensors, **peft.whole_tensors(adapter)}
+    loaded = weights.load(tensors, source.family, source.model, objective, abstract, fresh)
+    return loaded._replace(model=peft.apply(adapter, loaded.model, source.family, objective))
 
 
 # How a run takes it up.
@@ -135,20 +151,20 @@ _OBJECTIVES = {
 _EXAMPLES = {"classification": "label", "tagging": "tags", "qa": "qa", "seq2seq": "pair"}
 
 
-def configure(config: Config, source: Pretrained) -> Config:
-    """A config whose model, vocabulary and first weights are those of a directory.
+def configure(config: Config, source: Pretrained, *, trains: bool = False) -> Config:
+    """A config whose model, vocabulary and first weights are those of a directory; only to train it wants adapters.
 
     Raises:
       InputMissing: there is no vocabulary that can be read.
     """
     model = replace(source.model, **{name: getattr(config.model, name) for name in RUN_KEYS})
+    model = model if trains else replace(model, lora_rank=0)
     if config.model.pool != ModelConfig().pool:
         model = replace(model, pool=config.model.pool)
     path = vocabulary(source.directory)
+    weights = source.adapter.directory if source.adapter else source.directory
     tokenizer = replace(config.tokenizer, kind=_VOCABULARIES.get(path.name, "huggingface"), path=str(path))
-    return replace(
-        config, model=model, tokenizer=tokenizer, train=replace(config.train, init_from=str(source.directory))
-    )
+    return replace(config, model=model, tokenizer=tokenizer, train=replace(config.train, init_from=str(weights)))
 
 
 def default_config(source: Pretrained) -> Config:
@@ -181,6 +197,8 @@ def task_of(source: Pretrained) -> str:
     """
     names = source.settings.get("architectures") or []
     found = [objective for suffix, objective in _OBJECTIVES.items() for name in names if name.endswith(suffix)]
+    if source.adapter and source.adapter.settings.get("task_type") in adapters.TASKS:
+        found = [adapters.TASKS[source.adapter.settings["task_type"]]]
     if not found:
         named = ", ".join(map(str, names)) or "none"
         raise ConfigError(

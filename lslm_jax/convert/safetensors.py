@@ -174,11 +174,11 @@ def write_directory(directory: epath.Path, sources: Mapping[str, Source], limit:
     """
     shards = _shards(sources, limit)
     if len(shards) == 1:
-        _write_file(directory / SINGLE, sources)
+        write_file(directory / SINGLE, sources)
         return [SINGLE]
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, tensors in zip(names, shards, strict=True):
-        _write_file(directory / name, {tensor: sources[tensor] for tensor in tensors})
+        write_file(directory / name, {tensor: sources[tensor] for tensor in tensors})
     places = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
     total = sum(source.nbytes() for source in sources.values())
     atomic.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
@@ -198,7 +198,12 @@ def _shards(sources: Mapping[str, Source], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_file(path: epath.Path, sources: Mapping[str, Source]) -> None:
+def write_file(path: epath.Path, sources: Mapping[str, Source]) -> None:
+    """Writes arrays, made one after another, as one file.
+
+    Raises:
+      SaveError: it cannot be written.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no other
     end = 0
     for name, source in sources.items():

@@ -64,12 +64,14 @@ def load(
       config: of the model, as the directory's config.json says.
       objective: which head the model has.
       abstract: its shapes and shardings, or such a model.
-      fresh: a model whose head stands in where the directory has none, or one of another shape; None: that is an error.
+      fresh: a model whose adapters are taken, and whose head where the directory has none, or one of another shape;
+        None: a missing head is an error.
 
     Raises:
       DataError: weights are missing, have other shapes, or there are some that such a model has no place for.
     """
     wanted, given = flatten(abstract), {} if fresh is None else flatten(fresh)
+    adapters = {name: array for name, array in given.items() if ".lora." in name}
     tensors = {_modern(name): tensor for name, tensor in tensors.items()}
     stand_ins = {name: tensors[other] for name, other in family.stand_ins.items() if other in tensors}
     tensors = stand_ins | tensors
@@ -88,7 +90,7 @@ def load(
             f"a {family.model_type} like this has no place for {len(strangers)} tensors: {_some(strangers)}"
         )
     arrays = _read(tensors, uses, wanted, config)
-    return Loaded(unflatten(abstract, arrays | {name: given[name] for name in heads}), heads, skipped)
+    return Loaded(unflatten(abstract, arrays | adapters | {name: given[name] for name in heads}), heads, skipped)
 
 
 def _read(
@@ -136,12 +138,15 @@ def _put(whole: jax.Array, one: jax.Array, layer: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(whole, one, layer, 0)
 
 
-def sources(model: Any, family: Family, config: ModelConfig, objective: str, dtype: str) -> dict[str, Source]:
+def sources(
+    model: Any, family: Family, config: ModelConfig, objective: str, dtype: str, prefix: str = ""
+) -> dict[str, Source]:
     """What to write: their tensors by name, each fetched from its devices when its turn comes.
 
-    Every process of a run over several hosts must fetch them, in this order.
+    Every process of a run over several hosts must fetch them, in this order. Adapters are left out, and with a prefix
+    all whose names of ours begin otherwise.
     """
-    arrays = flatten(model)
+    arrays = {name: array for name, array in flatten(model).items() if name.startswith(prefix)}
     parts = _uses(family, config, objective, arrays)
     kind = np.dtype(jnp.dtype(dtype))
 
@@ -179,6 +184,8 @@ def _uses(
     places = family.places(objective)
     uses: dict[str, list[_Use]] = {}
     for name, leaf in leaves.items():
+        if ".lora." in name:
+            continue
         module, _, last = name.rpartition(".")
         place, suffix = (places[name], "") if name in places else (places.get(module), _SUFFIXES.get(last, ""))
         if place is None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
+from lslm_jax.models import lora
 from lslm_jax.models.attention import KeyValues
 from lslm_jax.models.layers import ACTIVATIONS, Linear, Norm, Rotation, dropout, rotate, weight_std
 from lslm_jax.sharding import constrain
@@ -117,6 +118,8 @@ class Block(nnx.Module):
         self.cross = Attention(config, cross_key, sublayers=sublayers) if cross else None
         self.mlp_norm, self.mlp_output_norm = self._norms()
         self.mlp = Mlp(config, mlp_key, sublayers=sublayers)
+        if config.lora_rank:
+            lora.adapt(self, config, jax.random.fold_in(key, 1))
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ the mesh. They are cast to the type of the activations where they are used.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +57,13 @@ class Linear(nnx.Module):
         # A bias is too small to be worth gathering: where weights split "embed", it is copied.
         axes = ["width" if name == "embed" else name for name in outputs]
         self.b = constant(0.0, list(outputs.values()), axes) if bias else None
+        self.lora: Any = nnx.data(None)  # an adapter, which `lora.adapt` may put here
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., *inputs] to [..., *outputs] in the type of x."""
         y = jnp.tensordot(x, self.w.get_value().astype(x.dtype), self.contract)
+        if self.lora is not None:
+            y = y + self.lora(x)
         if self.b is None:
             return y
         b = self.b.get_value().astype(x.dtype)

@@ -59,7 +59,7 @@ def _load_pretrained(
 ) -> Any:
     """A model with the weights of a Hugging Face directory; what it lacks of a head stays as it is."""
     source = pretrained.describe(directory)
-    theirs = tokenizers.load(pretrained.vocabulary(directory)).sha256
+    theirs = tokenizers.load(pretrained.vocabulary(source.directory)).sha256
     if theirs != tokenizer_sha256:
         raise CheckpointRefused(
             f"{directory} has another vocabulary ({theirs[:12]}, now {tokenizer_sha256[:12]}): its embeddings mean "

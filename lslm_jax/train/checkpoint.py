@@ -110,6 +110,11 @@ class Checkpoints:
             )
         part = "ema" if (directory / "ema").is_dir() else "model"
         stored, wanted = ocp.checkpointables_metadata(directory).metadata[part], flatten(model)
+        if lost := [name for name in stored if ".lora." in name and name not in wanted]:
+            raise CheckpointRefused(
+                f"{directory} has adapters that this run lacks ({lost[0]}): set model.lora_rank as it was, or export "
+                "that run and start from what it wrote"
+            )
         heads_too = _same_task(made_by, self.identity)
         fits = lambda name: name in stored and (heads_too or not name.startswith(_HEAD))
         taken = {name: _abstract(leaf) for name, leaf in wanted.items() if fits(name)}

@@ -28,6 +28,7 @@ FIXED = (
     "task.span_length",
     "task.stride",
     "train.batch_size",
+    "train.frozen",
     "optimizer.name",
     "optimizer.moment_dtype",
 )

@@ -27,7 +27,7 @@ from lslm_jax.train.begin import begin
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.preemption import Preemption
-from lslm_jax.train.state import State, abstract_state, evaluated_model, num_parameters
+from lslm_jax.train.state import State, abstract_state, divide, evaluated_model, num_parameters
 from lslm_jax.train.step import make_train_step
 
 MAX_SKIPPED = 5  # non-finite steps in a row that end the run
@@ -100,9 +100,11 @@ def train(
         record.truncate(start)
         record.text(start, "config", config_loading.to_json(config))
         record.text(start, "parameters", parameter_table(state.model))
+        trained, frozen = divide(config, state.model)
+        some = f", {num_parameters(trained):,} of them trained," * bool(num_parameters(frozen))
         progress.message(
-            f"{num_parameters(state.model):,} parameters on {mesh.size} {mesh.devices.flat[0].device_kind} device(s), "
-            f"{backend.name} attention ({backend.reason})"
+            f"{num_parameters(state.model):,} parameters{some} on {mesh.size} {mesh.devices.flat[0].device_kind} "
+            f"device(s), {backend.name} attention ({backend.reason})"
         )
 
         batches = stack.enter_context(contextlib.closing(prefetch.batches(data.batch, start, steps)))

@@ -1,9 +1,11 @@
 """Learning-rate schedules and optimizers, all from optax."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -33,7 +35,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then the named optimizer on the schedule."""
+    """Clipping by global norm, the named optimizer on the schedule, a smaller rate for lower layers."""
     rate = schedule(config, steps)
     dtype = jnp.dtype(config.moment_dtype)
     decay = {"weight_decay": config.weight_decay, "mask": is_decayed}
@@ -55,7 +57,28 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             core = optax.lion(rate, config.b1, config.b2, mu_dtype=dtype, **decay)
         case "muon":
             core = _muon(config, rate, dtype)
-    return optax.chain(optax.clip_by_global_norm(config.clip), core) if config.clip else core
+    before = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    after = [optax.stateless(functools.partial(_scale_by_depth, config.layer_decay))] if config.layer_decay < 1 else []
+    return optax.chain(*before, core, *after) if before or after else core
+
+
+_TOP = ("norm", "head", "output_bias", "top")  # what hidden states pass after the last layer
+
+
+def _scale_by_depth(decay: float, updates: Any, params: Any = None) -> Any:
+    """Updates times decay ** n, where n layers and tops lie above: the top moves at the full rate (Bao et al. 2021)."""
+    is_param = lambda leaf: isinstance(leaf, nnx.Variable)
+    leaves = jax.tree.leaves(updates, is_leaf=is_param)
+    depth = max([leaf.shape[0] for leaf in leaves if "layers" in leaf.get_metadata("axes")], default=0)
+
+    def scaled(path: tuple[Any, ...], param: Any) -> Any:
+        if param.get_metadata("axes")[0] == "layers":
+            rate = decay ** np.arange(param.shape[0], 0, -1, dtype=np.float32)
+            return jax.tree.map(lambda update: update * rate.reshape(-1, *[1] * (update.ndim - 1)), param)
+        rate = 1.0 if any(part.name in _TOP for part in path) else decay ** (depth + 1)
+        return jax.tree.map(lambda update: update * rate, param)
+
+    return jax.tree_util.tree_map_with_path(scaled, updates, is_leaf=is_param)
 
 
 def _muon(config: OptimizerConfig, rate: optax.Schedule, dtype: Any) -> optax.GradientTransformation:

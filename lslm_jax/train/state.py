@@ -1,5 +1,6 @@
 """All that training changes, born where it will live."""
 
+import fnmatch
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +9,12 @@ import optax
 from jax.sharding import Mesh
 
 from lslm_jax.config import Config
+from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
 from lslm_jax.sharding import shardings_of
+from lslm_jax.trees import flatten, split
+
+_ADAPTERS_ALONE = ("*", "!*.lora.*", "!top.*")
 
 
 class State(NamedTuple):
@@ -18,7 +23,7 @@ class State(NamedTuple):
     Attributes:
       step: steps taken, skipped ones included; int32 scalar.
       model: the module with its parameters, float32.
-      optimizer: optax's state.
+      optimizer: optax's state, of the parameters that are trained.
       ema: the module with averaged parameters, or None.
       skipped: steps in a row whose update was not finite and was left out; int32 scalar.
     """
@@ -59,6 +64,24 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
     return jax.jit(lambda: _create(config, optimizer), out_shardings=shardings, compiler_options=options)()
 
 
+def divide(config: Config, model: Any) -> tuple[Any, Any]:
+    """The parameters of a model that are trained, and those that are not: two such models with None for the rest.
+
+    Raises:
+      ConfigError: a pattern of train.frozen names no parameter, or none is left to train.
+    """
+    names = list(flatten(model))
+    trained = dict.fromkeys(names, True)
+    for pattern in config.train.frozen or (_ADAPTERS_ALONE if config.model.lora_rank else ()):
+        named = fnmatch.filter(names, pattern.removeprefix("!"))
+        if config.train.frozen and not named:
+            raise ConfigError(f"train.frozen={pattern} names no parameter: there are {', '.join(names)}")
+        trained |= dict.fromkeys(named, pattern.startswith("!"))
+    if not any(trained.values()):
+        raise ConfigError(f"train.frozen={','.join(config.train.frozen)} leaves nothing to train")
+    return split(model, trained)
+
+
 def num_parameters(model: Any) -> int:
     """Entries of all parameters together."""
     return sum(leaf.size for leaf in jax.tree.leaves(model))
@@ -74,7 +97,7 @@ def _create(config: Config, optimizer: optax.GradientTransformation) -> State:
     return State(
         step=jnp.zeros((), jnp.int32),
         model=model,
-        optimizer=optimizer.init(model),  # type: ignore[arg-type]  # a module is a pytree
+        optimizer=optimizer.init(divide(config, model)[0]),
         ema=jax.tree.map(jnp.copy, model) if config.train.ema else None,
         skipped=jnp.zeros((), jnp.int32),
     )

@@ -14,7 +14,8 @@ from lslm_jax.models.attention import Backend
 from lslm_jax.sharding import constrain
 from lslm_jax.train import losses, optim
 from lslm_jax.train.losses import Sums
-from lslm_jax.train.state import State
+from lslm_jax.train.state import State, divide
+from lslm_jax.trees import join
 
 Metrics = dict[str, jax.Array]
 
@@ -32,20 +33,23 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads, sums = accumulate_gradients(config, backend, state.model, batch, key)
+        trained, frozen = divide(config, state.model)
+        grads, sums = accumulate_gradients(config, backend, trained, frozen, batch, key)
         scale = 1.0 / jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums.objective) & jnp.isfinite(norm)
 
         with jax.named_scope("optimizer"):
-            updates, moments = optimizer.update(grads, state.optimizer, state.model)
-            model = optax.apply_updates(state.model, updates)
-            model, moments = _where(finite, (model, moments), (state.model, state.optimizer))
+            updates, moments = optimizer.update(grads, state.optimizer, trained)
+            moved = optax.apply_updates(trained, updates)
+            trained, moments = _where(finite, (moved, moments), (trained, state.optimizer))
         ema = state.ema
         if ema is not None:
             decay = config.train.ema
-            ema = _where(finite, jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, model), ema)
+            averaged, _ = divide(config, ema)
+            moved = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, averaged, trained)
+            ema = join(_where(finite, moved, averaged), frozen)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics = {
             "loss": sums.nll * scale,
@@ -54,7 +58,7 @@ def make_train_step(
             "tokens": sums.weight,
             "skipped": skipped,
         }
-        return State(state.step + 1, model, moments, ema, skipped), metrics
+        return State(state.step + 1, join(trained, frozen), moments, ema, skipped), metrics
 
     return train_step
 
@@ -69,29 +73,33 @@ def _where(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def accumulate_gradients(
-    config: Config, backend: Backend, model: Any, batch: Batch, key: jax.Array
+    config: Config, backend: Backend, trained: Any, frozen: Any, batch: Batch, key: jax.Array
 ) -> tuple[Any, Sums]:
     """Gradient of the summed objective over a batch, and its sums, worked through in `train.accumulate` parts.
 
-    The gradients of sums add up to exactly the gradient of the whole, whatever the parts weigh.
+    The gradients of sums add up to exactly the gradient of the whole, whatever the parts weigh. They are those of the
+    parameters that are trained: both halves of the model are from `state.divide`.
     """
     gradient = jax.grad(functools.partial(_objective, config, backend), has_aux=True)
     parts = config.train.accumulate
     if parts == 1:
-        return gradient(model, batch, key)
+        return gradient(trained, frozen, batch, key)
 
     def body(carry, part):
         batch, key = part
-        return jax.tree.map(jnp.add, carry, gradient(model, batch, key)), None
+        return jax.tree.map(jnp.add, carry, gradient(trained, frozen, batch, key)), None
 
     # Every parts-th row goes together, so that each device works on rows that it already holds.
     split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
     split = jax.tree.map(lambda a: constrain(a, (None, "batch", "length")), split)
-    zeros = jax.tree.map(jnp.zeros_like, model), Sums(*[jnp.zeros((), jnp.float32)] * len(Sums._fields))
+    zeros = jax.tree.map(jnp.zeros_like, trained), Sums(*[jnp.zeros((), jnp.float32)] * len(Sums._fields))
     return jax.lax.scan(body, zeros, (split, jax.random.split(key, parts)))[0]
 
 
-def _objective(config: Config, backend: Backend, model: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+def _objective(
+    config: Config, backend: Backend, trained: Any, frozen: Any, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, Sums]:
+    model = join(trained, frozen)
     x_BPD = model.features(batch, backend=backend, key=key)
     with jax.named_scope("loss"):
         sums = _score(config, model, x_BPD, batch, _loss_settings(config))

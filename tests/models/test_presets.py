@@ -12,7 +12,7 @@ from lslm_jax.config_checks import fill_sizes
 from lslm_jax.models import attention, presets
 from lslm_jax.models.embedding import padded_vocab
 from lslm_jax.train import losses, step
-from lslm_jax.train.state import num_parameters
+from lslm_jax.train.state import divide, num_parameters
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_flops_per_token_agree_with_what_xla_counts(family):
     batch = Batch(ids_BT, ids_BT, jax.ShapeDtypeStruct((B, T), jnp.float32))
     gradient = jax.jit(lambda *args: step.accumulate_gradients(config, attention.XLA, *args))
     abstract = jax.eval_shape(lambda: presets.build(config.model, jax.random.key(0)))
-    compiled = gradient.lower(abstract, batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
+    compiled = gradient.lower(*divide(config, abstract), batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
     seen = sum(min(t + 1, model.window or T) for t in range(T)) / T
     # The reference multiplies masked pairs too, which a fused kernel leaves out and nobody counts as work.
     masked = 6 * 2 * model.num_layers * 512 * (T - seen)

@@ -17,7 +17,7 @@ from lslm_jax.models import attention, presets
 from lslm_jax.models.layers import Linear
 from lslm_jax.sharding import make_mesh, to_global
 from lslm_jax.train import optim, step
-from lslm_jax.train.state import abstract_state, evaluated_model, init_state, num_parameters
+from lslm_jax.train.state import abstract_state, divide, evaluated_model, init_state, num_parameters
 
 B, T, V = 16, 16, 120
 CONFIG = validate(
@@ -128,7 +128,7 @@ def test_parts_add_up_to_the_gradient_of_the_whole_however_uneven(config):
     for parts in (1, 2, 4, 8):
         parted = changed(config, train={"accumulate": parts})
         accumulate = jax.jit(functools.partial(step.accumulate_gradients, parted, attention.XLA))
-        results.append([accumulate(model, rows, key) for rows in (even, uneven)])
+        results.append([accumulate(*divide(parted, model), rows, key) for rows in (even, uneven)])
     for other in results[1:]:
         for (gradient, sums), (whole_gradient, whole_sums) in zip(other, results[0], strict=True):
             assert distance(gradient, whole_gradient) < 1e-6

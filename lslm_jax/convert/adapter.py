@@ -1,0 +1,56 @@
+"""What an adapter's directory says of it: PEFT's adapter_config.json."""
+
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from lslm_jax import atomic
+from lslm_jax.errors import ConfigError
+
+SETTINGS = "adapter_config.json"
+TASKS = {
+    "CAUSAL_LM": "causal",
+    "SEQ_2_SEQ_LM": "seq2seq",
+    "SEQ_CLS": "classification",
+    "TOKEN_CLS": "tagging",
+    "QUESTION_ANS": "qa",
+}
+_DEMANDS = {"use_dora": False, "bias": "none", "lora_bias": False}
+
+
+class Adapter(NamedTuple):
+    """A low-rank adapter in a directory.
+
+    Attributes:
+      directory: that holds it.
+      settings: adapter_config.json.
+      base: the model that it was trained on, as it says.
+    """
+
+    directory: epath.Path
+    settings: dict[str, Any]
+    base: str
+
+
+def is_adapter(directory: epath.Path) -> bool:
+    """Whether a directory holds an adapter."""
+    return (directory / SETTINGS).is_file()
+
+
+def describe(directory: epath.Path) -> Adapter:
+    """Reads adapter_config.json.
+
+    Raises:
+      ConfigError: it is not of a low-rank adapter as we have them.
+    """
+    path = directory / SETTINGS
+    settings = atomic.read_json(path)
+    if settings.get("peft_type") != "LORA":
+        raise ConfigError(f"{path}: adapters of type {settings.get('peft_type')} are not supported, only LORA")
+    for name, value in _DEMANDS.items():
+        if settings.get(name) not in (value, None):
+            raise ConfigError(f"{path}: adapters with {name}={settings[name]!r} are not supported, only {value!r}")
+    base = settings.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{path} does not say base_model_name_or_path, the model it was trained on")
+    return Adapter(directory, settings, base)

@@ -1,0 +1,217 @@
+"""Low-rank adapters in the format of the PEFT package: what was trained alone, beside the model it was trained on.
+
+Where theirs has one projection for several of ours (GPT-2's c_attn), one adapter of theirs stands for several of ours:
+their ranks lie side by side, and each of them reaches its own outputs only.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from lslm_jax import atomic
+from lslm_jax.config import ModelConfig
+from lslm_jax.convert import safetensors, weights
+from lslm_jax.convert.adapter import SETTINGS, TASKS, Adapter
+from lslm_jax.convert.family import LAYER, Family, Layout, Part, layout
+from lslm_jax.convert.safetensors import Source, Tensor
+from lslm_jax.errors import ConfigError, DataError, InputMissing
+from lslm_jax.models import lora
+from lslm_jax.trees import flatten, unflatten
+
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # of the names of tensors
+
+
+class _Use(NamedTuple):
+    """A layer of a projection of ours that one of theirs holds, as which part of it; and how its outputs lie there."""
+
+    ours: str
+    layer: int
+    part: int
+    outputs: Layout
+
+
+# Reading.
+
+
+def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """What it holds of modules that were trained whole, such as heads, by their names in the model."""
+    return {name: tensor for name, tensor in _tensors(adapter).items() if ".lora_" not in name}
+
+
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+    path = adapter.directory / WEIGHTS
+    if not path.is_file():
+        raise InputMissing(f"{adapter.directory} holds no {WEIGHTS}")
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in safetensors.read_header(path).items()}
+
+
+def apply(adapter: Adapter, model: Any, family: Family, objective: str) -> Any:
+    """A model with an adapter: in its own adapters, if it has some, to be trained on, or else in its weights.
+
+    Raises:
+      ConfigError: the model's own adapters are fewer, or of smaller rank.
+      DataError: it is for a projection that the model lacks, or one of another shape.
+    """
+    arrays = flatten(model)
+    found = _read(adapter, arrays, family, objective)
+    config = model.config
+    if not config.lora_rank:
+        return unflatten(model, lora.merge(arrays | found, 1.0))
+    for name, theirs in found.items():
+        if name not in arrays:
+            raise ConfigError(f"{adapter.directory} adapts {name.partition('.lora')[0]}: name it in model.lora_targets")
+        ours = arrays[name]
+        if any(size > room for size, room in zip(theirs.shape, ours.shape, strict=True)):
+            rank = theirs.shape[1] if name.endswith(".b") else theirs.shape[-1]
+            raise ConfigError(f"{adapter.directory} has rank {rank}: set model.lora_rank={rank} or more")
+        part = theirs * (config.lora_rank / config.lora_alpha) if name.endswith(".b") else theirs
+        put = jax.jit(lambda ours, part: jax.lax.dynamic_update_slice(ours, part, [0] * ours.ndim))
+        arrays[name] = jax.device_put(put(ours, part), ours.sharding)
+    return unflatten(model, arrays)
+
+
+def _read(adapter: Adapter, arrays: Mapping[str, Any], family: Family, objective: str) -> dict[str, np.ndarray]:
+    """Adapters of ours by name, a [L, *inputs, R] and b [L, R, *outputs], the scale in b; zeros where it has none."""
+    uses, stored = _uses(arrays, family, objective), _tensors(adapter)
+    names = sorted(name.removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight"))
+    if strangers := [name for name in names if name not in uses]:
+        raise DataError(f"{adapter.directory} adapts {strangers[0]}, which a {family.model_type} like this lacks")
+    largest = max((stored[f"{name}.lora_A.weight"].shape[0] for name in names), default=0)
+    found: dict[str, np.ndarray] = {}
+    for name in names:
+        a, b = (_tensor(adapter, stored, f"{name}.lora_{letter}.weight") for letter in "AB")
+        rank, scale = len(a), _scale(adapter.settings, name, len(a))
+        for use in uses[name]:
+            shape = arrays[f"{use.ours}.w"].shape
+            inputs, outputs = shape[1 : 1 + _num_inputs(use.ours)], shape[1 + _num_inputs(use.ours) :]
+            if a.shape != (rank, np.prod(inputs)) or b.shape != (*use.outputs.shape, rank):
+                raise DataError(f"{adapter.directory}: the adapter of {name} has another shape than {name}")
+            a_name, b_name = f"{use.ours}.lora.a", f"{use.ours}.lora.b"
+            all_a = found.setdefault(a_name, np.zeros((shape[0], *inputs, largest), np.float32))
+            all_b = found.setdefault(b_name, np.zeros((shape[0], largest, *outputs), np.float32))
+            all_a[use.layer][..., :rank] = a.T.reshape(*inputs, rank)
+            all_b[use.layer][:rank] = [scale * use.outputs.ours(column, use.part) for column in b.T]
+    return found
+
+
+def _tensor(adapter: Adapter, stored: Mapping[str, Tensor], name: str) -> np.ndarray:
+    if name not in stored or len(stored[name].shape) != 2:
+        raise DataError(f"{adapter.directory} has no matrix {name}")
+    return stored[name].read().astype(np.float32)
+
+
+def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """What the adapter of a module is multiplied with."""
+    patterns = settings.get("alpha_pattern") or {}
+    own = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
+    alpha = next(own, settings["lora_alpha"])
+    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def _uses(arrays: Mapping[str, Any], family: Family, objective: str) -> dict[str, list[_Use]]:
+    """Projections of ours, layer by layer, by the name of theirs that holds them."""
+    places, found = family.places(objective), {}
+    for name, array in arrays.items():
+        module = name.removesuffix(".w")
+        place = places.get(module)
+        theirs, part = (place.name, place.index) if isinstance(place, Part) else (place, 0)
+        if module == name or theirs is None or LAYER not in theirs:
+            continue
+        form = layout(f"{module}.b", array.shape[1 + _num_inputs(module) :], place or "", transposed=True)
+        for i in range(array.shape[0]):
+            found.setdefault(theirs.replace(LAYER, str(i)), []).append(_Use(module, i, part, form))
+    return found
+
+
+def _num_inputs(module: str) -> int:
+    """Axes that a projection sums over: heads and their width, or one."""
+    return 2 if module.endswith(".o") else 1
+
+
+# Writing.
+
+
+def export(
+    directory: epath.Path,
+    model: Any,
+    family: Family,
+    config: ModelConfig,
+    objective: str,
+    base: str,
+) -> list[str]:
+    """Writes a model's adapters, with the head that was trained beside them; returns the names of the files.
+
+    Args:
+      directory: made if it is missing.
+      model: with adapters.
+      family: of the model.
+      config: of the model.
+      objective: task.objective.
+      base: the model that they were trained on: a directory, or a name on the hub.
+
+    Raises:
+      SaveError: the directory cannot be written.
+    """
+    arrays = flatten(model)
+    tops = weights.sources(model, family, config, objective, "float32", "top.")
+    uses = _uses(arrays, family, objective)
+    adapted = {
+        name: sorted(several, key=lambda use: use.part)
+        for name, several in uses.items()
+        if any(f"{use.ours}.lora.a" in arrays for use in several)
+    }
+    tensors: dict[str, Source] = {}
+    for name, several in adapted.items():
+        a, b = _theirs(arrays, [use for use in several if f"{use.ours}.lora.a" in arrays])
+        for letter, array in (("A", a), ("B", b)):
+            tensors[f"{_PREFIX}{name}.lora_{letter}.weight"] = Source(
+                array.dtype, array.shape, lambda array=array: array
+            )
+    tensors |= {_PREFIX + name: source for name, source in tops.items()}
+    with atomic.saving(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    safetensors.write_file(directory / WEIGHTS, tensors)
+    ranks = {name: tensors[f"{_PREFIX}{name}.lora_A.weight"].shape[0] for name in adapted}
+    atomic.write(directory / SETTINGS, json.dumps(_settings(ranks, config, objective, base, tops), indent=2).encode())
+    return [WEIGHTS, SETTINGS]
+
+
+def _theirs(arrays: Mapping[str, Any], uses: list[_Use]) -> tuple[np.ndarray, np.ndarray]:
+    """One adapter for all of ours that lie in one projection of theirs: A [R, inputs] and B [outputs, R]."""
+    all_a, all_b = [], []
+    for use in uses:
+        a, b = (np.asarray(arrays[f"{use.ours}.lora.{letter}"][use.layer]) for letter in "ab")
+        all_a.append(a.reshape(-1, a.shape[-1]).T)
+        count = use.outputs.split[use.outputs.order[0]]
+        parts = [[column if i == use.part else np.zeros_like(column) for i in range(count)] for column in b]
+        all_b.append(np.stack([use.outputs.theirs(part) for part in parts], axis=-1))
+    return np.concatenate(all_a), np.concatenate(all_b, axis=1)
+
+
+def _settings(
+    ranks: Mapping[str, int], config: ModelConfig, objective: str, base: str, tops: Mapping[str, Source]
+) -> dict[str, Any]:
+    """The content of adapter_config.json: exactly the projections of `ranks`, by pattern."""
+    named = {re.sub(r"\d+", r"\\d+", re.escape(name)): rank for name, rank in ranks.items()}
+    other = {pattern: rank for pattern, rank in named.items() if rank != config.lora_rank}
+    alpha = config.lora_alpha / config.lora_rank
+    return {
+        "peft_type": "LORA",
+        "task_type": next((theirs for theirs, ours in TASKS.items() if ours == objective), None),
+        "base_model_name_or_path": base,
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": 0.0,
+        "target_modules": "|".join(named),
+        "rank_pattern": other,
+        "alpha_pattern": {pattern: alpha * rank for pattern, rank in other.items()},
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in tops}) or None,
+        "bias": "none",
+        "inference_mode": True,
+    }

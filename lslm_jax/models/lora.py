@@ -1,0 +1,64 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021), beside projections that stay as they are."""
+
+import fnmatch
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lslm_jax.config import ModelConfig
+from lslm_jax.models.layers import Linear, constant
+
+
+class Lora(nnx.Module):
+    """What is added to y = x w: (x a) b alpha / rank, by way of `rank` numbers. As b begins as zero, so does the sum."""
+
+    def __init__(self, linear: Linear, rank: int, alpha: float, key: jax.Array):
+        shape, axes = linear.w.shape, linear.w.get_metadata("axes")
+        self.contract, self.scale = linear.contract, alpha / rank
+        inputs, outputs = shape[: self.contract], shape[self.contract :]
+        bound = math.prod(inputs) ** -0.5
+        a = jax.random.uniform(key, (*inputs, rank), minval=-bound, maxval=bound)
+        self.a = nnx.Param(a, axes=(*axes[: self.contract], "rank"))
+        self.b = constant(0.0, [rank, *outputs], ["rank", *axes[self.contract :]])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., *inputs] to [..., *outputs] in the type of x."""
+        few = jnp.tensordot(x, self.a.get_value().astype(x.dtype), self.contract)
+        return jnp.tensordot(few, self.b.get_value().astype(x.dtype), 1) * self.scale
+
+
+def adapt(block: nnx.Module, config: ModelConfig, key: jax.Array) -> None:
+    """Gives those projections of a block that `lora_targets` names their adapters."""
+    for i, (name, linear) in enumerate(_projections(block)):
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.lora_targets):
+            linear.lora = Lora(linear, config.lora_rank, config.lora_alpha, jax.random.fold_in(key, i))
+
+
+def _projections(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, Linear]]:
+    """Every projection inside a module, by dotted name."""
+    for name, part in vars(module).items():
+        if isinstance(part, Linear):
+            yield prefix + name, part
+        elif isinstance(part, nnx.Module):
+            yield from _projections(part, f"{prefix}{name}.")
+
+
+@jax.jit
+def merge(arrays: Mapping[str, Any], scale: float | jax.Array) -> dict[str, Any]:
+    """Parameters by name with what adapters say put into the weights: such a model says the same without them.
+
+    Args:
+      arrays: of a whole model, from `trees.flatten`.
+      scale: lora_alpha / lora_rank.
+    """
+    merged = {name: array for name, array in arrays.items() if ".lora." not in name}
+    for name in arrays.keys() - merged.keys():
+        if name.endswith(".lora.a"):
+            owner = name.removesuffix(".lora.a")
+            product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(arrays[name], arrays[f"{owner}.lora.b"])
+            merged[f"{owner}.w"] += scale * product
+    return merged

@@ -1,0 +1,176 @@
+"""Training some of the parameters: adapters, heads, upper layers faster than lower ones; the rest stays bit for bit."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TaskConfig, TrainConfig
+from lslm_jax.config_checks import validate
+from lslm_jax.data.pipeline import SyntheticInput
+from lslm_jax.errors import ConfigError
+from lslm_jax.models import attention, lora, presets
+from lslm_jax.sharding import make_mesh, to_global
+from lslm_jax.train import step
+from lslm_jax.train.optim import make_optimizer
+from lslm_jax.train.state import State, abstract_model, abstract_state, divide, init_state, num_parameters
+from lslm_jax.trees import flatten, unflatten
+
+B, T, V, L = 8, 16, 120, 2
+
+
+def run_of(family="decoder", objective="causal", model=None, **sections):
+    sizes = {"num_layers": L, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "vocab_size": V, "max_length": T}
+    config = Config(
+        model=ModelConfig(family=family, positions="rotary", gated=True, **sizes | (model or {})),
+        data=DataConfig(source="synthetic", seq_len=T),
+        task=TaskConfig(objective=objective),
+        train=TrainConfig(steps=50, batch_size=B),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant"),
+        mesh=MeshConfig(data=1),
+    )
+    return validate(
+        replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()})
+    )
+
+
+DECODER = run_of()
+ENCODER = run_of("encoder", "classification", {"num_labels": 3, "norm_place": "after"})
+PAIRS = run_of("encoder_decoder", "seq2seq")
+families = pytest.mark.parametrize("config", [DECODER, ENCODER, PAIRS], ids=["decoder", "encoder", "pairs"])
+
+
+def with_adapters(config, **keys):
+    return validate(replace(config, model=replace(config.model, lora_rank=4, **keys)))
+
+
+def mesh_of(config):
+    sizes = config.mesh
+    return make_mesh(config, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor])
+
+
+def trained(config, steps=3) -> tuple[State, State, list[float]]:
+    """The state before and after some steps, and their losses."""
+    mesh, optimizer = mesh_of(config), make_optimizer(config.optimizer, config.train.steps)
+    data = SyntheticInput(config, V, 0, 1)
+    with jax.set_mesh(mesh):
+        before = state = init_state(config, optimizer, mesh)
+        one = jax.jit(step.make_train_step(config, optimizer, attention.XLA))
+        losses = []
+        for n in range(steps):
+            state, metrics = one(state, to_global(data.batch(n), mesh))
+            losses.append(float(metrics["loss"]))
+    return before, state, losses
+
+
+def moved(before, after) -> set[str]:
+    """Names of the parameters that are not what they were."""
+    old, new = flatten(before), flatten(after)
+    return {name for name in old if not np.array_equal(old[name], new[name])}
+
+
+@families
+def test_with_adapters_all_else_but_the_head_stays_bit_for_bit(config):
+    config = with_adapters(replace(config, train=replace(config.train, ema=0.9)))
+    before, after, losses = trained(config)
+    adapters = {name for name in flatten(before.model) if ".lora." in name}
+    heads = {name for name in flatten(before.model) if name.startswith("top.")}
+    assert moved(before.model, after.model) == adapters | heads
+    assert moved(before.ema, after.ema) == adapters | heads
+    assert losses[-1] != losses[0]
+    moments = [name.partition(".mu.")[2] for name in flatten(after.optimizer) if ".mu." in name]
+    assert set(moments) == adapters | heads, "what is not trained has no moments"
+
+
+@families
+def test_adapters_begin_as_nothing_and_merged_they_say_the_same(config):
+    plain, adapted = config, with_adapters(config)
+    key = jax.random.key(0)
+    build = lambda config: presets.build(config.model, key, config.task.objective)
+    base = {name: array for name, array in flatten(build(adapted)).items() if ".lora." not in name}
+    assert base.keys() == flatten(build(plain)).keys()
+    assert all(np.array_equal(array, base[name]) for name, array in flatten(build(plain)).items())
+
+    batch = SyntheticInput(config, V, 0, 1).batch(0)
+    features = jax.jit(lambda model: model.features(batch, backend=attention.XLA))
+    np.testing.assert_array_equal(features(build(adapted)), features(build(plain)))
+
+    _, after, _ = trained(adapted)
+    model = adapted.model
+    merged = lora.merge(flatten(after.model), model.lora_alpha / model.lora_rank)
+    merged = unflatten(abstract_model(plain, mesh_of(plain)), merged)
+    assert np.abs(features(after.model) - features(build(plain))).max() > 1e-3
+    np.testing.assert_allclose(features(after.model), features(merged), atol=1e-5)
+
+
+def test_adapters_stand_where_the_patterns_say():
+    names = flatten(
+        presets.build(with_adapters(DECODER, lora_targets=("attention.[qv]", "mlp.down")).model, jax.random.key(0))
+    )
+    adapted = {name.removesuffix(".lora.a") for name in names if name.endswith(".lora.a")}
+    assert adapted == {"blocks.attention.q", "blocks.attention.v", "blocks.mlp.down"}
+    with pytest.raises(ConfigError, match=r"model.lora_targets=query names no projection: there are attention.q, "):
+        with_adapters(DECODER, lora_targets=("query",))
+
+
+@families
+def test_adapters_learn_the_same_on_a_mesh(config):
+    config = with_adapters(config)
+    split = replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    np.testing.assert_allclose(trained(split)[2], trained(config)[2], atol=1e-5)
+
+
+def test_frozen_patterns_are_read_in_order_and_the_last_one_that_fits_counts():
+    config = replace(ENCODER, train=replace(ENCODER.train, frozen=("*", "!top.*", "top.pooler.*")))
+    before, after, _ = trained(config)
+    assert moved(before.model, after.model) == {"top.head", "top.bias"}
+    config = replace(ENCODER, train=replace(ENCODER.train, frozen=("embed", "blocks.attention.*")))
+    names = flatten(abstract_state(config, make_optimizer(config.optimizer, 50), mesh_of(config)).model)
+    before, after, _ = trained(config)
+    still = {name for name in names if name == "embed" or name.startswith("blocks.attention.")}
+    assert moved(before.model, after.model) == names.keys() - still
+
+
+def test_adapters_are_trained_with_whatever_frozen_says_instead_of_the_default():
+    config = with_adapters(DECODER)
+    config = replace(config, train=replace(config.train, frozen=("embed", "blocks.*.w")))
+    before, after, _ = trained(config)
+    assert {"norm.scale", "blocks.attention.q.lora.a", "blocks.attention.q.b"} <= moved(before.model, after.model)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "complaint"),
+    [
+        (("emb",), r"train.frozen=emb names no parameter: there are blocks.attention.k.b, "),
+        (("*",), r"train.frozen=\* leaves nothing to train"),
+    ],
+)
+def test_patterns_that_cannot_be_meant_are_refused(frozen, complaint):
+    config = replace(DECODER, train=replace(DECODER.train, frozen=frozen))
+    with pytest.raises(ConfigError, match=complaint):
+        divide(config, presets.build(config.model, jax.random.key(0)))
+
+
+@families
+def test_lower_layers_move_less_by_the_same_factor_each(config):
+    """SGD without momentum moves each parameter by its gradient: what the decay makes of it is a ratio."""
+    plain = replace(config, optimizer=replace(config.optimizer, name="sgd", b1=0.0, clip=0.0, weight_decay=0.0))
+    decayed = replace(plain, optimizer=replace(plain.optimizer, layer_decay=0.5))
+    (before, full, _), (_, less, _) = trained(plain, steps=1), trained(decayed, steps=1)
+    old, full, less = (flatten(state.model) for state in (before, full, less))
+    for name in old:
+        moves, fewer = full[name] - old[name], less[name] - old[name]
+        shares = np.float32([0.25, 0.5]) if "blocks." in name else np.float32([0.125])
+        if name.split(".")[-2:-1] == ["norm"] or name.startswith(("top.", "head")):
+            shares = np.float32([1.0])
+        expected = moves * shares.reshape(-1, *[1] * (moves.ndim - 1))
+        np.testing.assert_allclose(fewer, expected, atol=2e-6, err_msg=name)
+
+
+def test_both_halves_together_are_the_model():
+    config = with_adapters(DECODER)
+    model = presets.build(config.model, jax.random.key(0))
+    few, rest = divide(config, model)
+    assert num_parameters(few) + num_parameters(rest) == num_parameters(model)
+    assert num_parameters(few) == sum(a.size for name, a in flatten(model).items() if ".lora." in name)
