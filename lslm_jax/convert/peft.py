@@ -178,7 +178,7 @@ def export(
         directory.mkdir(parents=True, exist_ok=True)
     safetensors.write_file(directory / WEIGHTS, tensors)
     ranks = {name: tensors[f"{_PREFIX}{name}.lora_A.weight"].shape[0] for name in adapted}
-    atomic.write(directory / SETTINGS, json.dumps(_settings(ranks, config, objective, base, tops), indent=2).encode())
+    atomic.write(directory / SETTINGS, json.dumps(_settings(ranks, family, config, objective, base, tops), indent=2).encode())
     return [WEIGHTS, SETTINGS]
 
 
@@ -195,7 +195,12 @@ def _theirs(arrays: Mapping[str, Any], uses: list[_Use]) -> tuple[np.ndarray, np
 
 
 def _settings(
-    ranks: Mapping[str, int], config: ModelConfig, objective: str, base: str, tops: Mapping[str, Source]
+    ranks: Mapping[str, int],
+    family: Family,
+    config: ModelConfig,
+    objective: str,
+    base: str,
+    tops: Mapping[str, Source],
 ) -> dict[str, Any]:
     """The content of adapter_config.json: exactly the projections of `ranks`, by pattern."""
     named = {re.sub(r"\d+", r"\\d+", re.escape(name)): rank for name, rank in ranks.items()}
@@ -212,6 +217,7 @@ def _settings(
         "rank_pattern": other,
         "alpha_pattern": {pattern: alpha * rank for pattern, rank in other.items()},
         "modules_to_save": sorted({name.rpartition(".")[0] for name in tops}) or None,
+        "fan_in_fan_out": not family.transposed,
         "bias": "none",
         "inference_mode": True,
     }

@@ -14,7 +14,7 @@ from lslm_jax.models.layers import Linear, constant
 
 
 class Lora(nnx.Module):
-    """What is added to y = x w: (x a) b alpha / rank, by way of `rank` numbers. As b begins as zero, so does the sum."""
+    """What is added to y = x w: (x a) b alpha / rank, `rank` numbers in between. It begins as nothing, since b is 0."""
 
     def __init__(self, linear: Linear, rank: int, alpha: float, key: jax.Array):
         shape, axes = linear.w.shape, linear.w.get_metadata("axes")

@@ -1,0 +1,39 @@
+r"""Questions answered by a span of their context (SQuAD), by MiniLM, a small BERT distilled from a large one.
+
+    python -m lslm_jax.main --config=configs/minilm_squad.py --pretrained=DIR --workdir=runs/minilm_squad \
+        --config.data.files=squad/train-v1.1.json --config.data.valid_files=squad/dev-v1.1.json
+
+DIR holds sentence-transformers/all-MiniLM-L6-v2, or any other BERT, RoBERTa, DistilBERT or ModernBERT. Contexts longer
+than a row are read by overlapping windows.
+"""
+
+from lslm_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        data=DataConfig(
+            example="qa",
+            files=("squad/train-v1.1.json",),
+            valid_files=("squad/dev-v1.1.json",),
+            seq_len=192,
+            packing="pad",
+        ),
+        task=TaskConfig(objective="qa", stride=64),
+        model=ModelConfig(family="encoder"),
+        train=TrainConfig(steps=600, batch_size=16),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-4, b2=0.98, schedule="linear", warmup_steps=60, final_ratio=0.0, weight_decay=0.01
+        ),
+        checkpoint=CheckpointConfig(every=300),
+        eval=EvalConfig(every=600),
+    )
