@@ -178,7 +178,9 @@ def export(
         directory.mkdir(parents=True, exist_ok=True)
     safetensors.write_file(directory / WEIGHTS, tensors)
     ranks = {name: tensors[f"{_PREFIX}{name}.lora_A.weight"].shape[0] for name in adapted}
-    atomic.write(directory / SETTINGS, json.dumps(_settings(ranks, family, config, objective, base, tops), indent=2).encode())
+    atomic.write(
+        directory / SETTINGS, json.dumps(_settings(ranks, family, config, objective, base, tops), indent=2).encode()
+    )
     return [WEIGHTS, SETTINGS]
 
 

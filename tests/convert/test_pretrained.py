@@ -104,6 +104,8 @@ def test_a_trained_llama_goes_on_from_its_weights_and_back(shared, texts, tmp_pa
         tmp_path / "run", command, f"--pretrained={stories}", data=data, train={"steps": 20, "batch_size": 16}
     )
     assert begun["eval/loss"] - 1.0 > result["eval/loss"]
+    adapter = command("export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/out", "--adapter", code=2)
+    assert adapter == "this run has no adapters (model.lora_rank=0): leave out --adapter"
     command("export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/out")
     assert pretrained.describe(tmp_path / "out").family.model_type == "llama"
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
@@ -111,6 +113,44 @@ def test_a_trained_llama_goes_on_from_its_weights_and_back(shared, texts, tmp_pa
     ).read_bytes() or json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == json.loads(
         (stories / "tokenizer.json").read_text()
     )
+
+
+def test_adapters_are_trained_beside_a_model_and_leave_alone_or_merged(shared, texts, tmp_path, command):
+    stories = shared / "models" / "stories260K"
+    data = {"files": [f"{texts}/a.txt"], "document": "line", "seq_len": 64, "valid_fraction": 0.2}
+    run, few = tmp_path / "run", {"model": {"lora_rank": 4}, "optimizer": {"learning_rate": 1e-2}}
+    result = trained(run, command, f"--pretrained={stories}", data=data, train={"steps": 20, "batch_size": 16}, **few)
+    small = json.loads(command("export", f"--workdir={run}", f"--to={tmp_path}/adapter", "--adapter"))
+    assert set(small["files"]) == {"adapter_model.safetensors", "adapter_config.json"}
+    assert sum(a.size for a in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()) < 40_000
+    command("export", f"--workdir={run}", f"--to={tmp_path}/merged")
+
+    prompt = ("--prompt=the cat sat on mat 3 and", "--config.generate.max_tokens=24", "--config.generate.temperature=0")
+    spoken = [
+        command("generate", *prompt, way)
+        for way in (f"--workdir={run}", f"--pretrained={tmp_path}/adapter", f"--pretrained={tmp_path}/merged")
+    ]
+    assert spoken[0] == spoken[1] == spoken[2] != command("generate", *prompt, f"--pretrained={stories}")
+
+    # From the adapter training goes on where it was.
+    further = {"data": data, "train": {"steps": 1, "batch_size": 16}, "optimizer": {"learning_rate": 1e-9}}
+    again = trained(tmp_path / "again", command, f"--pretrained={tmp_path}/adapter", **few | further)
+    assert again["eval/loss"] == pytest.approx(result["eval/loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"peft_type": "IA3"}, 2, "adapters of type IA3 are not supported, only LORA"),
+        ({"use_dora": True}, 2, "adapters with use_dora=True are not supported, only False"),
+        ({"base_model_name_or_path": None}, 2, "does not say base_model_name_or_path"),
+        ({"base_model_name_or_path": "away"}, 66, "was trained on away, which is not here"),
+    ],
+)
+def test_an_adapter_that_cannot_be_used_is_told_in_one_line(changes, code, message, tmp_path, command):
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "base"} | changes
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert message in command("generate", f"--pretrained={tmp_path}", "--prompt=x", code=code)
 
 
 def given(directory, **sections):
