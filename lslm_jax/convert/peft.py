@@ -4,7 +4,6 @@ Where theirs has one projection for several of ours (GPT-2's c_attn), one adapte
 their ranks lie side by side, and each of them reaches its own outputs only.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -178,9 +177,7 @@ def export(
         directory.mkdir(parents=True, exist_ok=True)
     safetensors.write_file(directory / WEIGHTS, tensors)
     ranks = {name: tensors[f"{_PREFIX}{name}.lora_A.weight"].shape[0] for name in adapted}
-    atomic.write(
-        directory / SETTINGS, json.dumps(_settings(ranks, family, config, objective, base, tops), indent=2).encode()
-    )
+    atomic.write_json(directory / SETTINGS, _settings(ranks, family, config, objective, base, tops))
     return [WEIGHTS, SETTINGS]
 
 

@@ -23,7 +23,7 @@ peft = pytest.importorskip("peft")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # what peft calls, they are to remove
 
-TARGETS = {  # of theirs and of ours: one projection of three in one, of heads in turn, one among many, of a head, of pairs
+TARGETS = {  # of theirs and of ours: three projections in one, in turn by head, one each; beside a head; of pairs
     "gpt2": (["c_attn", "mlp.c_proj"], ("attention.[qkv]", "mlp.down")),
     "pythia": (["query_key_value", "attention.dense"], ("attention.*",)),
     "qwen3": (["q_proj", "v_proj", "o_proj", "gate_proj"], ("attention.[qvo]", "mlp.gate")),
@@ -84,9 +84,9 @@ def test_what_peft_writes_is_read_into_the_weights_or_into_adapters_of_as_many_r
     more = {"lora_rank": 4, "lora_alpha": 3.0, "lora_targets": ours_targets}
     adapted = load(tmp_path / "adapter", case, labels_of(case), **more)[1]
     compared(outputs(adapted, case, batch), theirs, case, batch)
-    with pytest.raises(ConfigError, match="has rank 3: set model.lora_rank=3 or more"):
+    with pytest.raises(ConfigError, match=r"has rank 3: set model\.lora_rank=3 or more"):
         load(tmp_path / "adapter", case, labels_of(case), **more | {"lora_rank": 2})
-    with pytest.raises(ConfigError, match="name it in model.lora_targets"):
+    with pytest.raises(ConfigError, match=r"name it in model\.lora_targets"):
         load(tmp_path / "adapter", case, labels_of(case), **more | {"lora_targets": ("mlp.up",)})
 
 
