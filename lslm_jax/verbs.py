@@ -24,7 +24,7 @@ from lslm_jax.data.special import special_ids
 from lslm_jax.errors import ConfigError, InputMissing, SaveError
 from lslm_jax.evaluate import metrics, tasks
 from lslm_jax.evaluate.evaluator import Setting
-from lslm_jax.models import attention, lora
+from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import json_values
 from lslm_jax.progress import say
@@ -32,7 +32,6 @@ from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.loop import train as train_loop
 from lslm_jax.train.state import abstract_model
-from lslm_jax.trees import flatten, unflatten
 
 _KEYS = {"valid": "valid_files, _fraction or _split", "test": "test_files or _split"}  # that hold examples out
 GZIP_LIMIT = 1 << 26  # bytes of held-out text above which the comparison with gzip is left out: it takes seconds
@@ -144,17 +143,8 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         to = epath.Path(flags.to).expanduser().absolute()
         if flags.adapter:
             return {"step": step} | write_adapter(to, model, config)
-        if config.model.lora_rank:
-            model, config = _merged(model, config, mesh)
         written = write_pretrained(to, model, config, setting.words, setting.labels, flags.dtype, measured)
         return {"step": step} | written
-
-
-def _merged(model: Any, config: Config, mesh: Mesh) -> tuple[Any, Config]:
-    """A model that says the same without adapters, and its config."""
-    arrays = lora.merge(flatten(model), config.model.lora_alpha / config.model.lora_rank)
-    config = replace(config, model=replace(config.model, lora_rank=0))
-    return unflatten(abstract_model(config, mesh), arrays), config
 
 
 def _mesh_without_batch(config: Config) -> Mesh:

@@ -59,7 +59,7 @@ def export(
     with atomic.saving(directory):
         directory.mkdir(parents=True, exist_ok=True)
     files = safetensors.write_directory(directory, sources)
-    parameters = sum(leaf.size for leaf in flatten(model).values())
+    parameters = sum(leaf.size for name, leaf in flatten(model).items() if ".lora." not in name)
     texts: dict[str, Any] = {
         "tokenizer.json": json.dumps(vocabulary, ensure_ascii=False),
         "tokenizer_config.json": _json(tokenizer_json.roles(words)),

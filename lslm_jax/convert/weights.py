@@ -18,6 +18,7 @@ from lslm_jax.config import ModelConfig
 from lslm_jax.convert.family import LAYER, Family, Layout, Part, layout
 from lslm_jax.convert.safetensors import Source, Stored
 from lslm_jax.errors import ConfigError, DataError
+from lslm_jax.models import lora
 from lslm_jax.trees import flatten, unflatten
 
 _SUFFIXES = {"w": ".weight", "scale": ".weight", "b": ".bias", "bias": ".bias"}
@@ -143,10 +144,12 @@ def sources(
 ) -> dict[str, Source]:
     """What to write: their tensors by name, each fetched from its devices when its turn comes.
 
-    Every process of a run over several hosts must fetch them, in this order. Adapters are left out, and with a prefix
-    all whose names of ours begin otherwise.
+    Every process of a run over several hosts must fetch them, in this order. What adapters say is in the weights; with
+    a prefix, all whose names of ours begin otherwise are left out.
     """
     arrays = {name: array for name, array in flatten(model).items() if name.startswith(prefix)}
+    if config.lora_rank:
+        arrays = lora.merge(arrays, config.lora_alpha / config.lora_rank)
     parts = _uses(family, config, objective, arrays)
     kind = np.dtype(jnp.dtype(dtype))
 
