@@ -42,6 +42,10 @@ def parser() -> argparse.ArgumentParser:
     chosen.add_argument("--best", action="store_true", help="use the checkpoint kept by checkpoint.best")
     held_out = flags.add_argument_group("evaluate")
     held_out.add_argument("--split", choices=("valid", "test"), default="valid", help="what was held out, and for what")
+    held_out.add_argument("--harness", metavar="TASKS", help="tasks of lm-eval instead, as hellaswag,arc_easy")
+    held_out.add_argument("--harness_path", metavar="DIR", help="directory of more tasks, as .yaml files of lm-eval")
+    held_out.add_argument("--fewshot", type=int, metavar="N", help="examples before each question of such a task")
+    held_out.add_argument("--limit", type=int, metavar="N", help="at most so many examples of such a task")
     text = flags.add_argument_group("generate")
     text.add_argument("--prompt", action="append", metavar="TEXT", help="text, or question; may be repeated")
     text.add_argument("--context", metavar="FILE", help="text in which the questions are answered")
@@ -98,13 +102,14 @@ def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:
 
 def _base(flags: argparse.Namespace) -> Config:
     """The config before settings of the command line: a file's, the run's own, or that of a pretrained model."""
+    needs_no_run = flags.verb == "generate" or (flags.verb == "evaluate" and flags.harness)
     if flags.pretrained:
         from lslm_jax.convert import pretrained
 
         source = pretrained.describe(flags.pretrained)
-        if flags.verb == "generate" and not flags.config:
+        if needs_no_run and not flags.config:
             return pretrained.default_config(source)
-    if not flags.workdir and not (flags.pretrained and flags.verb == "generate"):
+    if not flags.workdir and not (flags.pretrained and needs_no_run):
         raise ConfigError("--workdir=DIR is missing: where the run lives")
     if not flags.config:
         if flags.verb in ("train", "prepare") or flags.pretrained:

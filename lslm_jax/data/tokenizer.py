@@ -145,7 +145,7 @@ class HuggingFace(Tokenizer):
         Args:
           content: of tokenizer.json.
           named: special tokens by role (bos, eos, pad, mask), or their ids, where other files tell; well-known names
-            stand in.
+            stand in, also for "".
         """
         self._tokenizer = tokenizer = _tokenizers().Tokenizer.from_str(content.decode())
         self._model = json.loads(content)["model"]
@@ -159,6 +159,7 @@ class HuggingFace(Tokenizer):
         ids = (ids["pad"], ids["bos"], ids["eos"], ids["mask"])
         super().__init__(content, vocab_size, *ids, sentinels(tokenizer.token_to_id))
         self.adds_bos = first == [self.bos_id]
+        self.prefix_id = self.eos_id if named.get("bos") == "" else self.bos_id
         self._special = self._special_tokens()
 
     def _find(self, names: Sequence[str], first: str | int | None) -> int | None:

@@ -46,6 +46,7 @@ class Tokenizer(abc.ABC):
       kind: which of the three.
       vocab_size: ids are below it.
       pad_id, bos_id, eos_id: special ids; where the vocabulary lacks one, another stands in for it.
+      prefix_id: what a text's first token is predicted from: bos, or eos where the vocabulary says that it has no bos.
       mask_id: of [MASK] or <mask>; None where the vocabulary has neither.
       sentinel_ids: of <extra_id_0>, <extra_id_1> and so on (T5); () where it has none.
       adds_bos: whether a text that is read begins with bos, by the vocabulary's own rules.
@@ -74,6 +75,7 @@ class Tokenizer(abc.ABC):
         if not known:
             raise ConfigError("no token begins or ends a text (such as <s>, </s> or <|endoftext|>)")
         self.bos_id, self.eos_id = known[0], known[-1]
+        self.prefix_id = self.bos_id
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.mask_id, self.sentinel_ids = mask_id, sentinel_ids
 
