@@ -274,7 +274,7 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which evaluation then uses. 0: off."""
     init_from: str = ""
-    """A run, or a Hugging Face model, whose weights a fresh run starts from, as far as they fit. Empty: random ones."""
+    """A run, or a Hugging Face model (directory, hf://ORG/NAME), whose weights a fresh run starts from as they fit."""
 
 
 @dataclass(frozen=True, kw_only=True)

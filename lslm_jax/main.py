@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("verb", nargs="?", choices=VERBS, default="train", metavar="VERB", help=verbs)
     flags.add_argument("--config", metavar="FILE[:ARGUMENT]", help="config file, .py or .json; :smoke shrinks it")
     flags.add_argument("--workdir", metavar="DIR", help="run directory: data, checkpoints, metrics, samples")
-    flags.add_argument("--pretrained", metavar="DIR", help="a Hugging Face model to begin with, evaluate or write with")
+    flags.add_argument(
+        "--pretrained", metavar="DIR", help="a Hugging Face model (a directory, hf://ORG/NAME) to begin with"
+    )
     flags.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     chosen = flags.add_argument_group("evaluate, generate, export").add_mutually_exclusive_group()
     chosen.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")

@@ -12,7 +12,7 @@ from etils import epath
 
 from lslm_jax import atomic, config_loading
 from lslm_jax.config import Config, GenerateConfig, ModelConfig
-from lslm_jax.convert import decoders, encoders, gguf, pairs, safetensors
+from lslm_jax.convert import decoders, encoders, gguf, hub, pairs, safetensors
 from lslm_jax.convert.family import RUN_KEYS, Family
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, InputMissing
@@ -55,15 +55,15 @@ class Pretrained(NamedTuple):
 
 
 def describe(directory: epath.Path | str) -> Pretrained:
-    """Reads a directory's config.json, or what a GGUF file says.
+    """Reads a directory's config.json, or what a GGUF file says; of `hf://ORG/NAME` a copy of what the Hub has.
 
     Raises:
-      InputMissing: there is none.
+      InputMissing: there is none; and the errors of `hub.local`.
       ConfigError: it is of a family, or has a setting, that our blocks do not express exactly.
     """
-    directory = epath.Path(directory).expanduser().absolute()
+    directory = hub.local(directory).expanduser().absolute()
     path = directory if _is_gguf(directory) else directory / "config.json"
-    if not path.is_file():
+    if not atomic.exists(path):
         raise InputMissing(f"{directory} holds no config.json: it is not a pretrained model")
     settings = gguf.settings(path) if _is_gguf(path) else atomic.read_json(path)
     kind = settings.get("model_type")
@@ -102,7 +102,7 @@ def _well_formed(where: str = "") -> Iterator[None]:
 def is_pretrained(directory: epath.Path) -> bool:
     """Whether a directory holds a Hugging Face model, and not a run of ours, which has a config.json too."""
     path = directory / "config.json"
-    return _is_gguf(directory) or (path.is_file() and "model_type" in atomic.read_json(path))
+    return _is_gguf(directory) or (atomic.exists(path) and "model_type" in atomic.read_json(path))
 
 
 def load(source: Pretrained, objective: str, abstract: Any, fresh: Any = None) -> Any:

@@ -1,13 +1,13 @@
 """Tasks of lm-eval: our answers are those that its own model class gets from transformers, document for document."""
 
 import json
-from dataclasses import replace
+import os
 
 import pytest
-import yaml
 
-from lslm_jax.main import main
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all that these tests need lies on the disk
 
+yaml = pytest.importorskip("yaml")
 lm_eval = pytest.importorskip("lm_eval")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -31,7 +31,9 @@ TASKS = {
         "metric_list": [{"metric": name} for name in ("acc", "acc_norm")],
         "documents": [
             {
-                "question": ["", STORIES[0], "ends in blanks  ", "</s> <|end|> is text"][i] if i < 4 else sentence(i, 4 * i),
+                "question": ["", STORIES[0], "ends in blanks  ", "</s> <|end|> is text"][i]
+                if i < 4
+                else sentence(i, 4 * i),
                 "choices": [" mat", " Lily and a cat", " the dog ran", sentence(i, 1 + i % 5)],
                 "answer": i % 4,
             }
