@@ -121,6 +121,7 @@ _VOCABULARIES = {
     "vocab.txt": "huggingface",
     "spiece.model": "sentencepiece",
     "tokenizer.model": "sentencepiece",
+    "source.spm": "marian",
 }
 _OBJECTIVES = {
     "ForCausalLM": "causal",
@@ -215,6 +216,7 @@ def generation(directory: epath.Path) -> GenerateConfig:
         beams=max(int(theirs.get("num_beams") or 1), 1),
         bos=words.adds_bos,
         stop_ids=tuple(id for id in ends if id != words.eos_id),
+        never_ids=tuple(ids[0] for ids in theirs.get("bad_words_ids") or () if len(ids) == 1),
     )
     if theirs.get("do_sample"):
         ours = replace(

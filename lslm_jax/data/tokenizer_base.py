@@ -43,7 +43,7 @@ class Tokenizer(abc.ABC):
     """A vocabulary.
 
     Attributes:
-      kind: which of the three.
+      kind: which of the four.
       vocab_size: ids are below it.
       pad_id, bos_id, eos_id: special ids; where the vocabulary lacks one, another stands in for it.
       prefix_id: what a text's first token is predicted from: bos, or eos where the vocabulary says that it has no bos.
@@ -54,7 +54,7 @@ class Tokenizer(abc.ABC):
       sha256: of that.
     """
 
-    kind: Literal["sentencepiece", "bytes", "huggingface"]
+    kind: Literal["sentencepiece", "bytes", "huggingface", "marian"]
     adds_bos: bool = True
     _file: str
 
@@ -86,6 +86,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [n], without special ids."""
+
+    def encode_targets(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text as a pair's target; the same unless the vocabulary cuts the two languages differently."""
+        return self.encode_batch(texts)
 
     @abc.abstractmethod
     def encode_with_offsets(self, text: str) -> Spans:
