@@ -65,10 +65,10 @@ def evaluate(setting: Setting, model: Any, asked: Asked, backend_of: BackendOf) 
       InputMissing: a task's data cannot be had.
     """
     lm_eval = _package()
-    manager = _tasks(asked.path)
+    manager, names = _choose(asked)
     found = lm_eval.simple_evaluate(
         model=_adapter(_Subject(setting, model, backend_of)),
-        tasks=_names(manager, asked.tasks),
+        tasks=names,
         num_fewshot=asked.fewshot,
         limit=asked.limit,
         task_manager=manager,
@@ -100,12 +100,35 @@ def _lines(samples: Sequence[Any]) -> str:
 # Tasks.
 
 
-def _tasks(path: str | None) -> Any:
-    """lm-eval's tasks, and those of a directory; what may go wrong with one that is loaded is told in a line."""
-    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
+def _choose(asked: Asked) -> tuple[Any, list[str]]:
+    """The tasks that are asked for, and what loads them: the directory alone where that has them all.
 
-    if path and not epath.Path(path).is_dir():
-        raise InputMissing(f"--harness_path={path} is not a directory")
+    To look through the thousands that come with lm-eval takes ten seconds.
+    """
+    if asked.path:
+        if not epath.Path(asked.path).is_dir():
+            raise InputMissing(f"--harness_path={asked.path} is not a directory")
+        own = _tasks(asked.path, False)
+        found = [_matching(own.all_subtasks, pattern) for pattern in asked.tasks]
+        if all(found):
+            return own, list(dict.fromkeys(name for names in found for name in names))
+    every, names = _tasks(asked.path, True), []
+    for pattern in asked.tasks:
+        matches = _matching(every.all_tasks, pattern)
+        if not matches:
+            near = difflib.get_close_matches(pattern, every.all_tasks, n=1)
+            raise ConfigError(f"lm-eval has no task {pattern}" + (f"; did you mean {near[0]}?" if near else ""))
+        names += matches
+    return every, list(dict.fromkeys(names))
+
+
+def _matching(known: Sequence[str], pattern: str) -> list[str]:
+    return [pattern] if pattern in known else fnmatch.filter(known, pattern)
+
+
+def _tasks(path: str | None, include_defaults: bool) -> Any:
+    """Tasks of a directory, or also lm-eval's own; what may go wrong with one that is loaded is told in a line."""
+    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
 
     class Tasks(TaskManager):
         def load(self, names: Any) -> Any:
@@ -120,7 +143,7 @@ def _tasks(path: str | None) -> Any:
                 _check_task(name, task)
             return loaded
 
-    return Tasks(include_path=path)
+    return Tasks(include_path=path, include_defaults=include_defaults)
 
 
 def _check_task(name: str, task: Any) -> None:
@@ -128,17 +151,6 @@ def _check_task(name: str, task: Any) -> None:
         raise ConfigError(f"task {name} runs code that the model writes, which is not done here")
     if getattr(task, "MULTIMODAL", False):
         raise ConfigError(f"task {name} shows more than text, which models here cannot read")
-
-
-def _names(manager: Any, wanted: Sequence[str]) -> list[str]:
-    known, names = manager.all_tasks, []
-    for pattern in wanted:
-        matches = [pattern] if pattern in known else fnmatch.filter(known, pattern)
-        if not matches:
-            near = difflib.get_close_matches(pattern, known, n=1)
-            raise ConfigError(f"lm-eval has no task {pattern}" + (f"; did you mean {near[0]}?" if near else ""))
-        names += matches
-    return list(dict.fromkeys(names))
 
 
 # The model as lm-eval sees it.

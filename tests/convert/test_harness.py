@@ -118,7 +118,7 @@ def theirs(directory, tasks):
         device="cpu",
         batch_size=3,
         tasks=[f"our_{name}" for name in TASKS],
-        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks)),
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks), include_defaults=False),
     )
     return found["results"], found["samples"]
 
