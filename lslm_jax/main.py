@@ -104,7 +104,7 @@ def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:
 
 def _base(flags: argparse.Namespace) -> Config:
     """The config before settings of the command line: a file's, the run's own, or that of a pretrained model."""
-    needs_no_run = flags.verb == "generate" or (flags.verb == "evaluate" and flags.harness)
+    needs_no_run = flags.verb == "generate" or (flags.verb == "evaluate" and flags.harness is not None)
     if flags.pretrained:
         from lslm_jax.convert import pretrained
 

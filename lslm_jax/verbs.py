@@ -79,7 +79,7 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`evaluate`: a checkpoint's metrics on all held-out examples; what it wrote goes to WORKDIR/samples."""
-    if flags.harness:
+    if flags.harness is not None:
         return _evaluate_by_harness(config, flags)
     if unused := [name for name in ("harness_path", "fewshot", "limit") if getattr(flags, name) is not None]:
         raise ConfigError(f"--{unused[0]} is for tasks of lm-eval: add --harness=TASKS")
@@ -111,8 +111,8 @@ def _write_samples(workdir: epath.Path, prefix: str, report: Report) -> None:
 
 def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """A checkpoint's, or a pretrained model's, metrics on tasks of lm-eval; no data of the run's own are read."""
+    asked = harness.asked(flags.harness, flags.harness_path, flags.fewshot, flags.limit)
     harness.check(config)
-    asked = harness.Asked(flags.harness.split(","), flags.harness_path, flags.fewshot, flags.limit)
     mesh = _mesh_without_batch(config)
     data_dir = epath.Path() if flags.pretrained else _data_dir(config, _workdir(flags))
     config, facts = _resolve_pretrained(config) if flags.pretrained else _resolve(config, data_dir)

@@ -41,6 +41,22 @@ class Asked(NamedTuple):
     limit: int | None = None
 
 
+def asked(tasks: str, path: str | None, fewshot: int | None, limit: int | None) -> Asked:
+    """What the flags of the command line ask for, `tasks` with commas between their names.
+
+    Raises:
+      ConfigError: no task is named, or a number makes no sense.
+    """
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--harness names no task: write --harness=TASK,TASK")
+    if fewshot is not None and fewshot < 0:
+        raise ConfigError(f"--fewshot={fewshot} must not be negative")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit={limit} must be positive")
+    return Asked(names, path, fewshot, limit)
+
+
 def check(config: Config) -> None:
     """Raises a ConfigError where a config's model cannot be asked, or lm-eval is not installed."""
     if config.model.family != "decoder" or config.task.objective != "causal":
@@ -49,7 +65,7 @@ def check(config: Config) -> None:
     _package()
 
 
-def evaluate(setting: Setting, model: Any, asked: Asked, backend_of: BackendOf) -> Report:
+def evaluate(setting: Setting, model: Any, wanted: Asked, backend_of: BackendOf) -> Report:
     """What lm-eval finds: metrics by `TASK/METRIC`, with a filter's name behind a comma; a file for each task.
 
     Each line of a file is a document with what was asked of the model, what it said, and its scores.
@@ -57,7 +73,7 @@ def evaluate(setting: Setting, model: Any, asked: Asked, backend_of: BackendOf) 
     Args:
       setting: of a model that `check` lets pass.
       model: a Decoder, on the mesh set by `jax.set_mesh`.
-      asked: see there.
+      wanted: from `asked`.
       backend_of: attention kernels.
 
     Raises:
@@ -65,12 +81,12 @@ def evaluate(setting: Setting, model: Any, asked: Asked, backend_of: BackendOf) 
       InputMissing: a task's data cannot be had.
     """
     lm_eval = _package()
-    manager, names = _choose(asked)
+    manager, names = _choose(wanted)
     found = lm_eval.simple_evaluate(
         model=_adapter(_Subject(setting, model, backend_of)),
         tasks=names,
-        num_fewshot=asked.fewshot,
-        limit=asked.limit,
+        num_fewshot=wanted.fewshot,
+        limit=wanted.limit,
         task_manager=manager,
     )
     metrics = {
@@ -100,20 +116,20 @@ def _lines(samples: Sequence[Any]) -> str:
 # Tasks.
 
 
-def _choose(asked: Asked) -> tuple[Any, list[str]]:
+def _choose(wanted: Asked) -> tuple[Any, list[str]]:
     """The tasks that are asked for, and what loads them: the directory alone where that has them all.
 
     To look through the thousands that come with lm-eval takes ten seconds.
     """
-    if asked.path:
-        if not epath.Path(asked.path).is_dir():
-            raise InputMissing(f"--harness_path={asked.path} is not a directory")
-        own = _tasks(asked.path, False)
-        found = [_matching(own.all_subtasks, pattern) for pattern in asked.tasks]
+    if wanted.path:
+        if not epath.Path(wanted.path).is_dir():
+            raise InputMissing(f"--harness_path={wanted.path} is not a directory")
+        own = _tasks(wanted.path, False)
+        found = [_matching(own.all_subtasks, pattern) for pattern in wanted.tasks]
         if all(found):
             return own, list(dict.fromkeys(name for names in found for name in names))
-    every, names = _tasks(asked.path, True), []
-    for pattern in asked.tasks:
+    every, names = _tasks(wanted.path, True), []
+    for pattern in wanted.tasks:
         matches = _matching(every.all_tasks, pattern)
         if not matches:
             near = difflib.get_close_matches(pattern, every.all_tasks, n=1)

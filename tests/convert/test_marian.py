@@ -41,7 +41,7 @@ TARGETS = ["le chat était assis", ">>fra<< le petit chien", "le cat ✓", ""]
 def model(texts, size):
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=out, vocab_size=size, model_type="unigram", minloglevel=2
+        sentence_iterator=iter(texts), model_writer=out, vocab_size=size, hard_vocab_limit=False, minloglevel=2
     )
     return out.getvalue()
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig
 from lslm_jax.config_checks import fill_sizes
+from lslm_jax.errors import ConfigError
 from lslm_jax.evaluate import harness, likelihood
 from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.evaluate.likelihood import Text
@@ -89,3 +90,22 @@ def test_few_shapes_stand_for_all_lengths():
 def test_a_task_stops_a_text_at_the_first_of_its_strings():
     assert harness._cut("one. two\nthree", ("\n", ". ")) == "one"
     assert harness._cut("one", ("\n",)) == "one"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("",), "--harness names no task"),
+        (("a", None, -1), "--fewshot=-1 must not be negative"),
+        (("a", None, None, 0), "--limit=0 must be positive"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        harness.asked(*flags, *[None] * (4 - len(flags)))
+
+
+def test_only_decoders_that_continue_texts_are_asked():
+    for model, objective in [({"family": "encoder"}, "masked"), ({}, "seq2seq")]:
+        with pytest.raises(ConfigError, match="--harness asks decoders that continue texts"):
+            harness.check(Config(model=ModelConfig(**model), task=TaskConfig(objective=objective)))
