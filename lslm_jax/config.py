@@ -247,10 +247,10 @@ class CleanConfig:
 class TokenizerConfig:
     """The vocabulary."""
 
-    kind: Literal["sentencepiece", "bytes", "huggingface"] = "sentencepiece"
-    """SentencePiece, one token a UTF-8 byte, or a Hugging Face tokenizer.json."""
+    kind: Literal["sentencepiece", "bytes", "huggingface", "marian"] = "sentencepiece"
+    """SentencePiece, one token a UTF-8 byte, a Hugging Face tokenizer.json, or Marian's source.spm and its kin."""
     path: str = ""
-    """A .model or tokenizer.json to use. Empty: train a SentencePiece vocabulary on the training documents."""
+    """A .model, tokenizer.json or source.spm to use. Empty: train SentencePiece on the training documents."""
     model: Literal["unigram", "bpe"] = "bpe"
     """Algorithm of a trained vocabulary."""
     vocab_size: int = 8192
@@ -280,7 +280,7 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which evaluation then uses. 0: off."""
     init_from: str = ""
-    """A run, or a Hugging Face model, whose weights a fresh run starts from, as far as they fit. Empty: random ones."""
+    """A run, or a Hugging Face model (directory, hf://ORG/NAME), whose weights a fresh run starts from as they fit."""
     frozen: tuple[str, ...] = ()
     """Parameters that stay as they are, by pattern, as `embed,blocks.*`; ! exempts: `*,!top.*` trains heads alone."""
 
@@ -379,6 +379,8 @@ class GenerateConfig:
     """Strings that end the text; they are not part of it."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the text besides the vocabulary's own, as the end of a turn in a chat."""
+    never_ids: tuple[int, ...] = ()
+    """Tokens that are never written, as Marian's padding."""
     bos: bool = True
     """Whether a decoder reads the token that begins a text before the prompt; some pretrained ones never saw one."""
 

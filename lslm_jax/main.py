@@ -35,13 +35,19 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("verb", nargs="?", choices=VERBS, default="train", metavar="VERB", help=verbs)
     flags.add_argument("--config", metavar="FILE[:ARGUMENT]", help="config file, .py or .json; :smoke shrinks it")
     flags.add_argument("--workdir", metavar="DIR", help="run directory: data, checkpoints, metrics, samples")
-    flags.add_argument("--pretrained", metavar="DIR", help="a Hugging Face model to begin with, evaluate or write with")
+    flags.add_argument(
+        "--pretrained", metavar="DIR", help="a Hugging Face model (a directory, hf://ORG/NAME) to begin with"
+    )
     flags.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     chosen = flags.add_argument_group("evaluate, generate, export").add_mutually_exclusive_group()
     chosen.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")
     chosen.add_argument("--best", action="store_true", help="use the checkpoint kept by checkpoint.best")
     held_out = flags.add_argument_group("evaluate")
     held_out.add_argument("--split", choices=("valid", "test"), default="valid", help="what was held out, and for what")
+    held_out.add_argument("--harness", metavar="TASKS", help="tasks of lm-eval instead, as hellaswag,arc_easy")
+    held_out.add_argument("--harness_path", metavar="DIR", help="directory of more tasks, as .yaml files of lm-eval")
+    held_out.add_argument("--fewshot", type=int, metavar="N", help="examples before each question of such a task")
+    held_out.add_argument("--limit", type=int, metavar="N", help="at most so many examples of such a task")
     text = flags.add_argument_group("generate")
     text.add_argument("--prompt", action="append", metavar="TEXT", help="text, or question; may be repeated")
     text.add_argument("--context", metavar="FILE", help="text in which the questions are answered")
@@ -99,13 +105,14 @@ def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:
 
 def _base(flags: argparse.Namespace) -> Config:
     """The config before settings of the command line: a file's, the run's own, or that of a pretrained model."""
+    needs_no_run = flags.verb == "generate" or (flags.verb == "evaluate" and flags.harness is not None)
     if flags.pretrained:
         from lslm_jax.convert import pretrained
 
         source = pretrained.describe(flags.pretrained)
-        if flags.verb == "generate" and not flags.config:
+        if needs_no_run and not flags.config:
             return pretrained.default_config(source)
-    if not flags.workdir and not (flags.pretrained and flags.verb == "generate"):
+    if not flags.workdir and not (flags.pretrained and needs_no_run):
         raise ConfigError("--workdir=DIR is missing: where the run lives")
     if not flags.config:
         if flags.verb in ("train", "prepare") or flags.pretrained:

@@ -22,8 +22,8 @@ from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.special import special_ids
 from lslm_jax.errors import ConfigError, InputMissing, SaveError
-from lslm_jax.evaluate import metrics, tasks
-from lslm_jax.evaluate.evaluator import Setting
+from lslm_jax.evaluate import harness, metrics, tasks
+from lslm_jax.evaluate.evaluator import Report, Setting
 from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import json_values
@@ -80,6 +80,10 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`evaluate`: a checkpoint's metrics on all held-out examples; what it wrote goes to WORKDIR/samples."""
+    if flags.harness is not None:
+        return _evaluate_by_harness(config, flags)
+    if unused := [name for name in ("harness_path", "fewshot", "limit") if getattr(flags, name) is not None]:
+        raise ConfigError(f"--{unused[0]} is for tasks of lm-eval: add --harness=TASKS")
     mesh = make_mesh(config)
     workdir = _workdir(flags)
     data_dir = _data_dir(config, workdir)
@@ -95,11 +99,40 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         setting = _setting(config, facts, data_dir, mesh, list(held_out.values()))
         report = tasks.make(setting, held_out)(model)
         baseline = _gzip_baseline(setting, held_out)
-    for name, text in report.files.items():
-        (workdir / "samples").mkdir(exist_ok=True)
-        atomic.write(workdir / "samples" / f"{step}-{flags.split}-{name}", text.encode())
+    _write_samples(workdir, f"{step}-{flags.split}", report)
     results = {f"eval/{name}": value for name, value in (report.metrics | report.facts).items()}
     return json_values({"step": step, **results, **baseline})
+
+
+def _write_samples(workdir: epath.Path, prefix: str, report: Report) -> None:
+    for name, text in report.files.items():
+        (workdir / "samples").mkdir(exist_ok=True)
+        atomic.write(workdir / "samples" / f"{prefix}-{name}", text.encode())
+
+
+def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
+    """A checkpoint's, or a pretrained model's, metrics on tasks of lm-eval; no data of the run's own are read."""
+    asked = harness.asked(flags.harness, flags.harness_path, flags.fewshot, flags.limit)
+    harness.check(config)
+    mesh = _mesh_without_batch(config)
+    data_dir = epath.Path() if flags.pretrained else _data_dir(config, _workdir(flags))
+    config, facts = _resolve_pretrained(config) if flags.pretrained else _resolve(config, data_dir)
+    kernel = "xla" if config.model.attention == "xla" else "auto"  # not all lengths suit the one that training uses
+    config = replace(config, model=replace(config.model, attention=kernel))
+    with jax.set_mesh(mesh):
+        setting = _setting(config, facts, data_dir, mesh)
+        _require_words(setting, data_dir)
+
+        def backend_of(length: int) -> Backend:
+            data = replace(config.data, seq_len=length, mask_documents=False)
+            return _backend(replace(config, data=data), mesh, ())
+
+        model, step = _load_model(config, flags, mesh)
+        report = harness.evaluate(setting, model, asked, backend_of)
+    if flags.workdir:
+        _write_samples(_workdir(flags), str(step), report)
+    results = {f"harness/{name}": value for name, value in (report.metrics | report.facts).items()}
+    return json_values({"step": step, **results})
 
 
 def generate(config: Config, flags: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from lslm_jax import atomic
-from lslm_jax.errors import ConfigError
+from lslm_jax.errors import ConfigError, InputMissing
 
 SETTINGS = "adapter_config.json"
 TASKS = {
@@ -34,7 +34,7 @@ class Adapter(NamedTuple):
 
 def is_adapter(directory: epath.Path) -> bool:
     """Whether a directory holds an adapter."""
-    return (directory / SETTINGS).is_file()
+    return atomic.exists(directory / SETTINGS)
 
 
 def describe(directory: epath.Path) -> Adapter:
@@ -54,3 +54,17 @@ def describe(directory: epath.Path) -> Adapter:
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{path} does not say base_model_name_or_path, the model it was trained on")
     return Adapter(directory, settings, base)
+
+
+def base_of(adapter: Adapter) -> epath.Path | str:
+    """Where the model is that an adapter was trained on: a directory, or a name on the Hub.
+
+    Raises:
+      InputMissing: it is neither.
+    """
+    path = adapter.directory / adapter.base
+    if atomic.exists(path):
+        return path
+    if len(adapter.base.split("/")) != 2:
+        raise InputMissing(f"{adapter.directory} was trained on {adapter.base}, which is not here")
+    return f"hf://{adapter.base}"

@@ -12,6 +12,7 @@ from lslm_jax import atomic, config_loading
 from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.convert import peft, pretrained, safetensors, weights
 from lslm_jax.data import tokenizer_json
+from lslm_jax.data.marian import Marian
 from lslm_jax.data.tokenizer_base import Tokenizer
 from lslm_jax.errors import ConfigError
 from lslm_jax.trees import flatten
@@ -48,7 +49,7 @@ def export(
     """
     objective = config.task.objective
     family = pretrained.family_of(config.model, objective)
-    vocabulary = tokenizer_json.convert(words, config.model.family)
+    vocabulary = _vocabulary(words, config.model.family)
     tokens = {"bos": words.bos_id, "eos": words.eos_id, "pad": words.pad_id}
     settings = pretrained.export_settings(family, config.model, objective, dtype, tokens, labels)
     sources = weights.sources(model, family, config.model, objective, dtype)
@@ -60,15 +61,13 @@ def export(
         directory.mkdir(parents=True, exist_ok=True)
     files = safetensors.write_directory(directory, sources)
     parameters = sum(leaf.size for name, leaf in flatten(model).items() if ".lora." not in name)
-    texts: dict[str, Any] = {
-        "tokenizer.json": json.dumps(vocabulary, ensure_ascii=False),
-        "tokenizer_config.json": _json(tokenizer_json.roles(words)),
-        "README.md": _card(config, family.model_type, parameters, metrics),
+    texts: dict[str, bytes] = vocabulary | {
+        "README.md": _card(config, family.model_type, parameters, metrics).encode(),
     }
     if objective in ("causal", "seq2seq"):
         texts["generation_config.json"] = _json(_generation(config.generate, tokens, config.model.family))
     for name, text in (texts | {"config.json": _json(settings)}).items():
-        atomic.write(directory / name, text.encode())
+        atomic.write(directory / name, text)
     return {"model_type": family.model_type, "files": [*files, *texts, "config.json"], "parameters": parameters}
 
 
@@ -90,8 +89,16 @@ def export_adapter(directory: epath.Path, model: Any, config: Config) -> dict[st
     return {"model_type": family.model_type, "files": files}
 
 
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def _vocabulary(words: Tokenizer, family: str) -> dict[str, bytes]:
+    """The files of a vocabulary, by name."""
+    if isinstance(words, Marian):
+        return words.files()
+    content = json.dumps(tokenizer_json.convert(words, family), ensure_ascii=False)
+    return {"tokenizer.json": content.encode(), "tokenizer_config.json": _json(tokenizer_json.roles(words))}
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _generation(settings: GenerateConfig, tokens: Mapping[str, int], family: str) -> dict[str, Any]:
@@ -100,6 +107,8 @@ def _generation(settings: GenerateConfig, tokens: Mapping[str, int], family: str
     theirs |= {"max_new_tokens": settings.max_tokens, "num_beams": settings.beams}
     if family == "encoder_decoder":
         theirs["decoder_start_token_id"] = tokens["bos"]
+    if settings.never_ids:
+        theirs["bad_words_ids"] = [[id] for id in settings.never_ids]
     if settings.temperature > 0 and settings.beams == 1:
         drawing = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
         theirs |= {"do_sample": True} | drawing

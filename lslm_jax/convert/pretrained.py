@@ -13,7 +13,7 @@ from etils import epath
 from lslm_jax import atomic, config_loading
 from lslm_jax.config import Config, GenerateConfig, ModelConfig
 from lslm_jax.convert import adapter as adapters
-from lslm_jax.convert import decoders, encoders, gguf, pairs, safetensors
+from lslm_jax.convert import decoders, encoders, gguf, hub, pairs, safetensors
 from lslm_jax.convert.family import RUN_KEYS, Family
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, InputMissing
@@ -58,20 +58,20 @@ class Pretrained(NamedTuple):
 
 
 def describe(directory: epath.Path | str) -> Pretrained:
-    """Reads a directory's config.json, or what a GGUF file says; an adapter is described by the model it belongs to.
+    """Reads a directory's config.json, or what a GGUF file says; of `hf://ORG/NAME` a copy of what the Hub has.
+
+    An adapter is described by the model that it belongs to.
 
     Raises:
-      InputMissing: there is none.
+      InputMissing: there is none; and the errors of `hub.local`.
       ConfigError: it is of a family, or has a setting, that our blocks do not express exactly.
     """
-    directory = epath.Path(directory).expanduser().absolute()
+    directory = hub.local(directory).expanduser().absolute()
     if adapters.is_adapter(directory):
         adapter = adapters.describe(directory)
-        if not (directory / adapter.base).exists():
-            raise InputMissing(f"{directory} was trained on {adapter.base}, which is not here")
-        return describe(directory / adapter.base)._replace(adapter=adapter)
+        return describe(adapters.base_of(adapter))._replace(adapter=adapter)
     path = directory if _is_gguf(directory) else directory / "config.json"
-    if not path.is_file():
+    if not atomic.exists(path):
         raise InputMissing(f"{directory} holds no config.json: it is not a pretrained model")
     settings = gguf.settings(path) if _is_gguf(path) else atomic.read_json(path)
     kind = settings.get("model_type")
@@ -110,11 +110,9 @@ def _well_formed(where: str = "") -> Iterator[None]:
 def is_pretrained(directory: epath.Path) -> bool:
     """Whether a directory holds a Hugging Face model, and not a run of ours, which has a config.json too."""
     path = directory / "config.json"
-    return (
-        _is_gguf(directory)
-        or adapters.is_adapter(directory)
-        or (path.is_file() and "model_type" in atomic.read_json(path))
-    )
+    if _is_gguf(directory) or adapters.is_adapter(directory):
+        return True
+    return atomic.exists(path) and "model_type" in atomic.read_json(path)
 
 
 def load(source: Pretrained, objective: str, abstract: Any, fresh: Any = None) -> Any:
@@ -137,6 +135,7 @@ _VOCABULARIES = {
     "vocab.txt": "huggingface",
     "spiece.model": "sentencepiece",
     "tokenizer.model": "sentencepiece",
+    "source.spm": "marian",
 }
 _OBJECTIVES = {
     "ForCausalLM": "causal",
@@ -233,6 +232,7 @@ def generation(directory: epath.Path) -> GenerateConfig:
         beams=max(int(theirs.get("num_beams") or 1), 1),
         bos=words.adds_bos,
         stop_ids=tuple(id for id in ends if id != words.eos_id),
+        never_ids=tuple(ids[0] for ids in theirs.get("bad_words_ids") or () if len(ids) == 1),
     )
     if theirs.get("do_sample"):
         ours = replace(

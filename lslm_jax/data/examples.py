@@ -198,8 +198,10 @@ def encode(examples: Sequence[Example], recipe: Recipe, tokenizer: Tokenizer) ->
     if recipe.objective == "qa":
         return [_encode_question(example, tokenizer) for example in examples]
     rendered = [texts(example, recipe) for example in examples]
-    ids = iter(tokenizer.encode_batch([text for parts in rendered for text in parts]))
-    fields = [[next(ids) for _ in parts] for parts in rendered]
+    pairs = recipe.objective == "seq2seq"
+    firsts = iter(tokenizer.encode_batch([text for parts in rendered for text in (parts[:1] if pairs else parts)]))
+    rest = iter(tokenizer.encode_targets([text for parts in rendered for text in parts[1:]])) if pairs else firsts
+    fields = [[next(firsts), *(next(rest) for _ in parts[1:])] for parts in rendered]
     return [Encoded(parts, _numbers(example, recipe)) for example, parts in zip(examples, fields, strict=True)]
 
 

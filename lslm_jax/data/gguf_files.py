@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from lslm_jax import atomic
 from lslm_jax.data.tokenizer import SPACE_MARK
 from lslm_jax.data.tokenizer_json import BLANKS, DECODERS, added, frame, merges
 from lslm_jax.errors import ConfigError, DataError
@@ -37,13 +38,15 @@ def open_file(path: epath.Path) -> tuple[dict[str, Any], list[Any]]:
     """Settings by name, and the tensors as the gguf package has them; kept, for reading a vocabulary takes seconds.
 
     Raises:
-      ConfigError: the gguf package is missing.
+      ConfigError: the gguf package is missing, or the file is not on a disk.
       DataError: the file is not whole, or not GGUF.
     """
     try:
         import gguf  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError(f"reading {path} needs the gguf package: pip install gguf") from error
+    if atomic.is_remote(path):
+        raise ConfigError(f"{path} cannot be read from afar: copy the GGUF file to a disk")
     try:
         reader = gguf.GGUFReader(path)
         return {name: field.contents() for name, field in reader.fields.items()}, list(reader.tensors)

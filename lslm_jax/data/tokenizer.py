@@ -21,6 +21,7 @@ from lslm_jax.errors import ConfigError, DataError, InputMissing
 _BYTES_FILE = "bytes.json"
 _WORD_PIECES = "vocab.txt"
 _FORMATS = {".json": "tokenizer.json", ".txt": "vocab.txt of word pieces", ".gguf": "GGUF file with a vocabulary"}
+_MARIAN = ("source.spm", "marian.json")  # as others have it, and as `Tokenizer.save` writes it
 _BYTES = {"kind": "bytes", "pad_id": 0, "bos_id": 1, "eos_id": 2, "first_byte": 3}
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 _BYTE_LEVEL = str.maketrans("\u0120\u010a\u0109\u010d", " \n\t\r")  # how byte-level BPE (GPT-2) writes blanks
@@ -145,7 +146,7 @@ class HuggingFace(Tokenizer):
         Args:
           content: of tokenizer.json.
           named: special tokens by role (bos, eos, pad, mask), or their ids, where other files tell; well-known names
-            stand in.
+            stand in, also for "".
         """
         self._tokenizer = tokenizer = _tokenizers().Tokenizer.from_str(content.decode())
         self._model = json.loads(content)["model"]
@@ -159,6 +160,7 @@ class HuggingFace(Tokenizer):
         ids = (ids["pad"], ids["bos"], ids["eos"], ids["mask"])
         super().__init__(content, vocab_size, *ids, sentinels(tokenizer.token_to_id))
         self.adds_bos = first == [self.bos_id]
+        self.prefix_id = self.eos_id if named.get("bos") == "" else self.bos_id
         self._special = self._special_tokens()
 
     def _find(self, names: Sequence[str], first: str | int | None) -> int | None:
@@ -240,8 +242,8 @@ def load(path: epath.Path | str) -> Tokenizer:
     """Reads a tokenizer.
 
     Args:
-      path: a SentencePiece .model, a Hugging Face tokenizer.json, BERT's vocab.txt, a GGUF file, or what
-        `Tokenizer.save` wrote.
+      path: a SentencePiece .model, a Hugging Face tokenizer.json, BERT's vocab.txt, a GGUF file, Marian's source.spm
+        with its target.spm and vocab.json beside it, or what `Tokenizer.save` wrote.
 
     Raises:
       InputMissing: there is no such file.
@@ -261,13 +263,17 @@ def load(path: epath.Path | str) -> Tokenizer:
         return _read(path)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except DataError:
+    except (DataError, InputMissing):
         raise
     except Exception as error:  # what the two libraries raise on a bad file is Exception itself, or RuntimeError
         raise DataError(f"{path} is not a {_FORMATS.get(path.suffix, 'SentencePiece model')}") from error
 
 
 def _read(path: epath.Path) -> Tokenizer:
+    if path.name in _MARIAN:
+        from lslm_jax.data import marian
+
+        return marian.Marian(marian.from_directory(path.parent) if path.name == marian.SOURCE else path.read_bytes())
     if path.suffix == ".json":
         return HuggingFace(path.read_bytes(), named_tokens(path.parent))
     if path.name == _WORD_PIECES:

@@ -43,9 +43,10 @@ class Tokenizer(abc.ABC):
     """A vocabulary.
 
     Attributes:
-      kind: which of the three.
+      kind: which of the four.
       vocab_size: ids are below it.
       pad_id, bos_id, eos_id: special ids; where the vocabulary lacks one, another stands in for it.
+      prefix_id: what a text's first token is predicted from: bos, or eos where the vocabulary says that it has no bos.
       mask_id: of [MASK] or <mask>; None where the vocabulary has neither.
       sentinel_ids: of <extra_id_0>, <extra_id_1> and so on (T5); () where it has none.
       adds_bos: whether a text that is read begins with bos, by the vocabulary's own rules.
@@ -53,7 +54,7 @@ class Tokenizer(abc.ABC):
       sha256: of that.
     """
 
-    kind: Literal["sentencepiece", "bytes", "huggingface"]
+    kind: Literal["sentencepiece", "bytes", "huggingface", "marian"]
     adds_bos: bool = True
     _file: str
 
@@ -74,6 +75,7 @@ class Tokenizer(abc.ABC):
         if not known:
             raise ConfigError("no token begins or ends a text (such as <s>, </s> or <|endoftext|>)")
         self.bos_id, self.eos_id = known[0], known[-1]
+        self.prefix_id = self.bos_id
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.mask_id, self.sentinel_ids = mask_id, sentinel_ids
 
@@ -84,6 +86,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [n], without special ids."""
+
+    def encode_targets(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text as a pair's target; the same unless the vocabulary cuts the two languages differently."""
+        return self.encode_batch(texts)
 
     @abc.abstractmethod
     def encode_with_offsets(self, text: str) -> Spans:

@@ -9,7 +9,7 @@ from lslm_jax.data.tokenizer_base import WELL_KNOWN
 
 
 def named_tokens(directory: epath.Path) -> dict[str, str | int]:
-    """Special tokens by role, or their ids, as the files beside a tokenizer.json name them."""
+    """Special tokens by role, or their ids, as the files beside a tokenizer.json name them; "" for no bos."""
     read = lambda name: atomic.read_json(directory / name) if (directory / name).is_file() else {}
     model = read("config.json")
     # What an encoder-decoder writes begins with this, and not with the bos of its vocabulary.
@@ -19,7 +19,8 @@ def named_tokens(directory: epath.Path) -> dict[str, str | int]:
         tokens = {role: settings[f"{role}_token"] for role in WELL_KNOWN if settings.get(f"{role}_token")}
         if tokens:
             named = {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items()}
-            return named | start
+            lacks = {"bos": ""} if settings.get("bos_token", "") is None else {}
+            return named | lacks | start
     return start
 
 

@@ -17,6 +17,7 @@ from lslm_jax.errors import ConfigError, InputMissing
 
 _SENTENCE_CHARS = 4096
 _SAMPLE_SEED = 0
+_GIVEN = {"huggingface": "tokenizer.json", "marian": "source.spm"}  # kinds that are not trained here
 
 
 def choose(config: Config, recipes: Mapping[str, Recipe], log: Callable[[str], None]) -> tokenizer.Tokenizer:
@@ -40,8 +41,8 @@ def choose(config: Config, recipes: Mapping[str, Recipe], log: Callable[[str], N
         if given.kind != settings.kind:
             raise ConfigError(f"tokenizer.kind={settings.kind}, but {settings.path} is of kind {given.kind}")
         return given
-    if settings.kind == "huggingface":
-        raise ConfigError("tokenizer.path is empty: kind=huggingface needs a tokenizer.json")
+    if settings.kind in _GIVEN:
+        raise ConfigError(f"tokenizer.path is empty: kind={settings.kind} needs a {_GIVEN[settings.kind]}")
     size, most = settings.vocab_size, settings.sample_bytes / 1e6
     log(f"prepare: training a vocabulary of {size:,} on {most:,.1f} MB of text at most")
     return train(_training_texts(config, recipes), settings)

@@ -234,8 +234,9 @@ def _draw(prompts: Prompts, state: _State, logits_BV: jax.Array, rules: _Rules) 
 
 
 def _tokens_only(logits_BV: jax.Array, rules: _Rules) -> jax.Array:
-    """The logits, -inf for what the tokenizer cannot spell: padding of the vocabulary, masks and sentinels."""
-    is_token_V = jnp.arange(logits_BV.shape[-1]) < rules.vocab_size
+    """The logits, -inf for what the tokenizer cannot spell, as the vocabulary's padding, and what may not be said."""
+    ids_V = jnp.arange(logits_BV.shape[-1])
+    is_token_V = (ids_V < rules.vocab_size) & ~jnp.isin(ids_V, jnp.array(rules.settings.never_ids, jnp.int32))
     return jnp.where(is_token_V[None], logits_BV, -jnp.inf)
 
 

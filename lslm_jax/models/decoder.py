@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lslm_jax.batch import Batch
 from lslm_jax.config import ModelConfig
@@ -45,8 +46,9 @@ class Decoder(Embedding, Tower):
         return self.finish(self.read(x_BTD, positions_BT, segments_BT, backend=backend, key=layer_key))
 
     def features(self, batch: Batch, *, backend: Backend, key: jax.Array | None = None) -> jax.Array:
-        """What the output layer reads for each target of a batch, [B, T, D]."""
-        return self(batch.tokens_BT, batch.positions_BT, batch.segments_BT, backend=backend, key=key)
+        """What the output layer reads for each target of a batch, [B, P, D]."""
+        x_BTD = self(batch.tokens_BT, batch.positions_BT, batch.segments_BT, backend=backend, key=key)
+        return x_BTD if batch.places_BP is None else jnp.take_along_axis(x_BTD, batch.places_BP[:, :, None], axis=1)
 
     def with_cache(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Any, index: jax.Array, mask_BTS: jax.Array

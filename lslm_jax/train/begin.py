@@ -10,7 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lslm_jax.config import Config
-from lslm_jax.convert import pretrained
+from lslm_jax.convert import hub, pretrained
 from lslm_jax.convert.family import differences
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused
@@ -44,7 +44,7 @@ def begin(
         return state
     state = init_state(config, optimizer, mesh)
     if config.train.init_from:
-        source = epath.Path(config.train.init_from)
+        source = hub.local(config.train.init_from)
         if pretrained.is_pretrained(source):
             model = _load_pretrained(source, config, checkpoints.identity["tokenizer_sha256"], state.model, log)
         else:

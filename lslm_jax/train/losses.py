@@ -117,7 +117,7 @@ def _output_layer(x_BTD, w_VD, b_V):
     return constrain(w_VD.astype(x_BTD.dtype), ("vocab", "width")), None if b_V is None else constrain(b_V, ("vocab",))
 
 
-def _chunks(settings, x_BTD, targets_BT, weights_BT):
+def _chunks(settings, x_BTD, *per_token_BT):
     """Tokens as [chunks, batch shards, tokens of a chunk, ...]: cutting within shards moves nothing between devices."""
     B, T, D = x_BTD.shape
     shards = num_shards("batch") if B % num_shards("batch") == 0 else 1
@@ -127,17 +127,13 @@ def _chunks(settings, x_BTD, targets_BT, weights_BT):
     def cut(a, *rest):
         return jnp.moveaxis(a.reshape(shards, tokens // size, size, *rest), 1, 0)
 
-    return cut(x_BTD, D), cut(targets_BT), cut(weights_BT)
+    return cut(x_BTD, D), *map(cut, per_token_BT)
 
 
 def _score(settings, w_VD, b_V, x_NSD, targets_NS, weights_NS):
     """The sums of one chunk, and the gradient of its objective with respect to the logits, in the compute type."""
-    raw_NSV = jnp.einsum("nsd,vd->nsv", x_NSD, w_VD, preferred_element_type=jnp.float32)
-    raw_NSV = constrain(raw_NSV if b_V is None else raw_NSV + b_V[None, None], ("batch", None, "vocab"))
     cap, smooth, z = settings.softcap, settings.label_smoothing, settings.z_loss
-    capped_NSV = cap * jnp.tanh(raw_NSV / cap) if cap else raw_NSV
-    ids_V = jnp.arange(w_VD.shape[0], dtype=targets_NS.dtype)
-    real_V = (ids_V < settings.vocab_size)[None, None]
+    capped_NSV, ids_V, real_V = _scores(settings, w_VD, b_V, x_NSD)
     logits_NSV = jnp.where(real_V, capped_NSV, -jnp.inf)
     hit_NSV = ids_V[None, None] == targets_NS[..., None]
 
@@ -158,6 +154,38 @@ def _score(settings, w_VD, b_V, x_NSD, targets_NS, weights_NS):
 
     totals = (objective_NS, nll_NS, target_NS >= top_NS, jnp.ones_like(nll_NS))
     return Sums(*(jnp.sum(weights_NS * a) for a in totals)), d_NSV
+
+
+def _scores(settings, w_VD, b_V, x_NSD):
+    """The scores of all rows of the output layer, squashed, with the rows' ids and which of them are tokens."""
+    raw_NSV = jnp.einsum("nsd,vd->nsv", x_NSD, w_VD, preferred_element_type=jnp.float32)
+    raw_NSV = constrain(raw_NSV if b_V is None else raw_NSV + b_V[None, None], ("batch", None, "vocab"))
+    cap = settings.softcap
+    ids_V = jnp.arange(w_VD.shape[0], dtype=jnp.int32)
+    return cap * jnp.tanh(raw_NSV / cap) if cap else raw_NSV, ids_V, (ids_V < settings.vocab_size)[None, None]
+
+
+def log_probabilities(
+    x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, settings: Settings, b_V: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """How likely each target is, [B, T] in nats, and whether it is the likeliest, bool [B, T].
+
+    A chunk of tokens at a time, as `cross_entropy`, whose arguments these are; without a gradient. Of tokens that are
+    equally likely, the one with the lowest id counts as the likeliest.
+    """
+    w, b = _output_layer(x_BTD, w_VD, b_V)
+
+    def body(carry, chunk):
+        x_NSD, targets_NS = chunk
+        scores_NSV, ids_V, real_V = _scores(settings, w, b, x_NSD)
+        logits_NSV = jnp.where(real_V, scores_NSV, -jnp.inf)
+        target_NS = jnp.sum(jnp.where(ids_V == targets_NS[..., None], logits_NSV, 0.0), axis=-1)
+        nats_NS = target_NS - jax.nn.logsumexp(logits_NSV, axis=-1)
+        return carry, (nats_NS, jnp.argmax(logits_NSV, axis=-1) == targets_NS)
+
+    _, found = jax.lax.scan(body, None, _chunks(settings, x_BTD, targets_BT))
+    nats_BT, likeliest_BT = (jnp.moveaxis(a_CNS, 0, 1).reshape(targets_BT.shape) for a_CNS in found)
+    return nats_BT, likeliest_BT
 
 
 def squared_error(

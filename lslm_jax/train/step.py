@@ -133,6 +133,24 @@ def make_predict_step(config: Config, backend: Backend) -> Callable[[Any, Batch]
     return predict_step
 
 
+def make_rate_step(config: Config, backend: Backend) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    """The step (model, batch) -> what each row's targets are worth, leaving out those of weight 0.
+
+    That is the log-probability of all of them together, [B] in nats, float32, and whether each is the likeliest, bool
+    [B].
+    """
+    settings = _evaluation_settings(config)
+
+    def rate_step(model: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        w_VD, b_V = model.output()
+        x_BPD = model.features(batch, backend=backend)
+        nats_BP, likeliest_BP = losses.log_probabilities(x_BPD, w_VD, batch.targets_BT, settings, b_V)
+        counts_BP = batch.weights_BT > 0
+        return jnp.sum(jnp.where(counts_BP, nats_BP, 0.0), axis=1), jnp.all(likeliest_BP | ~counts_BP, axis=1)
+
+    return rate_step
+
+
 def _score(config: Config, model: Any, x_BPD: jax.Array, batch: Batch, settings: losses.Settings) -> Sums:
     w_VD, b_V = model.output()
     match config.task.objective:

@@ -1,0 +1,189 @@
+"""Models by their address on the Hub: from a real server that speaks its protocol, in processes of their own."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+
+import jax
+import pytest
+from etils import epath
+
+from lslm_jax.config import Config, ModelConfig
+from lslm_jax.config_checks import fill_sizes
+from lslm_jax.convert import hub
+from lslm_jax.convert.export import export
+from lslm_jax.data.tokenizer import Bytes
+from lslm_jax.models import presets
+
+pytest.importorskip("huggingface_hub")
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LLAMA = {"num_layers": 1, "d_model": 32, "num_heads": 2, "positions": "rotary", "norm": "rmsnorm", "activation": "silu"}
+REFUSALS = {
+    "gated": (403, "GatedRepo"),
+    "private": (401, "RepoNotFound"),
+    "missing": (404, "RepoNotFound"),
+}
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """The Hub with one model, `some/model` and its branch `main`, `some/gated`, whose files are kept back, and others
+    that it refuses. It is told of each request: `asked`. While `mute`, it takes requests and does not answer.
+    """
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.files, self.asked, self.mute = files, [], threading.Event()
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        while self.server.mute.is_set():
+            time.sleep(0.1)
+        parts = urllib.parse.urlsplit(self.path).path.strip("/").split("/")
+        match parts:
+            case ["api", "models", "some", "model" | "gated" as name]:
+                self.say({"id": f"some/{name}", "sha": COMMIT, "siblings": []})
+            case ["api", "models", "some", "model", "revision", "main" | "v1.0"]:
+                self.say({"id": "some/model", "sha": COMMIT, "siblings": []})
+            case ["api", "models", "some", "model", "revision", *_]:
+                self.refuse(404, "RevisionNotFound")
+            case ["api", "models", "some", "model" | "gated", "tree", *_]:
+                files = self.server.files.items()
+                entry = lambda name, content: {"type": "file", "path": name, "size": len(content), "oid": of(content)}
+                self.say([entry(name, content) for name, content in files])
+            case ["api", "models", "some", name, *_] if name in REFUSALS:
+                self.refuse(*REFUSALS[name])
+            case ["some", "model", "resolve", _, *name] if "/".join(name) in self.server.files:
+                content = self.server.files["/".join(name)]
+                self.answer(200, content, {"ETag": f'"{of(content)}"', "X-Repo-Commit": COMMIT})
+            case _:
+                self.refuse(403, "GatedRepo")
+
+    do_HEAD = do_GET
+
+    def say(self, value):
+        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def refuse(self, status, code):
+        self.answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "no"})
+
+    def answer(self, status, content, headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def of(content):
+    return hashlib.sha1(content).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A tiny decoder as a Hugging Face directory."""
+    directory = tmp_path_factory.mktemp("model") / "model"
+    config = Config(model=fill_sizes(ModelConfig(**LLAMA, gated=True, bias=False, max_length=64, vocab_size=259)))
+    model = presets.build(config.model, jax.random.key(0), "causal")
+    export(epath.Path(directory), model, config, Bytes(), [], "float32", {})
+    return directory
+
+
+@pytest.fixture
+def server(directory):
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    files |= {"pytorch_model.bin": b"pickled", "onnx/config.json": b"{}", "consolidated.safetensors": b"twice"}
+    hub = Hub(files)
+    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread.start()
+    yield hub
+    hub.mute.clear()
+    hub.shutdown()
+    hub.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """Runs a command in its own process, with an empty cache to begin with; gives its exit code and last lines."""
+
+    def run(*arguments, **more):
+        mine = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | mine | more
+        process = [sys.executable, "-m", "lslm_jax.main", *arguments]
+        found = subprocess.run(process, env=environment, capture_output=True, text=True, timeout=240)
+        return found.returncode, found.stdout, found.stderr.strip().splitlines()[-1:]
+
+    return run
+
+
+WRITE = ("generate", "--prompt=abc", "--config.generate.max_tokens=4")
+
+
+@pytest.mark.slow
+def test_a_model_is_read_from_the_hub_once_and_then_without_it(server, directory, run, tmp_path):
+    expected = run(*WRITE, f"--pretrained={directory}")
+    assert expected[0] == 0 and expected[1].startswith("abc")
+    assert run(*WRITE, "--pretrained=hf://some/model")[:2] == expected[:2]
+    fetched = {path.rpartition("/")[2] for path in server.asked if "/resolve/" in path}
+    assert fetched >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not {"pytorch_model.bin", "consolidated.safetensors"} & fetched
+    assert not any("onnx" in path for path in server.asked if "/resolve/" in path)
+
+    before = len(server.asked)
+    assert run(*WRITE, "--pretrained=hf://some/model", HF_HUB_OFFLINE="1")[:2] == expected[:2]
+    assert len(server.asked) == before
+    server.mute.set()
+    start = time.monotonic()
+    assert run(*WRITE, "--pretrained=hf://some/model")[:2] == expected[:2]
+    assert time.monotonic() - start < 120
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "message"),
+    [
+        ("some/gated", 66, "some/gated is gated: ask for access at HUB/some/gated, then set HF_TOKEN"),
+        ("some/private", 66, "HUB has no model some/private, or it is private: then set HF_TOKEN"),
+        ("some/missing", 66, "HUB has no model some/missing, or it is private"),
+        ("some/model@v9", 66, "HUB has no such revision as some/model@v9"),
+        ("some/model/more/of/it", 2, "hf://some/model/more/of/it does not name a model: write hf://ORG/NAME or"),
+        ("", 2, "hf:// does not name a model"),
+    ],
+)
+def test_what_cannot_be_had_is_told_in_a_line(address, code, message, server, run):
+    found, _, [line] = run(*WRITE, f"--pretrained=hf://{address}")
+    assert (found, line.startswith("lslm: " + message.replace("HUB", server.address))) == (code, True), line
+
+
+def test_without_a_network_it_says_so_soon(server, run):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    code, _, [line] = run(*WRITE, "--pretrained=hf://some/model", **nowhere)
+    assert (code, line) == (
+        66,
+        "lslm: http://127.0.0.1:9 is out of reach, and the cache does not hold all of some/model",
+    )
+    code, _, [line] = run(*WRITE, "--pretrained=hf://some/model", HF_HUB_OFFLINE="1")
+    assert (code, line) == (66, "lslm: HF_HUB_OFFLINE is set, and the cache does not hold all of some/model")
+    server.mute.set()
+    start = time.monotonic()
+    code, _, [line] = run(*WRITE, "--pretrained=hf://some/model@v1.0")
+    assert code == 66 and line.startswith(f"lslm: {server.address} is out of reach")
+    assert time.monotonic() - start < hub._PATIENCE + 60
+
+
+def test_a_path_is_itself(tmp_path):
+    assert hub.local(tmp_path) == hub.local(str(tmp_path)) == epath.Path(tmp_path)
