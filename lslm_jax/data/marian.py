@@ -97,7 +97,7 @@ def from_directory(directory: epath.Path) -> bytes:
     if (directory / "target_vocab.json").exists():
         raise ConfigError("target_vocab.json: a vocabulary whose targets have ids of their own is not supported")
     ids, named = atomic.read_json(directory / _IDS), named_tokens(directory)
-    pad = ids[named.get("pad", "<pad>")]
-    roles = {"bos": named.get("bos", pad), "eos": ids[named.get("eos", "</s>")], "pad": pad}
+    pad = ids[str(named.get("pad", "<pad>"))]
+    roles = {"bos": named.get("bos", pad), "eos": ids[str(named.get("eos", "</s>"))], "pad": pad}
     models = {name: base64.b64encode((directory / name).read_bytes()).decode() for name in (SOURCE, _TARGET)}
     return json.dumps({"ids": ids, "roles": roles} | models, ensure_ascii=False).encode()
