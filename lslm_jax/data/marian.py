@@ -97,7 +97,8 @@ def from_directory(directory: epath.Path) -> bytes:
     if (directory / "target_vocab.json").exists():
         raise ConfigError("target_vocab.json: a vocabulary whose targets have ids of their own is not supported")
     ids, named = atomic.read_json(directory / _IDS), named_tokens(directory)
-    pad, eos = (ids[str(named.get(role, usual))] for role, usual in (("pad", "<pad>"), ("eos", "</s>")))
-    roles = {"bos": named.get("bos", pad), "eos": eos, "pad": pad}
+    pad = ids[str(named.get("pad", "<pad>"))]
+    start = named.get("bos")  # an id, where config.json tells it
+    roles = {"bos": start if isinstance(start, int) else pad, "eos": ids[str(named.get("eos", "</s>"))], "pad": pad}
     models = {name: base64.b64encode((directory / name).read_bytes()).decode() for name in (SOURCE, _TARGET)}
     return json.dumps({"ids": ids, "roles": roles} | models, ensure_ascii=False).encode()

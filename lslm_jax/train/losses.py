@@ -179,7 +179,7 @@ def log_probabilities(
         x_NSD, targets_NS = chunk
         scores_NSV, ids_V, real_V = _scores(settings, w, b, x_NSD)
         logits_NSV = jnp.where(real_V, scores_NSV, -jnp.inf)
-        target_NS = jnp.sum(jnp.where(ids_V == targets_NS[..., None], logits_NSV, 0.0), axis=-1)
+        target_NS = jnp.sum(jnp.where(ids_V[None, None] == targets_NS[..., None], logits_NSV, 0.0), axis=-1)
         nats_NS = target_NS - jax.nn.logsumexp(logits_NSV, axis=-1)
         return carry, (nats_NS, jnp.argmax(logits_NSV, axis=-1) == targets_NS)
 
