@@ -5,6 +5,7 @@ python -m lslm_jax.main [VERB] --config=FILE --workdir=DIR [--config.KEY=VALUE .
 
 import argparse
 import json
+import keyword
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ VERBS = {
     "evaluate": "evaluate a checkpoint on the held-out examples",
     "generate": "continue, translate, classify or answer prompts, as the model was trained to",
     "export": "write a checkpoint as a Hugging Face directory",
+    "import": "read a pretrained model whole, compare it with its origin, make a run of it",
 }
 
 
@@ -51,6 +53,10 @@ def parser() -> argparse.ArgumentParser:
     written.add_argument("--to", metavar="DIR", help="where to write it")
     types = ("float32", "bfloat16", "float16")
     written.add_argument("--dtype", choices=types, default="float32", help="of the weights in the files")
+    taken = flags.add_argument_group("import")
+    taken.add_argument("--check", action="store_true", help="compare it with transformers, layer by layer")
+    taken.add_argument("--reference", metavar="FILE", help="compare it with what this safetensors file says")
+    taken.add_argument("--tolerance", type=float, default=1e-3, metavar="X", help="of logits, and of hidden states")
     return flags
 
 
@@ -83,7 +89,7 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
 
     from lslm_jax import verbs  # not before the config is known to be sound: this imports jax
 
-    return getattr(verbs, flags.verb)(config, flags)
+    return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
 
 
 def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:
@@ -98,20 +104,24 @@ def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:
 
 def _base(flags: argparse.Namespace) -> Config:
     """The config before settings of the command line: a file's, the run's own, or that of a pretrained model."""
+    if flags.verb == "import" and not flags.pretrained:
+        raise ConfigError("import needs --pretrained=DIR, the model to read")
+    needs_run = not flags.pretrained or flags.verb not in ("generate", "import")
+    reads = flags.verb != "import" or bool(flags.workdir)
     if flags.pretrained:
         from lslm_jax.convert import pretrained
 
         source = pretrained.describe(flags.pretrained)
-        if flags.verb == "generate" and not flags.config:
-            return pretrained.default_config(source)
-    if not flags.workdir and not (flags.pretrained and flags.verb == "generate"):
+        if not (needs_run or flags.config):
+            return pretrained.default_config(source, reads=reads)
+    if not flags.workdir and needs_run:
         raise ConfigError("--workdir=DIR is missing: where the run lives")
     if not flags.config:
         if flags.verb in ("train", "prepare") or flags.pretrained:
             raise ConfigError("--config=FILE is missing, as --config=configs/quickstart.py")
         flags.config = f"{flags.workdir}/config.json"
     config = config_loading.load(flags.config)
-    return pretrained.configure(config, source) if flags.pretrained else config
+    return pretrained.configure(config, source, reads=reads) if flags.pretrained else config
 
 
 if __name__ == "__main__":

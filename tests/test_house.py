@@ -30,8 +30,8 @@ ROWS = [
         "train.manifest",
     ],
     ["evaluate", "train.preemption", "train.manifest"],
-    ["train.identity", "train.checkpoint", "train.begin", "train.loop", "plan"],
-    ["respond"],
+    ["train.identity", "train.checkpoint", "train.begin", "train.exports", "train.loop", "plan"],
+    ["respond", "adopt"],
     ["verbs"],
     ["main"],
 ]

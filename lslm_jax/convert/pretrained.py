@@ -14,6 +14,7 @@ from lslm_jax import atomic, config_loading
 from lslm_jax.config import Config, GenerateConfig, ModelConfig
 from lslm_jax.convert import decoders, encoders, gguf, pairs, safetensors
 from lslm_jax.convert.family import RUN_KEYS, Family
+from lslm_jax.convert.safetensors import Stored
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, InputMissing
 
@@ -105,13 +106,17 @@ def is_pretrained(directory: epath.Path) -> bool:
     return _is_gguf(directory) or (path.is_file() and "model_type" in atomic.read_json(path))
 
 
+def tensors(source: Pretrained) -> Mapping[str, Stored]:
+    """Where the weights of a directory lie, by their names there; InputMissing or DataError where they do not."""
+    path = source.directory
+    return gguf.tensors(path) if _is_gguf(path) else safetensors.open_directory(path)
+
+
 def load(source: Pretrained, objective: str, abstract: Any, fresh: Any = None) -> Any:
     """The weights of a directory: `weights.Loaded`, with the errors of `weights.load` and `safetensors`."""
     from lslm_jax.convert import weights
 
-    path = source.directory
-    tensors = gguf.tensors(path) if _is_gguf(path) else safetensors.open_directory(path)
-    return weights.load(tensors, source.family, source.model, objective, abstract, fresh)
+    return weights.load(tensors(source), source.family, source.model, objective, abstract, fresh)
 
 
 # How a run takes it up.
@@ -132,11 +137,17 @@ _OBJECTIVES = {
     "ForConditionalGeneration": "seq2seq",
     "MTModel": "seq2seq",
 }
-_EXAMPLES = {"classification": "label", "tagging": "tags", "qa": "qa", "seq2seq": "pair"}
+_POOLED = ("classification", "regression")  # whose heads read the whole row
+_EXAMPLES = {"classification": "label", "regression": "label", "tagging": "tags", "qa": "qa", "seq2seq": "pair"}
 
 
-def configure(config: Config, source: Pretrained) -> Config:
+def configure(config: Config, source: Pretrained, *, reads: bool = True) -> Config:
     """A config whose model, vocabulary and first weights are those of a directory.
+
+    Args:
+      config: all else.
+      source: the directory.
+      reads: whether text will be read; else the vocabulary may be missing.
 
     Raises:
       InputMissing: there is no vocabulary that can be read.
@@ -144,15 +155,20 @@ def configure(config: Config, source: Pretrained) -> Config:
     model = replace(source.model, **{name: getattr(config.model, name) for name in RUN_KEYS})
     if config.model.pool != ModelConfig().pool:
         model = replace(model, pool=config.model.pool)
+    config = replace(config, model=model, train=replace(config.train, init_from=str(source.directory)))
+    if not reads:
+        return config
     path = vocabulary(source.directory)
     tokenizer = replace(config.tokenizer, kind=_VOCABULARIES.get(path.name, "huggingface"), path=str(path))
-    return replace(
-        config, model=model, tokenizer=tokenizer, train=replace(config.train, init_from=str(source.directory))
-    )
+    return replace(config, tokenizer=tokenizer)
 
 
-def default_config(source: Pretrained) -> Config:
+def default_config(source: Pretrained, *, reads: bool = True) -> Config:
     """A config for what the directory's model was trained to do, and how its makers let it write.
+
+    Args:
+      source: the directory.
+      reads: as in `configure`.
 
     Raises:
       InputMissing: there is no vocabulary that can be read.
@@ -160,17 +176,28 @@ def default_config(source: Pretrained) -> Config:
     """
     with _well_formed(f"{source.directory}: "):
         objective = task_of(source)
-        config = configure(Config(), source)
-        labels = source.settings.get("id2label") if objective in ("classification", "tagging") else None
+        config = configure(Config(), source, reads=reads)
         data = replace(
             config.data,
             source="synthetic",
             example=_EXAMPLES.get(objective, "text"),
-            labels=tuple(str(labels[key]) for key in sorted(labels, key=int)) if labels else (),
+            labels=labels(source, objective),
             seq_len=min(config.data.seq_len, source.model.max_length),
         )
         task = replace(config.task, objective=objective)
-        return _typed(replace(config, data=data, task=task, generate=generation(source.directory)))
+        config = replace(config, generate=generation(source.directory)) if reads else config
+        return _typed(replace(config, data=data, task=task))
+
+
+def labels(source: Pretrained, objective: str) -> tuple[str, ...]:
+    """Names of the classes or tags that its head tells apart, in the order of their numbers; () of other heads."""
+    if objective not in ("classification", "tagging"):
+        return ()
+    with _well_formed(f"{source.directory}: "):
+        named = source.settings.get("id2label")
+        if not named:  # transformers does not write down what its own default is
+            return tuple(f"LABEL_{i}" for i in range(int(source.settings.get("num_labels", 2))))
+        return tuple(str(named[key]) for key in sorted(named, key=int))
 
 
 def task_of(source: Pretrained) -> str:
@@ -186,7 +213,8 @@ def task_of(source: Pretrained) -> str:
         raise ConfigError(
             f"{source.directory} does not say what its model is for (architectures: {named}): add --config=FILE"
         )
-    return found[0]
+    is_number = found[0] == "classification" and source.settings.get("problem_type") == "regression"
+    return "regression" if is_number else found[0]
 
 
 def vocabulary(directory: epath.Path) -> epath.Path:
@@ -243,11 +271,13 @@ def family_of(model: ModelConfig, objective: str) -> Family:
         if objective not in family.classes:
             continue
         try:
-            family.write(model)
+            read = family.read(family.write(model))
         except ConfigError as error:
             problems.append(str(error))
             continue
-        return family
+        if objective not in _POOLED or read.pool == model.pool:
+            return family
+        problems.append(f"{family.model_type} has no model.pool={model.pool}")
     if not problems:
         raise ConfigError(f"no family of Hugging Face has models for task.objective={objective}")
     raise ConfigError(f"no family of Hugging Face has such models: {'; '.join(problems)}")

@@ -70,15 +70,9 @@ def load(
       DataError: weights are missing, have other shapes, or there are some that such a model has no place for.
     """
     wanted, given = flatten(abstract), {} if fresh is None else flatten(fresh)
-    tensors = {_modern(name): tensor for name, tensor in tensors.items()}
-    stand_ins = {name: tensors[other] for name, other in family.stand_ins.items() if other in tensors}
-    tensors = stand_ins | tensors
-    uses = _uses(family, config, objective, wanted, bare=_is_bare(tensors, family))
+    tensors, stand_ins, uses = _matched(tensors, family, config, objective, wanted)
+    heads = [name for name in _unfit_heads(tensors, uses) if name in given]
     parts = [(name, use) for name, several in uses.items() for use in several]
-    fits = lambda name, use: name in tensors and _shape(tensors[name], use) == use.layout.shape
-    heads = sorted(
-        {use.ours for name, use in parts if use.ours in given and use.ours.startswith(_HEAD) and not fits(name, use)}
-    )
     if lacking := {name for name, use in parts if name not in tensors and use.ours not in heads}:
         raise DataError(f"the weights lack {len(lacking)} tensors of a {family.model_type}: {_some(lacking)}")
     uses = {name: kept for name, several in uses.items() if (kept := [use for use in several if use.ours not in heads])}
@@ -89,6 +83,31 @@ def load(
         )
     arrays = _read(tensors, uses, wanted, config)
     return Loaded(unflatten(abstract, arrays | {name: given[name] for name in heads}), heads, skipped)
+
+
+def lacking_heads(
+    tensors: Mapping[str, Stored], family: Family, config: ModelConfig, objective: str, abstract: Any
+) -> list[str]:
+    """Names of the parameters of a head for which `load`, with the same arguments, needs fresh ones."""
+    tensors, _, uses = _matched(tensors, family, config, objective, flatten(abstract))
+    return _unfit_heads(tensors, uses)
+
+
+def _matched(
+    tensors: Mapping[str, Stored], family: Family, config: ModelConfig, objective: str, wanted: Mapping[str, Any]
+) -> tuple[dict[str, Stored], dict[str, Stored], dict[str, list[_Use]]]:
+    """All tensors by the names of today, those of them that stand in for others, and what each holds."""
+    tensors = {_modern(name): tensor for name, tensor in tensors.items()}
+    stand_ins = {name: tensors[other] for name, other in family.stand_ins.items() if other in tensors}
+    tensors = stand_ins | tensors
+    return tensors, stand_ins, _uses(family, config, objective, wanted, bare=_is_bare(tensors, family))
+
+
+def _unfit_heads(tensors: Mapping[str, Stored], uses: Mapping[str, list[_Use]]) -> list[str]:
+    """Parameters of a head that are not there, or of another shape."""
+    fits = lambda name, use: name in tensors and _shape(tensors[name], use) == use.layout.shape
+    heads = [(name, use) for name, several in uses.items() for use in several if use.ours.startswith(_HEAD)]
+    return sorted({use.ours for name, use in heads if not fits(name, use)})
 
 
 def _read(
