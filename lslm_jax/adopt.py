@@ -98,17 +98,19 @@ def compare(loaded: Any, source: Pretrained, config: Config, file: str | None, t
     if file:
         reference = check.read_reference(epath.Path(file).expanduser().absolute(), config.model)
     else:
-        reference = theirs.read(source, objective, check.rows(source, config.seed))
+        reference = theirs.read(source, objective, check.sample_rows(source, config.seed))
     return check.compare(loaded.model, objective, reference, tolerance, heads=not loaded.fresh)
 
 
 def verdict(source: Pretrained, found: Comparison, tolerance: float) -> str:
     """What went wrong, in a line."""
-    outputs = "hidden states" if found.max_difference is None else f"logits differ by {found.max_difference:.2g}"
-    where = "the output layer" if found.parts_at is None else found.parts_at
-    where += f" (by {found.layers[found.parts_at]:.2g}, relative)" if found.parts_at else ""
-    where = where if found.layers else "where, the reference does not tell"
-    return f"{source.directory}: {outputs} from {found.name} (tolerance {tolerance:g}); they first part at {where}"
+    by = "" if found.max_difference is None else f" by {found.max_difference:.2g}"
+    what = f"{'logits' if by else 'hidden states'} differ{by} from those of {found.name} (tolerance {tolerance:g})"
+    if found.parts_at:
+        where = f"they first part at {found.parts_at} (by {found.layers[found.parts_at]:.2g}, relative)"
+    else:
+        where = "they first part at the output layer" if found.layers else "of hidden states it does not tell"
+    return f"{source.directory}: {what}; {where}"
 
 
 def require_free(workdir: epath.Path) -> None:

@@ -75,8 +75,8 @@ _NOT_NEGATIVE = (
     "model.token_types model.window model.position_offset model.rope_local_theta model.attention_scale "
     "model.attention_softcap model.logit_softcap data.source_len "
     "data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss optimizer.warmup_steps "
-    "optimizer.weight_decay optimizer.clip checkpoint.keep_every checkpoint.export_every eval.every eval.batches generate.temperature "
-    "generate.top_k"
+    "optimizer.weight_decay optimizer.clip checkpoint.keep_every checkpoint.export_every eval.every eval.batches "
+    "generate.temperature generate.top_k"
 ).split()
 _BELOW_ONE = (
     "model.dropout data.valid_fraction task.mask_rate train.label_smoothing train.ema optimizer.b1 optimizer.b2 "

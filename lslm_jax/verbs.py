@@ -64,8 +64,7 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         if config.checkpoint.best and not held_out:
             raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
         setting = _setting(config, facts, data_dir, mesh, [data, *held_out.values()])
-        exporting = config.checkpoint.export_every and setting.words
-        exporter = Exporter(config, setting.words, setting.labels) if exporting else None
+        exporter = Exporter(config, setting.words, setting.labels) if config.checkpoint.export_every else None
         made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh)
         summary = train_loop(
             config,

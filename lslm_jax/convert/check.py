@@ -203,7 +203,7 @@ def _read(layer: Any, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: ja
 # Rows to compare on.
 
 
-def rows(source: Pretrained, seed: int) -> Batch:
+def sample_rows(source: Pretrained, seed: int) -> Batch:
     """Random rows of several lengths, the same for the same seed, padded with what the directory pads with.
 
     The longest reaches beyond a window, if that takes no more than 1024 tokens.

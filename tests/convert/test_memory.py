@@ -1,0 +1,96 @@
+"""How much memory reading a model takes: its own, and at no time much more."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+
+from lslm_jax.convert import pretrained, safetensors
+from lslm_jax.convert.safetensors import Source
+
+D, F, V, L = 2048, 8192, 32_000, 15
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": L,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+SHAPES = {
+    "input_layernorm": (D,),
+    "self_attn.q_proj": (D, D),
+    "self_attn.k_proj": (D // 2, D),
+    "self_attn.v_proj": (D // 2, D),
+    "self_attn.o_proj": (D, D),
+    "post_attention_layernorm": (D,),
+    "mlp.gate_proj": (F, D),
+    "mlp.up_proj": (F, D),
+    "mlp.down_proj": (D, F),
+}
+
+# Reads the model as a user would, in a process of its own, and tells by how much its memory grew at most. What a file's
+# pages take in the kernel's cache is not counted: they are read, not mapped.
+READ = """
+import json, re, sys, pathlib
+from lslm_jax import verbs
+from lslm_jax.main import main
+import jax
+
+jax.devices()
+status = lambda name: int(re.search(name + r":\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) << 10
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = status("VmRSS")
+try:
+    main(sys.argv[1:])
+finally:
+    print(json.dumps({"grown": status("VmHWM") - before}))
+"""
+
+
+def write(directory):
+    """Two gigabytes of bfloat16 in five files."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 1 << 14, V * D, np.uint16)  # small numbers, all of them
+    bfloat16 = safetensors._TYPES["BF16"]
+
+    def source(shape):
+        return Source(bfloat16, shape, lambda: noise[: int(np.prod(shape))].view(bfloat16).reshape(shape))
+
+    layers = {f"model.layers.{i}.{name}.weight": source(shape) for i in range(L) for name, shape in SHAPES.items()}
+    ends = {"model.embed_tokens.weight": source((V, D)), "model.norm.weight": source((D,))}
+    safetensors.write_directory(directory, ends | layers, limit=450_000_000)
+    (directory / "config.json").write_text(json.dumps(LLAMA))
+    return pretrained.describe(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is measured by Linux's means")
+def test_reading_takes_the_models_own_memory_and_less_than_two_tensors_more(tmp_path):
+    source = write(epath.Path(tmp_path))
+    tensors = pretrained.tensors(source).values()
+    largest = max(int(np.prod(tensor.shape)) * tensor.dtype.itemsize for tensor in tensors)
+    flags = ["import", f"--pretrained={tmp_path}", "--config.mesh.data=1", "--config.mesh.fsdp=8"]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    try:
+        found = subprocess.run([sys.executable, "-c", READ, *flags], env=env, capture_output=True, text=True)
+    finally:
+        for path in tmp_path.glob("*.safetensors"):
+            path.unlink()
+    assert found.returncode == 0, found.stderr
+    summary, measured = map(json.loads, found.stdout.splitlines())
+    own = 4 * summary["parameters"]
+    over = measured["grown"] - own
+    figures = {"file": summary["bytes"], "model": own, "largest tensor": largest, "beyond the model": over}
+    print(", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in figures.items()))
+    assert len(summary["files"]) >= 4 and summary["bytes"] > 1.9e9
+    assert over < 2 * largest
