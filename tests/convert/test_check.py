@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sys
 
 import pytest
+from safetensors.numpy import save_file
 from test_import import tamper
 from test_parity import CASES, make
 
@@ -59,8 +61,6 @@ def test_a_model_parts_from_theirs_at_the_layer_whose_weight_was_tampered_with(n
 
 
 def test_hidden_states_that_transformers_gives_are_a_reference(tmp_path, command):
-    from safetensors.numpy import save_file
-
     model = make(CASES["llama3"]).eval()
     model.save_pretrained(tmp_path)
     ids = torch.arange(2, 42).reshape(2, 20)
@@ -74,6 +74,6 @@ def test_hidden_states_that_transformers_gives_are_a_reference(tmp_path, command
 
 
 def test_without_the_packages_it_tells_which_are_missing(shared, monkeypatch, command):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     message = command("import", f"--pretrained={shared}/models/stories260K", "--check", code=2)
     assert message.endswith("pip install torch transformers; or compare with --reference=FILE")

@@ -1,4 +1,4 @@
-"""`import`: a directory of others becomes a run of ours, or is told in one line why not; references that part from it."""
+"""`import`: a directory of others becomes a run of ours, or is refused in one line; what other programs say of it."""
 
 import json
 import shutil
@@ -11,11 +11,12 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
-from lslm_jax.config import Config, ModelConfig, TaskConfig
+from lslm_jax.config import Config, TaskConfig
 from lslm_jax.config_checks import fill_sizes
-from lslm_jax.convert import check
+from lslm_jax.convert import check, pretrained
 from lslm_jax.convert.export import Exporter
 from lslm_jax.data.tokenizer import Bytes
+from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, presets
 
 SIZES = {"num_layers": 3, "d_model": 32, "num_heads": 2, "max_length": 64, "vocab_size": 300}
@@ -114,17 +115,17 @@ def test_half_precision_in_several_files_is_read_without_a_vocabulary(llama, tmp
     arrays = load_file(llama / "model.safetensors")
     names = sorted(arrays)
     places = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
-    for file in set(places.values()):
-        half = {name: arrays[name].astype(ml_dtypes.bfloat16) for name in names if places[name] == file}
-        save_file(half | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, "f4")} if "0" in file else half,
-                  tmp_path / file)  # fmt: skip
-    places["model.layers.0.self_attn.rotary_emb.inv_freq"] = "model-0.safetensors"
+    waves = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    for i, more in enumerate((waves, {})):
+        half = {name: arrays[name].astype(ml_dtypes.bfloat16) for name in names[i::2]}
+        save_file(half | more, tmp_path / f"model-{i}.safetensors")
+    places |= dict.fromkeys(waves, "model-0.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     shutil.copy(llama / "config.json", tmp_path)
     summary = json.loads(command("import", f"--pretrained={tmp_path}"))
     assert summary["files"] == ["model-0.safetensors", "model-1.safetensors"]
     assert summary["dtype"] == "bfloat16, float32"
-    assert summary["skipped"] == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    assert summary["skipped"] == list(waves)
     message = command("import", f"--pretrained={tmp_path}", f"--workdir={tmp_path}/run", code=66)
     assert "holds no vocabulary" in message
 
@@ -312,22 +313,14 @@ HOSTILE = {
     "offsets that lie": (lambda d: lie(d / "model.safetensors", shift), 65, "does not begin where the tensor before"),
     "a truncated file": (lambda d: cut(d / "model.safetensors"), 65, "bytes where its header promises"),
     "a path out of the directory": (lambda d: index(d, "../../etc/passwd"), 65, "names '../../etc/passwd', which is"),
-    "a shard that is not there": (
-        lambda d: index(d, "gone.safetensors"),
-        66,
-        "names gone.safetensors, which is missin",
-    ),
+    "a shard that is not there": (lambda d: index(d, "gone.safetensors"), 66, "names gone.safetensors, which is"),
     "pickled weights": (pickle_only, 66, "pickled weights can run code, so they are never opened"),
     "another vocabulary than the weights": (lambda d: say(d, vocab_size=512), 65, "rows where config.json says vocab_"),
     "a smaller one": (lambda d: say(d, vocab_size=299), 65, "has 300 rows where config.json says vocab_size=299"),
     "another width": (lambda d: say(d, hidden_size=64, head_dim=16), 65, "where config.json makes it"),
     "no use": (lambda d: say(d, architectures=["LlamaModel"]), 2, "does not say what its model is for"),
-    "code of its own": (
-        lambda d: say(d, model_type="custom", auto_map={"AutoModel": "evil.Model"}),
-        2,
-        "not supported",
-    ),
-    "no numbers": (lambda d: (d / "config.json").write_text('{"model_type": "llama", "hidden_size": {}}'), 2, "llama"),
+    "code of its own": (lambda d: say(d, model_type="custom", auto_map={"AutoModel": "a.B"}), 2, "not supported"),
+    "no number": (lambda d: say(d, hidden_size={}), 2, "a setting is malformed"),
     "not JSON": (lambda d: (d / "config.json").write_text("{"), 65, "is not JSON"),
 }
 
@@ -337,13 +330,10 @@ def test_a_hostile_directory_is_refused_in_one_line(change, code, message, llama
     directory = tmp_path / "hostile"
     shutil.copytree(llama, directory)
     change(directory)
-    assert message in command("import", f"--pretrained={directory}", code=code) or message == "llama"
+    assert message in command("import", f"--pretrained={directory}", code=code)
 
 
 def test_a_head_that_pools_otherwise_than_its_family_is_not_exported(tmp_path):
-    from lslm_jax.convert import pretrained
-    from lslm_jax.errors import ConfigError
-
     bert = fill_sizes(replace(MODELS["classification"][0], pool="mean"))
     for objective in ("classification", "regression"):
         with pytest.raises(ConfigError, match=r"bert has no model\.pool=mean"):
@@ -352,6 +342,5 @@ def test_a_head_that_pools_otherwise_than_its_family_is_not_exported(tmp_path):
     sizes = SIZES | {"num_labels": 3}
     for pool, theirs in (("mean", "mean"), ("first", "cls")):
         modern = fill_sizes(replace(presets.modern_encoder_base, **sizes, d_ff=64, pool=pool))
-        assert isinstance(modern, ModelConfig)
         family = pretrained.family_of(modern, "classification")
         assert family.model_type == "modernbert" and family.write(modern)["classifier_pooling"] == theirs
