@@ -26,14 +26,16 @@ _PREPARED = {"data.source": "shards"}  # what the manifest says it was prepared 
 
 def settle(config: Config, source: Pretrained) -> Config:
     """The config of a run that has a model and no data, with the labels that the model's head tells apart."""
-    labels = config.data.labels or pretrained.labels(source, config.task.objective)
+    objective, given = config.task.objective, config.data
+    says = given.source != "synthetic" and not given.mixture
+    labels = given.labels or pretrained.labels(source, objective)
     data = DataConfig(
         source="shards",
-        example=config.data.example,
-        prefix=config.data.prefix,
+        example=given.example if says else pretrained.example_of(objective),
+        prefix=given.prefix,
         labels=labels,
-        seq_len=config.data.seq_len,
-        source_len=config.data.source_len,
+        seq_len=given.seq_len,
+        source_len=given.source_len,
     )
     return replace(config, data=data)
 

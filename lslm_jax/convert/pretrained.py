@@ -180,13 +180,18 @@ def default_config(source: Pretrained, *, reads: bool = True) -> Config:
         data = replace(
             config.data,
             source="synthetic",
-            example=_EXAMPLES.get(objective, "text"),
+            example=example_of(objective),
             labels=labels(source, objective),
             seq_len=min(config.data.seq_len, source.model.max_length),
         )
         task = replace(config.task, objective=objective)
         config = replace(config, generate=generation(source.directory)) if reads else config
         return _typed(replace(config, data=data, task=task))
+
+
+def example_of(objective: str) -> str:
+    """What a model with such an objective was shown, as far as its directory tells."""
+    return _EXAMPLES[objective] if objective in _EXAMPLES else "text"
 
 
 def labels(source: Pretrained, objective: str) -> tuple[str, ...]:
