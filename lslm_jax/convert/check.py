@@ -104,11 +104,11 @@ def compare(model: Any, objective: str, reference: Reference, tolerance: float, 
       DataError: the reference is of another model.
     """
     batch = reference.batch
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), np.errstate(invalid="ignore", over="ignore"):  # NaN is an answer too
         layers = dict(_layers(model, reference))
         # Rows of padding behind the vocabulary are nobody's.
         logits = np.asarray(jax.jit(_logits)(model, batch))[..., : model.config.vocab_size] if heads else None
-    largest, mean, kl, top1 = (None,) * 4 if logits is None else _figures(logits, reference, objective)
+        largest, mean, kl, top1 = (None,) * 4 if logits is None else _figures(logits, reference, objective)
     parts_at = next((place for place, difference in layers.items() if not difference <= tolerance), None)
     tokens = int((batch.weights_BT > 0).sum())
     return Comparison(reference.name, len(batch.tokens_BT), tokens, largest, mean, kl, top1, layers, parts_at)
@@ -274,8 +274,17 @@ def read_reference(path: epath.Path, model: ModelConfig) -> Reference:
     for array in (batch.tokens_BT, tokens_BT):
         if array.shape[1] > model.max_length:
             raise DataError(f"{path} has rows of {array.shape[1]} tokens, the model reads {model.max_length} at most")
-    hidden = {place: tensors[name].read() for place, name in _hidden_names(model) if name in tensors}
-    return Reference(str(path), batch, tensors["logits"].read().astype(np.float32), hidden)
+    numbers = lambda name: _numbers(path, name, tensors[name].read())
+    hidden = {place: numbers(name) for place, name in _hidden_names(model) if name in tensors}
+    return Reference(str(path), batch, numbers("logits"), hidden)
+
+
+def _numbers(path: epath.Path, name: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind in "iub" or array.ndim not in (2, 3):
+        raise DataError(f"{path}: {name} is {array.dtype}{list(array.shape)}, not numbers by row")
+    if not np.isfinite(array := array.astype(np.float32)).all():
+        raise DataError(f"{path}: {name} holds numbers that are not finite")
+    return array
 
 
 def _whole_numbers(path: epath.Path, name: str, array: np.ndarray, size: int) -> np.ndarray:

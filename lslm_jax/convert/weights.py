@@ -104,8 +104,8 @@ def _matched(
 
 
 def _unfit_heads(tensors: Mapping[str, Stored], uses: Mapping[str, list[_Use]]) -> list[str]:
-    """Parameters of a head that are not there, or of another shape."""
-    fits = lambda name, use: name in tensors and _shape(tensors[name], use) == use.layout.shape
+    """Parameters of a head that are not there, or tell something else apart: are of another shape."""
+    fits = lambda name, use: name in tensors and (use.ours in _VOCAB or _shape(tensors[name], use) == use.layout.shape)
     heads = [(name, use) for name, several in uses.items() for use in several if use.ours.startswith(_HEAD)]
     return sorted({use.ours for name, use in heads if not fits(name, use)})
 
