@@ -119,29 +119,38 @@ def _read(
         for use in uses[name]:
             _check(name, tensor, use, config)
     for name, tensor in sorted(present.items(), key=lambda item: (str(item[1].path), item[1].begin)):
-        theirs = tensor.read()
         for use in uses[name]:
-            leaf, ours = wanted[use.ours], use.layout.ours(theirs, use.index)
-            if use.layer is None:
-                arrays[use.ours] = _place(ours, leaf.shape, leaf.dtype, leaf.sharding)
-                continue
-            spec = PartitionSpec(*leaf.sharding.spec[1:])
-            one = _place(ours, leaf.shape[1:], leaf.dtype, NamedSharding(leaf.sharding.mesh, spec))
-            whole = arrays.get(use.ours)
-            whole = _blank(leaf.shape, leaf.dtype, leaf.sharding, use.ours) if whole is None else whole
-            arrays[use.ours] = _put(whole, one, use.layer)
+            if use.ours not in arrays and use.layer is not None:
+                leaf = wanted[use.ours]
+                arrays[use.ours] = _blank(leaf.shape, leaf.dtype, leaf.sharding, use.ours)
+        _take(tensor.read(), uses[name], wanted, arrays)  # and let go of it before the next is read
     return arrays
 
 
+def _take(theirs: np.ndarray, uses: list[_Use], wanted: Mapping[str, Any], arrays: dict[str, jax.Array]) -> None:
+    """Puts one of their tensors into the arrays that it is a part of."""
+    for use in uses:
+        leaf, ours = wanted[use.ours], use.layout.ours(theirs, use.index)
+        if use.layer is None:
+            arrays[use.ours] = _place(ours, leaf.shape, leaf.dtype, leaf.sharding)
+        else:
+            spec = PartitionSpec(*leaf.sharding.spec[1:])
+            one = _place(ours, leaf.shape[1:], leaf.dtype, NamedSharding(leaf.sharding.mesh, spec))
+            arrays[use.ours] = _put(arrays[use.ours], one, use.layer)
+
+
 def _place(ours: np.ndarray, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    """On its devices: each is given its part alone, with zeros for rows of padding."""
+    """On its devices: each is given its part alone, one after another, with zeros for rows of padding."""
 
     def part(index: Any) -> np.ndarray:
         cut = np.asarray(ours[index], dtype)
         rows = len(range(*index[0].indices(shape[0])))
         return np.pad(cut, [(0, rows - len(cut)), *[(0, 0)] * (cut.ndim - 1)]) if len(cut) < rows else cut
 
-    return jax.make_array_from_callback(shape, sharding, part)
+    places = sharding.addressable_devices_indices_map(shape)
+    # A callback would be asked for all parts before the first of them is on its device.
+    parts = [jax.device_put(part(index), device) for device, index in places.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 def _blank(shape: tuple[int, ...], dtype: Any, sharding: Any, name: str) -> jax.Array:

@@ -261,7 +261,7 @@ FAULTS = {
     "logits of another vocabulary": ({"logits": np.ones((2, 20, 299), "f4")}, "logits are [2, 20, 299] where the"),
     "logits that are not finite": (
         {"logits": np.full((2, 20, 300), np.inf, "f4")},
-        "logits holds numbers that are not",
+        "holds numbers that are not finite",
     ),
     "hidden states of another width": (
         {"hidden_states.1": np.ones((2, 20, 31), "f4")},
