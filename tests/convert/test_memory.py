@@ -38,9 +38,9 @@ SHAPES = {
     "mlp.down_proj": (D, F),
 }
 
-# Reads two models as a user would, in a process of its own, and tells by how much its memory grew at most for the second:
-# the first, small one brings in the program and the compiler. What a file's pages take in the kernel's cache is not
-# counted: they are read, not mapped.
+# Reads two models as a user would, in a process of its own, and tells by how much its memory grew at most for the
+# second: the first, small one brings in the program and the compiler. What a file's pages take in the kernel's cache is
+# not counted: they are read, not mapped.
 READ = """
 import contextlib, json, re, sys, pathlib
 from lslm_jax.main import main
@@ -94,7 +94,7 @@ def test_reading_takes_the_models_own_memory_and_less_than_two_tensors_more(tmp_
         for path in large.glob("*.safetensors"):
             path.unlink()
     assert found.returncode == 0, found.stderr
-    summary, measured = map(json.loads, found.stdout.splitlines())
+    _, summary, measured = map(json.loads, found.stdout.splitlines())
     own = 4 * summary["parameters"]
     over = measured["grown"] - own
     figures = {"file": summary["bytes"], "model": own, "largest tensor": largest, "beyond the model": over}
