@@ -339,6 +339,8 @@ class CheckpointConfig:
     """How many of the latest are kept."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for ever. 0: none."""
+    export_every: int = 0
+    """Steps between Hugging Face directories, WORKDIR/exports/STEP; a multiple of every. 0: none."""
     best: str = ""
     """Evaluation metric whose best value's checkpoint is kept too, as `eval/loss` or `eval/bleu`. Empty: none."""
 

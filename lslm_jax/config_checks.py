@@ -83,8 +83,8 @@ _NOT_NEGATIVE = (
     "model.token_types model.lora_rank model.window model.position_offset model.rope_local_theta model.attention_scale "
     "model.attention_softcap model.logit_softcap data.source_len "
     "data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss optimizer.warmup_steps "
-    "optimizer.weight_decay optimizer.clip checkpoint.keep_every eval.every eval.batches generate.temperature "
-    "generate.top_k"
+    "optimizer.weight_decay optimizer.clip checkpoint.keep_every checkpoint.export_every eval.every eval.batches "
+    "generate.temperature generate.top_k"
 ).split()
 _BELOW_ONE = (
     "model.dropout data.valid_fraction task.mask_rate train.label_smoothing train.ema optimizer.b1 optimizer.b2 "
@@ -176,8 +176,6 @@ def _source_problems(source: Source) -> Iterator[str]:
         yield f"{where} source=files needs files"
     if source.source == "tfds" and not source.tfds:
         yield f"{where} source=tfds needs tfds, the data set's name"
-    if source.source == "shards" and isinstance(source, DataConfig) and not source.dir:
-        yield f"{where} source=shards needs data.dir, where they were prepared"
     if isinstance(source, MixtureSource):
         if source.source in ("shards", "synthetic"):
             yield f"{where} source={source.source} cannot be part of a mixture"
@@ -254,6 +252,7 @@ def _run_problems(config: Config) -> Iterator[str]:
         yield f"optimizer.nesterov does not go with optimizer.name={config.optimizer.name}"
     if not 0 < config.optimizer.layer_decay <= 1:
         yield f"optimizer.layer_decay must be in (0, 1], got {config.optimizer.layer_decay}"
+    yield from _export_problems(config)
     best, names = config.checkpoint.best, (*_LOWEST_IS_BEST, *_HIGHEST_IS_BEST)
     if best and not (best.startswith("eval/") and best.rpartition("/")[-1] in names):
         yield f"checkpoint.best wants eval/NAME with NAME one of {', '.join(names)}; got {best!r}"
@@ -263,6 +262,17 @@ def _run_problems(config: Config) -> Iterator[str]:
     profile = config.log.profile
     if profile and (len(profile) != 2 or not 0 <= profile[0] <= profile[1]):
         yield f"log.profile wants a first and a last step, as 100,105, got {','.join(map(str, profile))}"
+
+
+def _export_problems(config: Config) -> Iterator[str]:
+    every, export = config.checkpoint.every, config.checkpoint.export_every
+    if export % every:
+        yield (
+            f"checkpoint.export_every={export} is not a multiple of checkpoint.every={every}, so that each export has "
+            f"its checkpoint: use {_round(export, every)}"
+        )
+    if export and config.data.source == "synthetic" and not config.data.mixture:
+        yield f"checkpoint.export_every={export} needs a vocabulary, which data.source=synthetic lacks"
 
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

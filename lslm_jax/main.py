@@ -5,6 +5,7 @@ python -m lslm_jax.main [VERB] --config=FILE --workdir=DIR [--config.KEY=VALUE .
 
 import argparse
 import json
+import keyword
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ VERBS = {
     "evaluate": "evaluate a checkpoint on the held-out examples",
     "generate": "continue, translate, classify or answer prompts, as the model was trained to",
     "export": "write a checkpoint as a Hugging Face directory",
+    "import": "read a pretrained model whole, compare it with its origin, make a run of it",
 }
 
 
@@ -58,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
     types = ("float32", "bfloat16", "float16")
     written.add_argument("--adapter", action="store_true", help="write what LoRA trained alone, in PEFT's format")
     written.add_argument("--dtype", choices=types, default="float32", help="of the weights in the files")
+    taken = flags.add_argument_group("import")
+    taken.add_argument("--check", action="store_true", help="compare it with transformers, layer by layer")
+    taken.add_argument("--reference", metavar="FILE", help="compare it with what this safetensors file says")
+    taken.add_argument("--tolerance", type=float, default=1e-3, metavar="X", help="of logits, and of hidden states")
     return flags
 
 
@@ -90,7 +96,7 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
 
     from lslm_jax import verbs  # not before the config is known to be sound: this imports jax
 
-    return getattr(verbs, flags.verb)(config, flags)
+    return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
 
 
 def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:
@@ -105,21 +111,27 @@ def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:
 
 def _base(flags: argparse.Namespace) -> Config:
     """The config before settings of the command line: a file's, the run's own, or that of a pretrained model."""
-    needs_no_run = flags.verb == "generate" or (flags.verb == "evaluate" and flags.harness is not None)
+    if flags.verb == "import" and not flags.pretrained:
+        raise ConfigError("import needs --pretrained=DIR, the model to read")
+    harnessed = flags.verb == "evaluate" and flags.harness is not None
+    needs_run = not flags.pretrained or not (flags.verb in ("generate", "import") or harnessed)
+    reads = flags.verb != "import" or bool(flags.workdir)
     if flags.pretrained:
         from lslm_jax.convert import pretrained
 
         source = pretrained.describe(flags.pretrained)
-        if needs_no_run and not flags.config:
-            return pretrained.default_config(source)
-    if not flags.workdir and not (flags.pretrained and needs_no_run):
+        if not (needs_run or flags.config):
+            return pretrained.default_config(source, reads=reads)
+    if not flags.workdir and needs_run:
         raise ConfigError("--workdir=DIR is missing: where the run lives")
     if not flags.config:
         if flags.verb in ("train", "prepare") or flags.pretrained:
             raise ConfigError("--config=FILE is missing, as --config=configs/quickstart.py")
         flags.config = f"{flags.workdir}/config.json"
     config = config_loading.load(flags.config)
-    return pretrained.configure(config, source, trains=flags.verb == "train") if flags.pretrained else config
+    if not flags.pretrained:
+        return config
+    return pretrained.configure(config, source, reads=reads, trains=flags.verb == "train")
 
 
 if __name__ == "__main__":

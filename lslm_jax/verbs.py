@@ -1,10 +1,9 @@
 """What each verb of the command line does: opens the rooms, puts them together, returns the JSON that it ends with."""
 
 import argparse
-import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +11,18 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import atomic, config_checks, config_loading, respond
+from lslm_jax import adopt, atomic, config_checks, config_loading, respond
 from lslm_jax.config import Config
 from lslm_jax.convert import pretrained
+from lslm_jax.convert.export import Exporter, family_of
 from lslm_jax.convert.export import export as write_pretrained
 from lslm_jax.convert.export import export_adapter as write_adapter
-from lslm_jax.data import pipeline, tokenizer
+from lslm_jax.data import pipeline, records, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.special import special_ids
-from lslm_jax.errors import ConfigError, InputMissing, SaveError
-from lslm_jax.evaluate import harness, metrics, tasks
+from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
+from lslm_jax.evaluate import harness, tasks
 from lslm_jax.evaluate.evaluator import Report, Setting
 from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
@@ -30,11 +30,11 @@ from lslm_jax.observe import json_values
 from lslm_jax.progress import say
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, identity
+from lslm_jax.train.exports import Exports
 from lslm_jax.train.loop import train as train_loop
 from lslm_jax.train.state import abstract_model
 
 _KEYS = {"valid": "valid_files, _fraction or _split", "test": "test_files or _split"}  # that hold examples out
-GZIP_LIMIT = 1 << 26  # bytes of held-out text above which the comparison with gzip is left out: it takes seconds
 
 
 def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
@@ -53,6 +53,8 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         return finished
 
     data_dir = _data_dir(config, workdir)
+    if config.checkpoint.export_every:
+        family_of(config.model, config.task.objective)  # before anything slow: there may be none
     prepare_data(config, data_dir, say)
     config, facts = _resolve(config, data_dir)
     atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
@@ -62,6 +64,7 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         if config.checkpoint.best and not held_out:
             raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
         setting = _setting(config, facts, data_dir, mesh, [data, *held_out.values()])
+        exporter = Exporter(config, setting.words, setting.labels) if config.checkpoint.export_every else None
         made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh)
         summary = train_loop(
             config,
@@ -72,8 +75,9 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
             checkpoint.Checkpoints(workdir, config.checkpoint, made_by),
             evaluate=tasks.make(setting, held_out) if held_out else None,
             sample=respond.sampler(setting) if config.generate.prompts and setting.words else None,
+            exports=Exports(workdir, config.checkpoint, exporter) if exporter else None,
         )
-        summary = json_values(summary | _gzip_baseline(setting, held_out))
+        summary = json_values(summary | tasks.gzip_baseline(setting, held_out))
     atomic.write(result, json.dumps(summary).encode() + b"\n")
     return summary
 
@@ -98,7 +102,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         model, step = _load_model(config, flags, mesh)
         setting = _setting(config, facts, data_dir, mesh, list(held_out.values()))
         report = tasks.make(setting, held_out)(model)
-        baseline = _gzip_baseline(setting, held_out)
+        baseline = tasks.gzip_baseline(setting, held_out)
     _write_samples(workdir, f"{step}-{flags.split}", report)
     results = {f"eval/{name}": value for name, value in (report.metrics | report.facts).items()}
     return json_values({"step": step, **results, **baseline})
@@ -144,7 +148,8 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
     with jax.set_mesh(mesh):
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
-        if config.task.objective == "qa" and not flags.pretrained:
+        # Of a model that was imported, nothing is known of what it was trained on.
+        if config.task.objective == "qa" and not flags.pretrained and (data_dir / "train").exists():
             starts_N = Shards.open(data_dir / "train").numbers[:, 0]
             setting = setting._replace(answerable=bool((starts_N >= 0).all()))
         model, step = _load_model(config, flags, mesh)
@@ -178,6 +183,34 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
             return {"step": step} | write_adapter(to, model, config)
         written = write_pretrained(to, model, config, setting.words, setting.labels, flags.dtype, measured)
         return {"step": step} | written
+
+
+def import_(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
+    """`import`: reads a pretrained model whole, compares it where that is asked, keeps it as a run with --workdir.
+
+    Raises:
+      DataError: it says something else than its origin; the JSON that tells how much is printed all the same.
+    """
+    if not flags.tolerance > 0:
+        raise ConfigError(f"--tolerance must be positive, got {flags.tolerance}")
+    mesh, source = _mesh_without_batch(config), pretrained.describe(flags.pretrained)
+    workdir = _workdir(flags) if flags.workdir else None
+    if workdir:
+        adopt.require_free(workdir)
+    config = adopt.settle(config, source)
+    config, facts = _resolve_pretrained(config) if workdir else (adopt.with_labels(config), {})
+    with jax.set_mesh(mesh):
+        loaded, summary = adopt.read(source, config, mesh)
+        if flags.check or flags.reference:
+            found = adopt.compare(loaded, source, config, flags.reference, flags.tolerance)
+            say(found.table())
+            summary["check"] = json_values(found._asdict()) | {"layers": json_values(found.layers)}
+            if not found.holds(flags.tolerance):
+                print(json.dumps(json_values(summary)))
+                raise DataError(adopt.verdict(source, found, flags.tolerance))
+        if workdir:
+            adopt.write(workdir, loaded.model, config, facts, mesh)
+    return json_values(summary)
 
 
 def _mesh_without_batch(config: Config) -> Mesh:
@@ -231,9 +264,7 @@ def _resolve(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, An
         if not path.exists():
             raise InputMissing(f"{data_dir} holds no prepared data (no manifest.json): run prepare or train first")
         facts = atomic.read_json(path)
-        # Of the content alone: the same shards may lie elsewhere.
-        contents = {name: split["manifest_sha256"] for name, split in facts["splits"].items()}
-        facts["sha256"] = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+        facts["sha256"] = records.content_sha256(facts)
     facts.setdefault("labels", [])  # written by earlier versions
     return _with_vocabulary(config, facts)
 
@@ -292,13 +323,3 @@ def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[
     else:
         step = checkpoint.latest_step(directory)
     return checkpoint.load_model(directory, abstract_model(config, mesh), step), step
-
-
-def _gzip_baseline(setting: Setting, held_out: Mapping[str, pipeline.EvalInput]) -> dict[str, float]:
-    """What gzip makes of the same held-out text, where bits a byte are counted and it is small enough to ask."""
-    if setting.config.task.objective != "causal" or not held_out:
-        return {}
-    if sum(part.num_bytes() for part in held_out.values()) > GZIP_LIMIT:
-        return {}
-    texts = (setting.words.decode(ids) for part in held_out.values() for ids in part.documents())
-    return {"gzip_bits_per_byte": metrics.gzip_bits_per_byte(texts)}

@@ -229,7 +229,6 @@ def test_a_missing_file_is_a_missing_input():
         ("model.attention=cudnn", "model.attention=cudnn needs model.dtype=bfloat16"),
         ("data.files=", "data: source=files needs files"),
         ("data.source=tfds", "data: source=tfds needs tfds, the data set's name"),
-        ("data.source=shards", "data: source=shards needs data.dir, where they were prepared"),
         (
             "data.packing=bins data.mask_documents=false",
             "data.packing=bins needs data.mask_documents=true: several pieces or padding share a row",

@@ -30,8 +30,8 @@ ROWS = [
         "train.manifest",
     ],
     ["evaluate", "train.preemption", "train.manifest"],
-    ["train.identity", "train.checkpoint", "train.begin", "train.loop", "plan"],
-    ["respond"],
+    ["train.identity", "train.checkpoint", "train.begin", "train.exports", "train.loop", "plan"],
+    ["respond", "adopt"],
     ["verbs"],
     ["main"],
 ]
@@ -39,6 +39,7 @@ ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "sentencepiece", "clu"}
 SLOW_OR_OPTIONAL = TENSORFLOW | {"tokenizers", "datasketch", "pyarrow", "sacrebleu", "sklearn", "scipy"}
+SLOW_OR_OPTIONAL |= {"torch", "transformers", "gguf"}
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 MAX_FILE, MAX_FUNCTION, MAX_P90, MAX_MEDIAN, MAX_KEYS = 330, 80, 50, 15, 160
 

@@ -1,13 +1,17 @@
-"""What an adapter's directory says of it: PEFT's adapter_config.json."""
+"""What an adapter's directory holds, in the format of the PEFT package."""
 
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from lslm_jax import atomic
+from lslm_jax.convert import safetensors
+from lslm_jax.convert.safetensors import Tensor
 from lslm_jax.errors import ConfigError, InputMissing
 
 SETTINGS = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of the names of tensors
 TASKS = {
     "CAUSAL_LM": "causal",
     "SEQ_2_SEQ_LM": "seq2seq",
@@ -68,3 +72,20 @@ def base_of(adapter: Adapter) -> epath.Path | str:
     if len(adapter.base.split("/")) != 2:
         raise InputMissing(f"{adapter.directory} was trained on {adapter.base}, which is not here")
     return f"hf://{adapter.base}"
+
+
+def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """What it holds of modules that were trained whole, such as heads, by their names in the model."""
+    return {name: tensor for name, tensor in tensors(adapter).items() if ".lora_" not in name}
+
+
+def tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """All that it holds, by the names of modules in the model.
+
+    Raises:
+      InputMissing, DataError: it has no weights, or they cannot be read.
+    """
+    path = adapter.directory / WEIGHTS
+    if not path.is_file():
+        raise InputMissing(f"{adapter.directory} holds no {WEIGHTS}")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in safetensors.read_header(path).items()}

@@ -2,22 +2,86 @@
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
 from lslm_jax import atomic, config_loading
-from lslm_jax.config import Config, GenerateConfig
-from lslm_jax.convert import peft, pretrained, safetensors, weights
+from lslm_jax.config import Config, GenerateConfig, ModelConfig
+from lslm_jax.convert import peft, safetensors, weights
+from lslm_jax.convert.family import Family
+from lslm_jax.convert.pretrained import FAMILIES
+from lslm_jax.convert.safetensors import Source
 from lslm_jax.data import tokenizer_json
 from lslm_jax.data.marian import Marian
 from lslm_jax.data.tokenizer_base import Tokenizer
 from lslm_jax.errors import ConfigError
-from lslm_jax.trees import flatten
 
+_POOLED = ("classification", "regression")  # whose heads read the whole row
 _PACKAGES = ("lslm_jax", "jax", "flax")
+
+
+class Exporter:
+    """Writes models of one config as Hugging Face directories.
+
+    Attributes:
+      model_type: of the family that has such models.
+    """
+
+    def __init__(self, config: Config, words: Tokenizer, labels: list[str], dtype: str = "float32"):
+        """Settles all that does not depend on weights.
+
+        Args:
+          config: resolved.
+          words: the vocabulary.
+          labels: of classes or tags.
+          dtype: of the weights in the files.
+
+        Raises:
+          ConfigError: no family of Hugging Face has such a model, or its vocabulary cannot be exported.
+        """
+        objective = config.task.objective
+        self._config, self._dtype = config, dtype
+        self._family = family = family_of(config.model, objective)
+        self.model_type = family.model_type
+        self._tokens = tokens = {"bos": words.bos_id, "eos": words.eos_id, "pad": words.pad_id}
+        settings = export_settings(family, config.model, objective, dtype, tokens, labels)
+        self._settings = _json(settings)
+        self._texts = _vocabulary(words, config.model.family)
+        if objective in ("causal", "seq2seq"):
+            self._texts["generation_config.json"] = _json(_generation(config.generate, tokens, config.model.family))
+
+    def sources(self, model: Any) -> dict[str, Source]:
+        """The weights as the family has them, each fetched from its devices when its turn comes."""
+        return weights.sources(model, self._family, self._config.model, self._config.task.objective, self._dtype)
+
+    def fetch(self, model: Any) -> dict[str, Source]:
+        """The same, fetched now: the arrays of the model may be donated afterwards."""
+        fetched = {name: (source, source.make()) for name, source in self.sources(model).items()}
+        return {name: source._replace(make=lambda array=array: array) for name, (source, array) in fetched.items()}
+
+    def write(self, directory: epath.Path, sources: Mapping[str, Source], metrics: Mapping[str, Any]) -> list[str]:
+        """Writes it all, config.json last, so that half of it is nothing; returns the names of the files.
+
+        Args:
+          directory: made if it is missing.
+          sources: the weights.
+          metrics: of the model card.
+
+        Raises:
+          SaveError: the directory cannot be written.
+        """
+        with atomic.saving(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        files = safetensors.write_directory(directory, sources)
+        card = _card(self._config, self.model_type, num_parameters(sources), metrics)
+        texts = self._texts | {"README.md": card.encode(), "config.json": self._settings}
+        for name, text in texts.items():
+            atomic.write(directory / name, text)
+        return [*files, *texts]
 
 
 def export(
@@ -29,15 +93,12 @@ def export(
     dtype: str,
     metrics: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Writes weights, settings, vocabulary and a model card; config.json comes last, so that half of it is nothing.
+    """Writes weights, settings, vocabulary and a model card.
 
     Args:
       directory: made if it is missing.
       model: with the weights.
-      config: resolved.
-      words: the vocabulary.
-      labels: of classes or tags.
-      dtype: of the weights in the files.
+      config, words, labels, dtype: as of an `Exporter`.
       metrics: of the model card.
 
     Returns:
@@ -47,28 +108,19 @@ def export(
       ConfigError: no family of Hugging Face has such a model, or its vocabulary cannot be exported.
       SaveError: the directory cannot be written.
     """
-    objective = config.task.objective
-    family = pretrained.family_of(config.model, objective)
-    vocabulary = _vocabulary(words, config.model.family)
-    tokens = {"bos": words.bos_id, "eos": words.eos_id, "pad": words.pad_id}
-    settings = pretrained.export_settings(family, config.model, objective, dtype, tokens, labels)
-    sources = weights.sources(model, family, config.model, objective, dtype)
+    exporter = Exporter(config, words, labels, dtype)
+    sources = exporter.sources(model)
     if jax.process_index() != 0:
         for source in sources.values():
             source.make()  # every host takes part in fetching, one writes
         return {}
-    with atomic.saving(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    files = safetensors.write_directory(directory, sources)
-    parameters = sum(leaf.size for name, leaf in flatten(model).items() if ".lora." not in name)
-    texts: dict[str, bytes] = vocabulary | {
-        "README.md": _card(config, family.model_type, parameters, metrics).encode(),
-    }
-    if objective in ("causal", "seq2seq"):
-        texts["generation_config.json"] = _json(_generation(config.generate, tokens, config.model.family))
-    for name, text in (texts | {"config.json": _json(settings)}).items():
-        atomic.write(directory / name, text)
-    return {"model_type": family.model_type, "files": [*files, *texts, "config.json"], "parameters": parameters}
+    files = exporter.write(directory, sources, metrics)
+    return {"model_type": exporter.model_type, "files": files, "parameters": num_parameters(sources)}
+
+
+def num_parameters(sources: Mapping[str, Source]) -> int:
+    """Entries of all tensors together."""
+    return sum(math.prod(source.shape) for source in sources.values())
 
 
 def export_adapter(directory: epath.Path, model: Any, config: Config) -> dict[str, Any]:
@@ -84,7 +136,7 @@ def export_adapter(directory: epath.Path, model: Any, config: Config) -> dict[st
     if not config.model.lora_rank:
         raise ConfigError("this run has no adapters (model.lora_rank=0): leave out --adapter")
     objective = config.task.objective
-    family = pretrained.family_of(config.model, objective)
+    family = family_of(config.model, objective)
     files = peft.export(directory, model, family, config.model, objective, config.train.init_from)
     return {"model_type": family.model_type, "files": files}
 
@@ -119,7 +171,12 @@ def _generation(settings: GenerateConfig, tokens: Mapping[str, int], family: str
 def _card(config: Config, model_type: str, parameters: int, metrics: Mapping[str, Any]) -> str:
     """What it is, what it was trained on, how well it does, and what made it."""
     sources = config.data.mixture or (config.data,)
-    data = [f"- {name}" for source in sources for name in (source.tfds, *source.files) if name] or ["- synthetic"]
+    data = [f"- {name}" for source in sources for name in (source.tfds, *source.files) if name]
+    begun = f"the weights of {epath.Path(config.train.init_from).name}" if config.train.init_from else ""
+    if not data and begun:
+        history = f", taken over by lslm_jax ({config.task.objective}) from {begun}."
+    else:
+        history = f", trained with lslm_jax ({config.task.objective})" + f" from {begun}" * bool(begun) + " on"
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
     scores = [f"| {name} | {value:.6g} |" for name, value in metrics.items() if isinstance(value, int | float)]
     return "\n".join(
@@ -128,9 +185,9 @@ def _card(config: Config, model_type: str, parameters: int, metrics: Mapping[str
             "library_name: transformers",
             "---",
             "",
-            f"A {model_type} of {parameters:,} parameters, trained with lslm_jax ({config.task.objective}) on",
+            f"A {model_type} of {parameters:,} parameters{history}",
             "",
-            *data,
+            *(data or ["- synthetic"] * history.endswith("on")),
             "",
             *(["| metric | value |", "| --- | --- |", *scores, ""] if scores else []),
             f"Made with {', '.join(versions)}. All settings:",
@@ -141,3 +198,56 @@ def _card(config: Config, model_type: str, parameters: int, metrics: Mapping[str
             "",
         ]
     )
+
+
+def family_of(model: ModelConfig, objective: str) -> Family:
+    """The first family that has such models.
+
+    Raises:
+      ConfigError: none has; it says what the nearest one lacks.
+    """
+    problems = []
+    for family in FAMILIES:
+        if objective not in family.classes:
+            continue
+        try:
+            read = family.read(family.write(model))
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        if objective not in _POOLED or read.pool == model.pool:
+            return family
+        problems.append(f"{family.model_type} has no model.pool={model.pool}")
+    if not problems:
+        raise ConfigError(f"no family of Hugging Face has models for task.objective={objective}")
+    raise ConfigError(f"no family of Hugging Face has such models: {'; '.join(problems)}")
+
+
+def export_settings(
+    family: Family,
+    model: ModelConfig,
+    objective: str,
+    dtype: str,
+    tokens: Mapping[str, int | None],
+    labels: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+      family: that has such models.
+      model: with all sizes filled in.
+      objective: which head it has.
+      dtype: of the weights.
+      tokens: ids of `bos`, `eos` and `pad`.
+      labels: of classes or tags.
+    """
+    ids = {f"{role}_token_id": id for role, id in tokens.items()}
+    settings = ids | family.write(model) | {"architectures": [family.classes[objective]], "torch_dtype": dtype}
+    if model.family == "encoder_decoder":
+        settings |= {"is_encoder_decoder": True, "decoder_start_token_id": tokens["bos"]}
+    if objective == "regression":
+        settings |= {"num_labels": 1, "problem_type": "regression"}
+    if labels:
+        settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        settings["label2id"] = {label: i for i, label in enumerate(labels)}
+    return settings

@@ -15,15 +15,12 @@ from etils import epath
 from lslm_jax import atomic
 from lslm_jax.config import ModelConfig
 from lslm_jax.convert import safetensors, weights
-from lslm_jax.convert.adapter import SETTINGS, TASKS, Adapter
+from lslm_jax.convert.adapter import PREFIX, SETTINGS, TASKS, WEIGHTS, Adapter, tensors
 from lslm_jax.convert.family import LAYER, Family, Layout, Part, layout
 from lslm_jax.convert.safetensors import Source, Tensor
-from lslm_jax.errors import ConfigError, DataError, InputMissing
+from lslm_jax.errors import ConfigError, DataError
 from lslm_jax.models import lora
 from lslm_jax.trees import flatten, unflatten
-
-WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # of the names of tensors
 
 
 class _Use(NamedTuple):
@@ -36,18 +33,6 @@ class _Use(NamedTuple):
 
 
 # Reading.
-
-
-def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """What it holds of modules that were trained whole, such as heads, by their names in the model."""
-    return {name: tensor for name, tensor in _tensors(adapter).items() if ".lora_" not in name}
-
-
-def _tensors(adapter: Adapter) -> dict[str, Tensor]:
-    path = adapter.directory / WEIGHTS
-    if not path.is_file():
-        raise InputMissing(f"{adapter.directory} holds no {WEIGHTS}")
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in safetensors.read_header(path).items()}
 
 
 def apply(adapter: Adapter, model: Any, family: Family, objective: str) -> Any:
@@ -77,7 +62,7 @@ def apply(adapter: Adapter, model: Any, family: Family, objective: str) -> Any:
 
 def _read(adapter: Adapter, arrays: Mapping[str, Any], family: Family, objective: str) -> dict[str, np.ndarray]:
     """Adapters of ours by name, a [L, *inputs, R] and b [L, R, *outputs], the scale in b; zeros where it has none."""
-    uses, stored = _uses(arrays, family, objective), _tensors(adapter)
+    uses, stored = _uses(arrays, family, objective), tensors(adapter)
     names = sorted(name.removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight"))
     if strangers := [name for name in names if name not in uses]:
         raise DataError(f"{adapter.directory} adapts {strangers[0]}, which a {family.model_type} like this lacks")
@@ -169,14 +154,14 @@ def export(
     for name, several in adapted.items():
         a, b = _theirs(arrays, [use for use in several if f"{use.ours}.lora.a" in arrays])
         for letter, array in (("A", a), ("B", b)):
-            tensors[f"{_PREFIX}{name}.lora_{letter}.weight"] = Source(
+            tensors[f"{PREFIX}{name}.lora_{letter}.weight"] = Source(
                 array.dtype, array.shape, lambda array=array: array
             )
-    tensors |= {_PREFIX + name: source for name, source in tops.items()}
+    tensors |= {PREFIX + name: source for name, source in tops.items()}
     with atomic.saving(directory):
         directory.mkdir(parents=True, exist_ok=True)
     safetensors.write_file(directory / WEIGHTS, tensors)
-    ranks = {name: tensors[f"{_PREFIX}{name}.lora_A.weight"].shape[0] for name in adapted}
+    ranks = {name: tensors[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in adapted}
     atomic.write_json(directory / SETTINGS, _settings(ranks, family, config, objective, base, tops))
     return [WEIGHTS, SETTINGS]
 

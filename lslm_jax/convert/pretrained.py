@@ -4,7 +4,7 @@ Nothing here needs jax before weights are read: a command that cannot work says 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from lslm_jax.config import Config, GenerateConfig, ModelConfig
 from lslm_jax.convert import adapter as adapters
 from lslm_jax.convert import decoders, encoders, gguf, hub, pairs, safetensors
 from lslm_jax.convert.family import RUN_KEYS, Family
+from lslm_jax.convert.safetensors import Stored
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, InputMissing
 
@@ -115,17 +116,21 @@ def is_pretrained(directory: epath.Path) -> bool:
     return atomic.exists(path) and "model_type" in atomic.read_json(path)
 
 
+def tensors(source: Pretrained) -> Mapping[str, Stored]:
+    """Where the weights of a directory lie, by their names there; InputMissing or DataError where they do not."""
+    path = source.directory
+    found = gguf.tensors(path) if _is_gguf(path) else safetensors.open_directory(path)
+    return {**found, **adapters.whole_tensors(source.adapter)} if source.adapter else found
+
+
 def load(source: Pretrained, objective: str, abstract: Any, fresh: Any = None) -> Any:
     """The weights of a directory: `weights.Loaded`, with the errors of `weights.load` and `safetensors`."""
     from lslm_jax.convert import peft, weights
 
-    path, adapter = source.directory, source.adapter
-    tensors = gguf.tensors(path) if _is_gguf(path) else safetensors.open_directory(path)
-    if adapter is None:
-        return weights.load(tensors, source.family, source.model, objective, abstract, fresh)
-    tensors = {**tensors, **peft.whole_tensors(adapter)}
-    loaded = weights.load(tensors, source.family, source.model, objective, abstract, fresh)
-    return loaded._replace(model=peft.apply(adapter, loaded.model, source.family, objective))
+    loaded = weights.load(tensors(source), source.family, source.model, objective, abstract, fresh)
+    if source.adapter is None:
+        return loaded
+    return loaded._replace(model=peft.apply(source.adapter, loaded.model, source.family, objective))
 
 
 # How a run takes it up.
@@ -147,11 +152,17 @@ _OBJECTIVES = {
     "ForConditionalGeneration": "seq2seq",
     "MTModel": "seq2seq",
 }
-_EXAMPLES = {"classification": "label", "tagging": "tags", "qa": "qa", "seq2seq": "pair"}
+_EXAMPLES = {"classification": "label", "regression": "label", "tagging": "tags", "qa": "qa", "seq2seq": "pair"}
 
 
-def configure(config: Config, source: Pretrained, *, trains: bool = False) -> Config:
-    """A config whose model, vocabulary and first weights are those of a directory; only to train it wants adapters.
+def configure(config: Config, source: Pretrained, *, reads: bool = True, trains: bool = False) -> Config:
+    """A config whose model, vocabulary and first weights are those of a directory.
+
+    Args:
+      config: all else.
+      source: the directory.
+      reads: whether text will be read; else the vocabulary may be missing.
+      trains: whether it will be trained: only then it has adapters of its own.
 
     Raises:
       InputMissing: there is no vocabulary that can be read.
@@ -160,14 +171,21 @@ def configure(config: Config, source: Pretrained, *, trains: bool = False) -> Co
     model = model if trains else replace(model, lora_rank=0)
     if config.model.pool != ModelConfig().pool:
         model = replace(model, pool=config.model.pool)
-    path = vocabulary(source.directory)
     weights = source.adapter.directory if source.adapter else source.directory
+    config = replace(config, model=model, train=replace(config.train, init_from=str(weights)))
+    if not reads:
+        return config
+    path = vocabulary(source.directory)
     tokenizer = replace(config.tokenizer, kind=_VOCABULARIES.get(path.name, "huggingface"), path=str(path))
-    return replace(config, model=model, tokenizer=tokenizer, train=replace(config.train, init_from=str(weights)))
+    return replace(config, tokenizer=tokenizer)
 
 
-def default_config(source: Pretrained) -> Config:
+def default_config(source: Pretrained, *, reads: bool = True) -> Config:
     """A config for what the directory's model was trained to do, and how its makers let it write.
+
+    Args:
+      source: the directory.
+      reads: as in `configure`.
 
     Raises:
       InputMissing: there is no vocabulary that can be read.
@@ -175,17 +193,33 @@ def default_config(source: Pretrained) -> Config:
     """
     with _well_formed(f"{source.directory}: "):
         objective = task_of(source)
-        config = configure(Config(), source)
-        labels = source.settings.get("id2label") if objective in ("classification", "tagging") else None
+        config = configure(Config(), source, reads=reads)
         data = replace(
             config.data,
             source="synthetic",
-            example=_EXAMPLES.get(objective, "text"),
-            labels=tuple(str(labels[key]) for key in sorted(labels, key=int)) if labels else (),
+            example=example_of(objective),
+            labels=labels(source, objective),
             seq_len=min(config.data.seq_len, source.model.max_length),
         )
         task = replace(config.task, objective=objective)
-        return _typed(replace(config, data=data, task=task, generate=generation(source.directory)))
+        config = replace(config, generate=generation(source.directory)) if reads else config
+        return _typed(replace(config, data=data, task=task))
+
+
+def example_of(objective: str) -> Any:
+    """What a model with such an objective was shown, as far as its directory tells."""
+    return _EXAMPLES[objective] if objective in _EXAMPLES else "text"
+
+
+def labels(source: Pretrained, objective: str) -> tuple[str, ...]:
+    """Names of the classes or tags that its head tells apart, in the order of their numbers; () of other heads."""
+    if objective not in ("classification", "tagging"):
+        return ()
+    with _well_formed(f"{source.directory}: "):
+        named = source.settings.get("id2label")
+        if not named:  # transformers does not write down what its own default is
+            return tuple(f"LABEL_{i}" for i in range(int(source.settings.get("num_labels", 2))))
+        return tuple(str(named[key]) for key in sorted(named, key=int))
 
 
 def task_of(source: Pretrained) -> str:
@@ -203,7 +237,8 @@ def task_of(source: Pretrained) -> str:
         raise ConfigError(
             f"{source.directory} does not say what its model is for (architectures: {named}): add --config=FILE"
         )
-    return found[0]
+    is_number = found[0] == "classification" and source.settings.get("problem_type") == "regression"
+    return "regression" if is_number else found[0]
 
 
 def vocabulary(directory: epath.Path) -> epath.Path:
@@ -245,57 +280,3 @@ def generation(directory: epath.Path) -> GenerateConfig:
     if ours.beams == 1:
         ours = replace(ours, repetition_penalty=float(theirs.get("repetition_penalty") or 1.0))
     return ours
-
-
-# The way out.
-
-
-def family_of(model: ModelConfig, objective: str) -> Family:
-    """The first family that has such models.
-
-    Raises:
-      ConfigError: none has; it says what the nearest one lacks.
-    """
-    problems = []
-    for family in FAMILIES:
-        if objective not in family.classes:
-            continue
-        try:
-            family.write(model)
-        except ConfigError as error:
-            problems.append(str(error))
-            continue
-        return family
-    if not problems:
-        raise ConfigError(f"no family of Hugging Face has models for task.objective={objective}")
-    raise ConfigError(f"no family of Hugging Face has such models: {'; '.join(problems)}")
-
-
-def export_settings(
-    family: Family,
-    model: ModelConfig,
-    objective: str,
-    dtype: str,
-    tokens: Mapping[str, int | None],
-    labels: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The content of config.json.
-
-    Args:
-      family: that has such models.
-      model: with all sizes filled in.
-      objective: which head it has.
-      dtype: of the weights.
-      tokens: ids of `bos`, `eos` and `pad`.
-      labels: of classes or tags.
-    """
-    ids = {f"{role}_token_id": id for role, id in tokens.items()}
-    settings = ids | family.write(model) | {"architectures": [family.classes[objective]], "torch_dtype": dtype}
-    if model.family == "encoder_decoder":
-        settings |= {"is_encoder_decoder": True, "decoder_start_token_id": tokens["bos"]}
-    if objective == "regression":
-        settings |= {"num_labels": 1, "problem_type": "regression"}
-    if labels:
-        settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        settings["label2id"] = {label: i for i, label in enumerate(labels)}
-    return settings

@@ -18,6 +18,7 @@ from lslm_jax.errors import DataError, InputMissing
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_CHUNK = 1 << 24  # bytes that are read at once
 SHARD_BYTES = 5_000_000_000  # of arrays in one file that is written
 _TYPES = {
     "F64": np.dtype(np.float64),
@@ -65,13 +66,16 @@ class Tensor(NamedTuple):
         Raises:
           DataError: the file has become shorter.
         """
-        size = math.prod(self.shape) * self.dtype.itemsize
+        content = np.empty(math.prod(self.shape) * self.dtype.itemsize, np.uint8)
         with self.path.open("rb") as stream:
             stream.seek(self.begin)
-            content = bytearray(stream.read(size))
-        if len(content) < size:
-            raise DataError(f"{self.path} is cut short")
-        return np.frombuffer(content, self.dtype).reshape(self.shape)
+            for begin in range(0, content.size, _CHUNK):  # not at once: the host would hold it twice
+                into = content[begin : begin + _CHUNK]
+                part = stream.read(into.size)
+                if len(part) < into.size:
+                    raise DataError(f"{self.path} is cut short")
+                into[:] = np.frombuffer(part, np.uint8)
+        return content.view(self.dtype).reshape(self.shape)
 
 
 def open_directory(directory: epath.Path) -> dict[str, Tensor]:

@@ -73,15 +73,9 @@ def load(
     """
     wanted, given = flatten(abstract), {} if fresh is None else flatten(fresh)
     adapters = {name: array for name, array in given.items() if ".lora." in name}
-    tensors = {_modern(name): tensor for name, tensor in tensors.items()}
-    stand_ins = {name: tensors[other] for name, other in family.stand_ins.items() if other in tensors}
-    tensors = stand_ins | tensors
-    uses = _uses(family, config, objective, wanted, bare=_is_bare(tensors, family))
+    tensors, stand_ins, uses = _matched(tensors, family, config, objective, wanted)
+    heads = [name for name in _unfit_heads(tensors, uses) if name in given]
     parts = [(name, use) for name, several in uses.items() for use in several]
-    fits = lambda name, use: name in tensors and _shape(tensors[name], use) == use.layout.shape
-    heads = sorted(
-        {use.ours for name, use in parts if use.ours in given and use.ours.startswith(_HEAD) and not fits(name, use)}
-    )
     if lacking := {name for name, use in parts if name not in tensors and use.ours not in heads}:
         raise DataError(f"the weights lack {len(lacking)} tensors of a {family.model_type}: {_some(lacking)}")
     uses = {name: kept for name, several in uses.items() if (kept := [use for use in several if use.ours not in heads])}
@@ -94,6 +88,31 @@ def load(
     return Loaded(unflatten(abstract, arrays | adapters | {name: given[name] for name in heads}), heads, skipped)
 
 
+def lacking_heads(
+    tensors: Mapping[str, Stored], family: Family, config: ModelConfig, objective: str, abstract: Any
+) -> list[str]:
+    """Names of the parameters of a head for which `load`, with the same arguments, needs fresh ones."""
+    tensors, _, uses = _matched(tensors, family, config, objective, flatten(abstract))
+    return _unfit_heads(tensors, uses)
+
+
+def _matched(
+    tensors: Mapping[str, Stored], family: Family, config: ModelConfig, objective: str, wanted: Mapping[str, Any]
+) -> tuple[dict[str, Stored], dict[str, Stored], dict[str, list[_Use]]]:
+    """All tensors by the names of today, those of them that stand in for others, and what each holds."""
+    tensors = {_modern(name): tensor for name, tensor in tensors.items()}
+    stand_ins = {name: tensors[other] for name, other in family.stand_ins.items() if other in tensors}
+    tensors = stand_ins | tensors
+    return tensors, stand_ins, _uses(family, config, objective, wanted, bare=_is_bare(tensors, family))
+
+
+def _unfit_heads(tensors: Mapping[str, Stored], uses: Mapping[str, list[_Use]]) -> list[str]:
+    """Parameters of a head that are not there, or tell something else apart: are of another shape."""
+    fits = lambda name, use: name in tensors and (use.ours in _VOCAB or _shape(tensors[name], use) == use.layout.shape)
+    heads = [(name, use) for name, several in uses.items() for use in several if use.ours.startswith(_HEAD)]
+    return sorted({use.ours for name, use in heads if not fits(name, use)})
+
+
 def _read(
     tensors: Mapping[str, Stored], uses: Mapping[str, list[_Use]], wanted: Mapping[str, Any], config: ModelConfig
 ) -> dict[str, jax.Array]:
@@ -103,29 +122,38 @@ def _read(
         for use in uses[name]:
             _check(name, tensor, use, config)
     for name, tensor in sorted(present.items(), key=lambda item: (str(item[1].path), item[1].begin)):
-        theirs = tensor.read()
         for use in uses[name]:
-            leaf, ours = wanted[use.ours], use.layout.ours(theirs, use.index)
-            if use.layer is None:
-                arrays[use.ours] = _place(ours, leaf.shape, leaf.dtype, leaf.sharding)
-                continue
-            spec = PartitionSpec(*leaf.sharding.spec[1:])
-            one = _place(ours, leaf.shape[1:], leaf.dtype, NamedSharding(leaf.sharding.mesh, spec))
-            whole = arrays.get(use.ours)
-            whole = _blank(leaf.shape, leaf.dtype, leaf.sharding, use.ours) if whole is None else whole
-            arrays[use.ours] = _put(whole, one, use.layer)
+            if use.ours not in arrays and use.layer is not None:
+                leaf = wanted[use.ours]
+                arrays[use.ours] = _blank(leaf.shape, leaf.dtype, leaf.sharding, use.ours)
+        _take(tensor.read(), uses[name], wanted, arrays)  # and let go of it before the next is read
     return arrays
 
 
+def _take(theirs: np.ndarray, uses: list[_Use], wanted: Mapping[str, Any], arrays: dict[str, jax.Array]) -> None:
+    """Puts one of their tensors into the arrays that it is a part of."""
+    for use in uses:
+        leaf, ours = wanted[use.ours], use.layout.ours(theirs, use.index)
+        if use.layer is None:
+            arrays[use.ours] = _place(ours, leaf.shape, leaf.dtype, leaf.sharding)
+        else:
+            spec = PartitionSpec(*leaf.sharding.spec[1:])
+            one = _place(ours, leaf.shape[1:], leaf.dtype, NamedSharding(leaf.sharding.mesh, spec))
+            arrays[use.ours] = _put(arrays[use.ours], one, use.layer)
+
+
 def _place(ours: np.ndarray, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    """On its devices: each is given its part alone, with zeros for rows of padding."""
+    """On its devices: each is given its part alone, one after another, with zeros for rows of padding."""
 
     def part(index: Any) -> np.ndarray:
         cut = np.asarray(ours[index], dtype)
         rows = len(range(*index[0].indices(shape[0])))
         return np.pad(cut, [(0, rows - len(cut)), *[(0, 0)] * (cut.ndim - 1)]) if len(cut) < rows else cut
 
-    return jax.make_array_from_callback(shape, sharding, part)
+    places = sharding.addressable_devices_indices_map(shape)
+    # A callback would be asked for all parts before the first of them is on its device.
+    parts = [jax.device_put(part(index), device) for device, index in places.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
 def _blank(shape: tuple[int, ...], dtype: Any, sharding: Any, name: str) -> jax.Array:

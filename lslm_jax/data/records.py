@@ -82,6 +82,12 @@ def given_sha256(config: Config) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
+def content_sha256(manifest: dict[str, Any]) -> str:
+    """Of the shards that a manifest tells of, and of nothing else: the same ones may lie elsewhere."""
+    contents = {name: split["manifest_sha256"] for name, split in manifest["splits"].items()}
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
 def check(
     record: dict[str, Any], config: Config, named: dict[str, Source], directory: epath.Path, finished: bool
 ) -> None:

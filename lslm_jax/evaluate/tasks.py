@@ -14,6 +14,8 @@ from lslm_jax.evaluate import heads, metrics, runner, texts
 from lslm_jax.evaluate.evaluator import Evaluator, Report, Setting, batches, joined
 from lslm_jax.train.step import make_eval_step
 
+_GZIP_LIMIT = 1 << 26  # bytes of held-out text above which the comparison with gzip is left out: it takes seconds
+
 
 def make(setting: Setting, data: Mapping[str, EvalInput]) -> Evaluator:
     """The evaluator of the config's objective over held-out data, given by the names of their sources.
@@ -66,3 +68,13 @@ def _losses(objective: str, sums: Any, num_bytes: int) -> dict[str, float]:
     if objective == "causal":
         found["bits_per_byte"] = metrics.bits_per_byte(sums.nll, num_bytes)
     return found | {"accuracy": sums.correct / sums.weight, "tokens": sums.weight}
+
+
+def gzip_baseline(setting: Setting, held_out: Mapping[str, EvalInput]) -> dict[str, float]:
+    """What gzip makes of the same held-out text, where bits a byte are counted and it is small enough to ask."""
+    if setting.config.task.objective != "causal" or not held_out:
+        return {}
+    if sum(part.num_bytes() for part in held_out.values()) > _GZIP_LIMIT:
+        return {}
+    texts = (setting.words.decode(ids) for part in held_out.values() for ids in part.documents())
+    return {"gzip_bits_per_byte": metrics.gzip_bits_per_byte(texts)}

@@ -43,6 +43,11 @@ def unstacked(layers: Any, dtype: Any) -> nnx.List:
     return nnx.List([jax.tree.map(lambda a, i=i: a[i], layers) for i in range(num_layers)])
 
 
+def part(layers: Any, i: int) -> Any:
+    """A stack of layer i alone."""
+    return jax.tree.map(lambda a: a[i : i + 1], layers)
+
+
 def each(layers: Any, function: Callable[[Any], Any], dtype: Any) -> Any:
     """What `function` makes of each layer, its matrices cast to `dtype`: stacked, or a list as the layers are."""
     if isinstance(layers, nnx.List):

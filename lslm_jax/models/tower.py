@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 from typing import Any, Self
 
 import jax
@@ -119,6 +120,15 @@ class Tower(nnx.Module):
         """The same with its layers apart, for reading token by token; its cache is a list, one entry a layer."""
         tower = copy.copy(self)
         tower.blocks = stack.unstacked(self.blocks, self.config.dtype)
+        return tower
+
+    def layer(self, i: int) -> Self:
+        """Layer i alone: what it reads, the layer before it says; the norm behind the last is left out."""
+        config, tower = self.config, copy.copy(self)
+        kind = layer_types(config, config.num_layers)[i]
+        has_norm = config.first_norm or i > 0
+        tower.config = replace(config, num_layers=1, layer_types=(kind,), first_norm=has_norm)
+        tower.blocks, tower.norm = stack.part(self.blocks, i), None
         return tower
 
     def _bias(self, length: int, source_length: int, start: jax.Array | int) -> jax.Array | None:

@@ -25,6 +25,7 @@ from lslm_jax.progress import Progress, StepTimer
 from lslm_jax.sharding import batch_sharding, to_global
 from lslm_jax.train.begin import begin
 from lslm_jax.train.checkpoint import Checkpoints
+from lslm_jax.train.exports import Exports
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.preemption import Preemption
 from lslm_jax.train.state import State, abstract_state, divide, evaluated_model, num_parameters
@@ -47,6 +48,7 @@ def train(
     *,
     evaluate: Evaluator | None,
     sample: Sample | None,
+    exports: Exports | None = None,
 ) -> dict[str, Any]:
     """Trains to `train.steps` from wherever the run stands; metrics, samples and checkpoints go to `workdir`.
 
@@ -61,6 +63,7 @@ def train(
       checkpoints: of this run.
       evaluate: reports on a model; None where nothing is held out.
       sample: a text that shows what a model can do; None for no samples.
+      exports: of this run, as Hugging Face directories; None for none.
 
     Returns:
       The summary that the run ends with: last metrics and evaluation, speed, size.
@@ -73,19 +76,14 @@ def train(
     begun, steps = time.monotonic(), config.train.steps
     tokens_per_step = config.train.batch_size * config.data.seq_len
     example = data.batch(0)
-    flops = flops_per_token(
-        config.model,
-        config.data.seq_len,
-        config.data.source_len,
-        config.task.objective,
-        example.targets_BT.shape[1],
-    )
+    flops = _flops(config, example)
     optimizer = make_optimizer(config.optimizer, steps)
     timer, speeds, last, results, facts = StepTimer(tokens_per_step), [], {}, {}, {}
 
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
-        stack.enter_context(contextlib.closing(checkpoints))  # however the run ends, what was saved is whole
+        for saved in (checkpoints, exports) if exports else (checkpoints,):
+            stack.enter_context(contextlib.closing(saved))  # however the run ends, what was saved is whole
         progress = stack.enter_context(Progress(steps))
         record = stack.enter_context(
             contextlib.closing(Metrics(str(workdir), config.log, primary=jax.process_index() == 0))
@@ -98,14 +96,9 @@ def train(
         state = begin(config, optimizer, mesh, checkpoints, progress.message)
         start = int(state.step)
         record.truncate(start)
-        record.text(start, "config", config_loading.to_json(config))
-        record.text(start, "parameters", parameter_table(state.model))
-        trained, frozen = divide(config, state.model)
-        some = f", {num_parameters(trained):,} of them trained," * bool(num_parameters(frozen))
-        progress.message(
-            f"{num_parameters(state.model):,} parameters{some} on {mesh.size} {mesh.devices.flat[0].device_kind} "
-            f"device(s), {backend.name} attention ({backend.reason})"
-        )
+        _introduce(config, state, mesh, backend, record, progress)
+        if exports:
+            exports.make_up(state, progress.message)
 
         batches = stack.enter_context(contextlib.closing(prefetch.batches(data.batch, start, steps)))
         first = next(batches, None)
@@ -153,6 +146,8 @@ def train(
                     results, facts = _evaluate(state, evaluate, sample, record, progress, workdir)
                 if saving:
                     checkpoints.save(state, results if evaluating else None)
+                    if exports:
+                        exports.save(state, results if evaluating else None)
             if stopping and step < steps:
                 raise Preempted(f"{preemption.requested}: step {step} is saved; the same command goes on from there")
 
@@ -172,6 +167,24 @@ def train(
         "attention": backend.name,
         "seconds": round(time.monotonic() - begun, 1),
     }
+
+
+def _flops(config: Config, batch: Batch) -> float:
+    """Of one step, per token of such a batch."""
+    data, predictions = config.data, batch.targets_BT.shape[1]
+    return flops_per_token(config.model, data.seq_len, data.source_len, config.task.objective, predictions)
+
+
+def _introduce(config: Config, state: State, mesh: Mesh, backend: Backend, record: Metrics, progress: Progress) -> None:
+    """Tells what is about to be trained, and on what."""
+    record.text(int(state.step), "config", config_loading.to_json(config))
+    record.text(int(state.step), "parameters", parameter_table(state.model))
+    trained, frozen = divide(config, state.model)
+    some = f", {num_parameters(trained):,} of them trained," * bool(num_parameters(frozen))
+    progress.message(
+        f"{num_parameters(state.model):,} parameters{some} on {mesh.size} {mesh.devices.flat[0].device_kind} "
+        f"device(s), {backend.name} attention ({backend.reason})"
+    )
 
 
 def _compile(

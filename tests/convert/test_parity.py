@@ -12,7 +12,8 @@ from etils import epath
 
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, TaskConfig
-from lslm_jax.convert import pretrained, safetensors, weights
+from lslm_jax.convert import export, pretrained, safetensors, weights
+from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.models import attention, layers
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import losses
@@ -309,7 +310,7 @@ def test_outputs_gradients_and_weights_are_those_of_transformers(case, tmp_path)
     safetensors.write_directory(out, sources)
     tokens = {"bos": 1, "eos": 2, "pad": 0}
     names = [f"L{i}" for i in range(LABELS)] if case.objective in ("classification", "tagging") else []
-    settings = pretrained.export_settings(source.family, source.model, case.objective, "float32", tokens, names)
+    settings = export.export_settings(source.family, source.model, case.objective, "float32", tokens, names)
     (out / "config.json").write_text(json.dumps(settings))
     again, report = type(theirs).from_pretrained(out, output_loading_info=True, attn_implementation="eager")
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
@@ -349,3 +350,31 @@ def test_distances_fall_into_the_buckets_of_transformers(causal, buckets, farthe
     table_NH = jnp.arange(buckets, dtype=jnp.float32)[:, None]
     bias_HTS = layers.relative_bias(table_NH, 600, 700, 0, causal=causal, farthest=farthest)
     np.testing.assert_array_equal(bias_HTS[0], expected_TS)
+
+
+def test_the_trained_llama_tells_its_story_and_weighs_a_text_as_transformers_does(shared, command):
+    directory = shared / "models" / "stories260K"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
+    words = transformers.AutoTokenizer.from_pretrained(directory)
+    begin = torch.tensor([[words.bos_token_id]])
+    ids = theirs.generate(begin, attention_mask=torch.ones_like(begin), max_new_tokens=200, do_sample=False)
+    found = json.loads(
+        command("generate", f"--pretrained={directory}", "--prompt=", "--json", "--config.generate.max_tokens=200")
+    )
+    assert found["text"] == words.decode(ids[0], skip_special_tokens=True)
+    assert found["tokens"] == ids.shape[1] - 1 > 150
+
+    source = pretrained.describe(directory)
+    config = Config(model=source.model)
+    model = pretrained.load(source, "causal", abstract_model(config, make_mesh(config))).model
+    ours = tokenizers.load(pretrained.vocabulary(source.directory))
+    text = "Once upon a time, Tom had a red ball. He threw it over the house and it was gone. Tom was sad."
+    read_1T = torch.tensor([[ours.bos_id, *ours.encode(text).tolist()]])
+    assert read_1T[0].tolist() == words(text)["input_ids"]
+    with torch.no_grad():
+        expected = theirs(read_1T, labels=read_1T).loss.item()
+    tokens_BT = read_1T.numpy()
+    batch = Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], np.ones_like(tokens_BT[:, 1:], np.float32))
+    loss, _ = our_outputs(model, Case("Llama", {}), batch)
+    print(f"loss {expected:.6f}, differs by {abs(loss - expected):.1e}")
+    assert abs(loss - expected) < 1e-5

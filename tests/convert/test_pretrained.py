@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TaskConfig, TrainConfig
 from lslm_jax.config_checks import fill_sizes
-from lslm_jax.convert import pretrained, weights
+from lslm_jax.convert import export, pretrained, weights
 from lslm_jax.convert.family import differences
 from lslm_jax.errors import ConfigError, LslmError
 from lslm_jax.models import presets
@@ -191,14 +191,14 @@ def test_our_presets_have_a_family(name):
     model = fill_sizes(getattr(presets, name))
     model = model if model.vocab_size else fill_sizes(ModelConfig(**{**vars(model), "vocab_size": 50_257}))
     objective = {"encoder": "masked", "encoder_decoder": "seq2seq"}.get(model.family, "causal")
-    family = pretrained.family_of(model, objective)
+    family = export.family_of(model, objective)
     assert not differences(family.read(json.loads(json.dumps(family.write(model)))), model)
 
 
 def test_a_model_that_no_family_has_is_refused_by_name():
     odd = fill_sizes(ModelConfig(vocab_size=100, norm="rmsnorm"))
     with pytest.raises(ConfigError, match=r"no family .* gpt2 has no model.norm=rmsnorm; llama has no"):
-        pretrained.family_of(odd, "causal")
+        export.family_of(odd, "causal")
 
 
 BROKEN = {
@@ -281,7 +281,7 @@ def test_old_names_of_norms_and_heads_of_another_size_are_taken_for_what_they_ar
     abstract = lambda config: abstract_model(config, mesh)
     build = lambda config: presets.build(config.model, jax.random.key(1), "classification")
     made = build(config)
-    family = pretrained.family_of(model, "classification")
+    family = export.family_of(model, "classification")
     arrays = {
         name: source.make()
         for name, source in weights.sources(made, family, model, "classification", "float32").items()
@@ -289,7 +289,7 @@ def test_old_names_of_norms_and_heads_of_another_size_are_taken_for_what_they_ar
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     renamed = lambda name: next((name.replace(new, before) for new, before in old.items() if new in name), name)
     save_file({renamed(name): array for name, array in arrays.items()}, tmp_path / "model.safetensors")
-    settings = pretrained.export_settings(family, model, "classification", "float32", {"bos": 1, "eos": 2, "pad": 0})
+    settings = export.export_settings(family, model, "classification", "float32", {"bos": 1, "eos": 2, "pad": 0})
     (tmp_path / "config.json").write_text(json.dumps(settings))
     source = pretrained.describe(tmp_path)
     loaded = flatten(pretrained.load(source, "classification", abstract(config)).model)
