@@ -31,9 +31,7 @@ TASKS = {
         "metric_list": [{"metric": name} for name in ("acc", "acc_norm")],
         "documents": [
             {
-                "question": ["", STORIES[0], "ends in blanks  ", "</s> <|end|> is text"][i]
-                if i < 4
-                else sentence(i, 4 * i),
+                "question": ["", STORIES[0], "ends in blanks  "][i] if i < 3 else sentence(i, 4 * i),
                 "choices": [" mat", " Lily and a cat", " the dog ran", sentence(i, 1 + i % 5)],
                 "answer": i % 4,
             }
