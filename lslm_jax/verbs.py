@@ -1,6 +1,7 @@
 """What each verb of the command line does: opens the rooms, puts them together, returns the JSON that it ends with."""
 
 import argparse
+import datetime
 import hashlib
 import json
 import os
@@ -16,10 +17,11 @@ from lslm_jax import atomic, config_checks, config_loading, respond
 from lslm_jax.config import Config
 from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import export as write_pretrained
-from lslm_jax.data import pipeline, tokenizer
+from lslm_jax.data import chat, pipeline, templates, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.special import special_ids
+from lslm_jax.data.templates import Template
 from lslm_jax.errors import ConfigError, InputMissing, SaveError
 from lslm_jax.evaluate import metrics, tasks
 from lslm_jax.evaluate.evaluator import Setting
@@ -58,6 +60,8 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         where = config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
         data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
+        for remark in data.remarks():
+            say(remark)
         if config.checkpoint.best and not held_out:
             raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
         setting = _setting(config, facts, data_dir, mesh, [data, *held_out.values()])
@@ -140,7 +144,12 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         metrics = json.loads(result.read_text()) if result.exists() else {}
         measured = metrics if metrics.get("step") == step else {}
         to = epath.Path(flags.to).expanduser().absolute()
-        written = write_pretrained(to, model, config, setting.words, setting.labels, flags.dtype, measured)
+        if setting.template is not None:
+            ending = chat.ending(setting.template, setting.words)
+            config = replace(config, generate=respond.answering(config.generate, ending))
+        written = write_pretrained(
+            to, model, config, setting.words, setting.labels, flags.dtype, measured, setting.template
+        )
         return {"step": step} | written
 
 
@@ -197,6 +206,8 @@ def _resolve(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, An
         facts = atomic.read_json(path)
         # Of the content alone: the same shards may lie elsewhere.
         contents = {name: split["manifest_sha256"] for name, split in facts["splits"].items()}
+        if "chat" in facts:
+            contents["chat_template"] = facts["chat"]["sha256"]
         facts["sha256"] = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
     facts.setdefault("labels", [])  # written by earlier versions
     return _with_vocabulary(config, facts)
@@ -216,7 +227,18 @@ def _setting(
     """What evaluators and answers to prompts work with; the kernel is right for the rows of all inputs."""
     file = facts["tokenizer"].get("file")
     words = tokenizer.load(data_dir / file) if file else None
-    return Setting(config, words, facts["labels"], facts["special"], _backend(config, mesh, inputs), mesh)
+    backend = _backend(config, mesh, inputs)
+    setting = Setting(config, words, facts["labels"], facts["special"], backend, mesh)
+    return setting._replace(template=_template(config, facts, data_dir, words))
+
+
+def _template(config: Config, facts: dict[str, Any], data_dir: epath.Path, words: Any) -> Template | None:
+    """The chat template of prepared data, or that of the vocabulary, as of now; None where nobody chats."""
+    if not config.data.is_chat or words is None:
+        return None
+    if "chat" in facts:
+        return templates.load(facts["chat"], data_dir, datetime.datetime.now().isoformat(timespec="seconds"))
+    return templates.choose(config, words)
 
 
 def _backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend:
@@ -260,7 +282,7 @@ def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[
 
 def _gzip_baseline(setting: Setting, held_out: Mapping[str, pipeline.EvalInput]) -> dict[str, float]:
     """What gzip makes of the same held-out text, where bits a byte are counted and it is small enough to ask."""
-    if setting.config.task.objective != "causal" or not held_out:
+    if setting.config.task.objective != "causal" or setting.config.data.is_chat or not held_out:
         return {}
     if sum(part.num_bytes() for part in held_out.values()) > GZIP_LIMIT:
         return {}

@@ -11,7 +11,8 @@ from etils import epath
 from lslm_jax import atomic, config_loading
 from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.convert import pretrained, safetensors, weights
-from lslm_jax.data import tokenizer_json
+from lslm_jax.data import templates, tokenizer_json
+from lslm_jax.data.templates import Template
 from lslm_jax.data.tokenizer_base import Tokenizer
 from lslm_jax.trees import flatten
 
@@ -26,8 +27,9 @@ def export(
     labels: list[str],
     dtype: str,
     metrics: Mapping[str, Any],
+    template: Template | None = None,
 ) -> dict[str, Any]:
-    """Writes weights, settings, vocabulary and a model card; config.json comes last, so that half of it is nothing.
+    """Writes weights, settings, vocabulary, a model card; config.json comes last, so that half of it is nothing.
 
     Args:
       directory: made if it is missing.
@@ -37,6 +39,7 @@ def export(
       labels: of classes or tags.
       dtype: of the weights in the files.
       metrics: of the model card.
+      template: that the model was taught to chat by.
 
     Returns:
       `model_type`, names of the `files`, `parameters`.
@@ -64,6 +67,8 @@ def export(
         "tokenizer_config.json": _json(tokenizer_json.roles(words)),
         "README.md": _card(config, family.model_type, parameters, metrics),
     }
+    if template is not None:
+        texts[templates.FILE] = template.text
     if objective in ("causal", "seq2seq"):
         texts["generation_config.json"] = _json(_generation(config.generate, tokens, config.model.family))
     for name, text in (texts | {"config.json": _json(settings)}).items():

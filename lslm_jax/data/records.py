@@ -9,7 +9,7 @@ from etils import epath
 
 from lslm_jax import atomic
 from lslm_jax.config import Config, Source
-from lslm_jax.data import sources
+from lslm_jax.data import sources, templates
 from lslm_jax.errors import ConfigError, DataError
 
 VERSION = 1
@@ -23,6 +23,7 @@ _KIND_KEYS = {
     "label": ("example", "target_key", "label_key", "labels"),
     "tags": ("example", "label_key", "labels"),
     "qa": ("example",),
+    "chat": ("example", "target_key"),
 }
 _TRAINED_KEYS = ("model", "vocab_size", "byte_fallback", "sample_bytes")
 
@@ -82,6 +83,12 @@ def given_sha256(config: Config) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
+def template_sha256(config: Config) -> str:
+    """Of the chat template that a config of conversations names; empty where there is none."""
+    found = templates.read(config) if config.data.is_chat else None
+    return templates.sha256(found[0]) if found else ""
+
+
 def check(
     record: dict[str, Any], config: Config, named: dict[str, Source], directory: epath.Path, finished: bool
 ) -> None:
@@ -94,6 +101,9 @@ def check(
     given = given_sha256(config)
     if given and given != record["given_tokenizer"]:
         raise ConfigError(f"{directory} was prepared with another tokenizer than {config.tokenizer.path}: {remedy}")
+    template = template_sha256(config)
+    if template and template != record["chat"]["sha256"]:
+        raise ConfigError(f"{directory} was prepared with another chat template: {remedy}")
     for name, source in named.items():
         if what := sources.changed(source, record["inputs"][name], missing_ok=finished):
             raise DataError(f"the input has changed since {directory} was prepared: {what}; {remedy}")

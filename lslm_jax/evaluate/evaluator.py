@@ -10,6 +10,7 @@ from lslm_jax.config import Config, Source
 from lslm_jax.data import prefetch
 from lslm_jax.data.pipeline import EvalInput
 from lslm_jax.data.special import Special
+from lslm_jax.data.templates import Template
 from lslm_jax.models.attention import Backend
 
 
@@ -38,6 +39,7 @@ class Setting(NamedTuple):
       backend: attention kernel.
       mesh: where the model lies.
       answerable: whether every question that the model was trained on had an answer.
+      template: that conversations are put into words by; None for models that hold none.
     """
 
     config: Config
@@ -47,6 +49,7 @@ class Setting(NamedTuple):
     backend: Backend
     mesh: Mesh
     answerable: bool = True
+    template: Template | None = None
 
     def source(self, name: str) -> Source:
         """The source of this name; "" is the only one."""
