@@ -1,7 +1,6 @@
 """What each verb of the command line does: opens the rooms, puts them together, returns the JSON that it ends with."""
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
@@ -237,7 +236,7 @@ def _template(config: Config, facts: dict[str, Any], data_dir: epath.Path, words
     if not config.data.is_chat or words is None:
         return None
     if "chat" in facts:
-        return templates.load(facts["chat"], data_dir, datetime.datetime.now().isoformat(timespec="seconds"))
+        return templates.load(facts["chat"], data_dir, today=True)
     return templates.choose(config, words)
 
 

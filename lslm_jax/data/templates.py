@@ -100,8 +100,11 @@ def require(config: Config) -> tuple[str, str]:
 def choose(config: Config, words: Tokenizer) -> Template:
     """The template of a config and its vocabulary; errors are those of `require`."""
     text, origin = require(config)
-    now = datetime.datetime.now().isoformat(timespec="seconds")
-    return Template(text, tuple(_variables(config, words).items()), now, origin)
+    return Template(text, tuple(_variables(config, words).items()), _now(), origin)
+
+
+def _now() -> str:
+    return datetime.datetime.now().isoformat(timespec="seconds")
 
 
 def _variables(config: Config, words: Tokenizer) -> dict[str, str]:
@@ -126,13 +129,13 @@ def save(template: Template, directory: epath.Path) -> dict[str, Any]:
     return {"file": FILE, "sha256": sha256(template.text), "variables": dict(template.variables)} | asks
 
 
-def load(record: Mapping[str, Any], directory: epath.Path, now: str = "") -> Template:
+def load(record: Mapping[str, Any], directory: epath.Path, today: bool = False) -> Template:
     """What `save` put there.
 
     Args:
       record: what it returned.
       directory: of the prepared data.
-      now: the time to tell. Empty: that of the preparation.
+      today: whether it is told the time of now, and not that of the preparation.
 
     Raises:
       DataError: the file is gone, or not what it was.
@@ -141,8 +144,8 @@ def load(record: Mapping[str, Any], directory: epath.Path, now: str = "") -> Tem
     text = _read_text(path) if path.is_file() else ""
     if sha256(text) != record["sha256"]:
         raise DataError(f"{path} is not what the data were prepared with: restore it, or prepare again")
-    told = now or (record["now"] if "now" in record else "1970-01-01")
-    return Template(text, tuple(record["variables"].items()), told, str(path))
+    now = record["now"] if "now" in record and not today else _now()
+    return Template(text, tuple(record["variables"].items()), now, str(path))
 
 
 def sha256(text: str) -> str:

@@ -34,7 +34,9 @@ LLAMA3 = """\
 {{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + date_string + '\\n\\n' }}
 {%- if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% endif %}
 {{- '<|eot_id|>' }}
-{%- if tools is not none %}{{ '<|start_header_id|>tools<|end_header_id|>\\n\\n' + tools | tojson + '<|eot_id|>' }}{% endif %}
+{%- if tools is not none %}
+{{- '<|start_header_id|>tools<|end_header_id|>\\n\\n' + tools | tojson + '<|eot_id|>' }}
+{%- endif %}
 {%- for message in messages %}
     {%- if message.role == 'system' %}{% continue %}{% endif %}
     {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
