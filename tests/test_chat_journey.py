@@ -10,9 +10,9 @@ from lslm_jax.main import main
 
 COLOURS = ("red", "blue", "green", "gold")
 SETTINGS = {
-    "model": {"num_layers": 2, "d_model": 64, "num_heads": 4, "max_length": 72, "positions": "rotary"},
+    "model": {"num_layers": 2, "d_model": 64, "num_heads": 4, "max_length": 80, "positions": "rotary"},
     "tokenizer": {"kind": "bytes"},
-    "train": {"steps": 150, "batch_size": 8, "accumulate": 2},
+    "train": {"steps": 120, "batch_size": 16, "accumulate": 2},
     "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5},
     "checkpoint": {"every": 100},
     "eval": {"every": 0},
@@ -61,17 +61,17 @@ def test_a_run_from_scratch_answers_and_so_does_what_it_exports(root, capsys, mo
     monkeypatch.chdir(pathlib.Path(__file__).parents[1])
     workdir = f"--workdir={root}/run"
     command = [f"--config={root}/config.json", workdir]
-    first = json.loads(run(capsys, *command, "--config.train.steps=100", "--config.optimizer.schedule=constant"))
+    first = json.loads(run(capsys, *command, "--config.train.steps=60", "--config.optimizer.schedule=constant"))
     result = json.loads(run(capsys, *command, "--config.optimizer.schedule=constant"))
-    assert first["step"] == 100 and result["step"] == 150
+    assert first["step"] == 60 and result["step"] == 120
     assert result["eval/loss"] < 0.1 and result["eval/accuracy"] > 0.97
     assert {"eval/perplexity", "eval/bits_per_byte"} <= set(result) and "gzip_bits_per_byte" not in result
-    assert (root / "run" / "samples" / "150.txt").read_text() == "--- say red\nred\n"
+    assert (root / "run" / "samples" / "120.txt").read_text() == "--- say red\nred\n"
 
     again = json.loads(run(capsys, "evaluate", workdir))
     assert again == {name: result[name] for name in again}
     assert run(capsys, "generate", workdir, "--prompt=say gold") == "gold\n"
-    talk = [*conversation(random.Random(1))["messages"], {"role": "user", "content": "say blue"}]
+    talk = [*conversation(random.Random(1))["messages"][:2], {"role": "user", "content": "say blue"}]
     (root / "prompts.jsonl").write_text(json.dumps({"messages": talk}) + '\n{"prompt": "say green.."}\n')
     lines = run(capsys, "generate", workdir, f"--prompts={root}/prompts.jsonl", "--json").splitlines()
     assert [(line["text"], line["ended"]) for line in map(json.loads, lines)] == [("blue", "eos"), ("green", "eos")]
@@ -96,4 +96,4 @@ def test_a_run_from_scratch_answers_and_so_does_what_it_exports(root, capsys, mo
     assert message == "the vocabulary has no chat template: name one by data.chat_template, a file in Jinja"
 
     tuned = [f"--config={root}/config.json", f"--workdir={root}/tuned", exported, "--config.train.steps=2"]
-    assert json.loads(run(capsys, *tuned))["eval/loss"] < 0.1
+    assert json.loads(run(capsys, *tuned))["eval/loss"] < 0.5, "a model from nothing has 5"
