@@ -37,6 +37,7 @@ class Guard:
     def __init__(self, words: Tokenizer):
         self._words = words
         self._tokens = sorted(words.special_tokens, key=len, reverse=True)
+        self._names = {id: token for token, id in words.special_tokens.items()}
         self._number = {token: number for number, token in enumerate(self._tokens, 1)}
         self._any = re.compile(any_of(self._tokens))
         self._begins = {token[:end] for token in self._tokens for end in range(1, len(token))}
@@ -94,9 +95,11 @@ class Guard:
 
     def tokens_at(self, spans: Spans, text: str) -> np.ndarray:
         """Which of a text's ids are special tokens that it spells, bool [n]."""
-        known = {id: token for token, id in self._words.special_tokens.items()}
-        places = zip(spans.ids.tolist(), spans.begins.tolist(), spans.ends.tolist(), strict=True)
-        return np.array([id in known and text[a:b].strip() == known[id] for id, a, b in places], bool)
+        # An unknown character, say, has the id of one, too.
+        found = np.isin(spans.ids, list(self._names))
+        for i in np.flatnonzero(found):
+            found[i] = text[spans.begins[i] : spans.ends[i]].strip() == self._names[int(spans.ids[i])]
+        return found
 
     def reveal(self, text: str, seam: str) -> str:
         """A text with what is hidden in it."""

@@ -109,8 +109,9 @@ def _now() -> str:
 
 def _variables(config: Config, words: Tokenizer) -> dict[str, str]:
     """How special tokens are written: as the file beside the vocabulary has them, and no others, or else our own."""
-    beside = epath.Path(config.tokenizer.path).expanduser().parent / _CONFIG
-    theirs = atomic.read_json(beside) if config.tokenizer.path and beside.is_file() else {}
+    path = epath.Path(config.tokenizer.path).expanduser()
+    has_others = bool(config.tokenizer.path) and path.suffix != ".gguf" and (path.parent / _CONFIG).is_file()
+    theirs = atomic.read_json(path.parent / _CONFIG) if has_others else {}
     named = {f"{role}_token": theirs.get(f"{role}_token") for role in _VARIABLES}
     found = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items() if token}
     return found or words.roles()
