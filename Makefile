@@ -25,7 +25,7 @@ test-fast: $(READY)
 # the package index.
 test-parity: $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers accelerate gguf peft lm-eval
-	$(PY) -m pytest -q -n 2 $(addprefix tests/convert/test_,parity.py check.py peft.py trained.py marian.py harness.py)
+	$(PY) -m pytest -q -n 2 $(addprefix tests/convert/test_,parity.py check.py peft.py trained.py marian.py harness.py chat_parity.py)
 
 lint: $(READY)
 	$(PY) -m ruff check .

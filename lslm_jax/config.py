@@ -143,12 +143,12 @@ class Source:
     """Where TFDS keeps its data. Empty: TFDS's own default."""
     split: str = "train"
     """TFDS split to train on, with TFDS's slicing (`train[:90%]`)."""
-    example: Literal["text", "pair", "label", "tags", "qa"] = "text"
-    """What one is: a text, source and target, a text and its label, words and their tags, or question and context."""
+    example: Literal["text", "pair", "label", "tags", "qa", "chat"] = "text"
+    """A text, source and target, a text and its label, words and their tags, question and context, a conversation."""
     text_key: str = "text"
-    """Field, column or TFDS feature that holds the text; tab- or comma-separated files name it in their header."""
+    """Field, column or TFDS feature that holds the text (chat: the list of messages); see a table's header."""
     target_key: str = ""
-    """That of a pair's target, or of the second text of a labelled pair. Plain text pairs: see `files`."""
+    """That of a pair's target, a labelled text's second, the answer to a text (chat). Plain text pairs: see `files`."""
     label_key: str = "label"
     """That of a label, or of the tags, one for each word."""
     labels: tuple[str, ...] = ()
@@ -195,10 +195,17 @@ class DataConfig(Source):
     """`stream`: document after document, cut at row ends; `bins`: pieces packed whole into rows; `pad`: one a row."""
     mask_documents: bool = True
     """Whether attention is kept within each document of a row."""
+    chat_template: str = ""
+    """Jinja file that puts conversations into words, as Hugging Face has them. Empty: the vocabulary's own."""
     max_documents: int = 0
     """Read at most so many documents of each source. 0: all."""
     shard_tokens: int = 1 << 26
     """Tokens in one shard file."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether examples are conversations; those of a mixture are all of one kind then."""
+        return any(source.example == "chat" for source in self.mixture or (self,))
 
 
 @dataclass(frozen=True, kw_only=True)

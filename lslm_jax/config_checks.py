@@ -166,6 +166,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
     names = [source.name for source in data.mixture]
     if len(set(names)) < len(names):
         yield f"data.mixture names must differ, got {', '.join(names)}"
+    if data.chat_template and not data.is_chat:
+        yield f"data.chat_template={data.chat_template} needs data.example=chat"
     if data.packing != "stream" and not data.mask_documents:
         yield f"data.packing={data.packing} needs data.mask_documents=true: several pieces or padding share a row"
 
@@ -199,7 +201,7 @@ def _source_problems(source: Source) -> Iterator[str]:
 
 
 _EXAMPLES = {
-    "causal": ("text",),
+    "causal": ("text", "chat"),
     "masked": ("text",),
     "span_corruption": ("text",),
     "seq2seq": ("pair", "label", "qa"),
@@ -225,6 +227,8 @@ def _task_problems(config: Config) -> Iterator[str]:
         where = f"data.mixture source {source.name}:" if isinstance(source, MixtureSource) else "data:"
         if source.source != "synthetic" and source.example not in kinds:
             yield f"{where} task.objective={objective} learns from example={' or '.join(kinds)}, not {source.example}"
+    if objective == "causal" and len({source.example for source in config.data.mixture}) > 1:
+        yield "data.mixture: conversations (example=chat) are mixed with conversations only"
 
 
 _LOWEST_IS_BEST = ("loss", "perplexity", "pseudo_perplexity", "bits_per_byte", "mse")

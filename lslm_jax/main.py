@@ -8,6 +8,7 @@ import json
 import keyword
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from lslm_jax import config_checks, config_loading
@@ -53,7 +54,10 @@ def parser() -> argparse.ArgumentParser:
     text = flags.add_argument_group("generate")
     text.add_argument("--prompt", action="append", metavar="TEXT", help="text, or question; may be repeated")
     text.add_argument("--context", metavar="FILE", help="text in which the questions are answered")
-    text.add_argument("--prompts", metavar="FILE", help='file of prompts: a JSON line {"prompt": ...} each')
+    text.add_argument(
+        "--prompts", metavar="FILE", help='a JSON line {"prompt": ...} each; in a chat {"messages": [...]}'
+    )
+    text.add_argument("--chat", action="store_true", help="take prompts for a user's words, and answer them")
     text.add_argument("--json", action="store_true", help="print one JSON line a prompt")
     written = flags.add_argument_group("export")
     written.add_argument("--to", metavar="DIR", help="where to write it")
@@ -106,7 +110,12 @@ def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:
         if not equals:
             raise ConfigError(f"{setting} has no value: write {setting}=VALUE")
         assignments.append((key, text))
-    return config_checks.validate(config_loading.override(_base(flags), assignments))
+    config = _base(flags)
+    if flags.chat and not config.data.is_chat:
+        if config.task.objective != "causal" or config.data.mixture:
+            raise ConfigError("--chat needs a model that continues texts")
+        config = replace(config, data=replace(config.data, example="chat"))
+    return config_checks.validate(config_loading.override(config, assignments))
 
 
 def _base(flags: argparse.Namespace) -> Config:

@@ -4,6 +4,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,8 +12,8 @@ import numpy as np
 from etils import epath
 
 from lslm_jax.batch import Batch
-from lslm_jax.config import Config
-from lslm_jax.data import examples, pipeline
+from lslm_jax.config import Config, GenerateConfig
+from lslm_jax.data import chat, examples, pipeline
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import heads
@@ -20,7 +21,7 @@ from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.generate import decode
 from lslm_jax.models.attention import XLA
 
-Prompt = dict[str, str]
+Prompt = dict[str, Any]
 Answer = dict[str, Any]
 
 MASK = "[MASK]"
@@ -33,8 +34,10 @@ _LIKELIEST = 5  # tokens that are shown for a masked one
 def read_prompts(config: Config, flags: argparse.Namespace) -> list[Prompt]:
     """The prompts of the command line, then those of the file: `prompt`, and where it needs them `context`, `target`.
 
+    A chat model's may be `messages`, with `tools` perhaps, instead.
+
     Raises:
-      ConfigError: there is none, one is not text, or a context is missing or not wanted.
+      ConfigError: there is none, one is not text, or a context or messages are missing or not wanted.
       InputMissing, DataError: the file cannot be read or holds none, or not JSON lines with a `prompt` each.
     """
     if not (flags.prompt or flags.prompts):
@@ -47,6 +50,8 @@ def read_prompts(config: Config, flags: argparse.Namespace) -> list[Prompt]:
     if flags.context:
         context = _read(epath.Path(flags.context), "context").decode(errors="replace")
         prompts = [{"context": context} | prompt for prompt in prompts]
+    if not config.data.is_chat and any("messages" in prompt for prompt in prompts):
+        raise ConfigError("this model continues texts: messages are for one that chats (--chat)")
     asks = config.task.objective == "qa" or (config.data.example == "qa" and not config.data.mixture)
     if asks and not all("context" in prompt for prompt in prompts):
         raise ConfigError("a question is answered from a context: add --context=FILE")
@@ -71,6 +76,9 @@ def _read_file(path: epath.Path) -> Iterator[Prompt]:
             continue
         try:
             fields = json.loads(line)
+            if "messages" in fields and "prompt" not in fields:
+                yield _talk(fields, f"{path}:{number}")
+                continue
             prompt = {key: fields[key] for key in ("prompt", "context", "target") if key in fields}
             prompt["prompt"]
         except (ValueError, KeyError, TypeError) as error:
@@ -79,6 +87,14 @@ def _read_file(path: epath.Path) -> Iterator[Prompt]:
             if not _is_text(text):
                 raise DataError(f'{path}:{number}: "{key}" is not text: {json.dumps(text)}')
         yield prompt
+
+
+def _talk(fields: dict[str, Any], origin: str) -> Prompt:
+    """A conversation that the model is to go on with."""
+    messages = chat.messages_of(fields["messages"], origin)
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f"{origin}: the last message is the assistant's: there is nothing to answer")
+    return {"messages": messages} | ({"tools": fields["tools"]} if "tools" in fields else {})
 
 
 def _is_text(prompt: Any) -> bool:
@@ -110,11 +126,13 @@ def answer(setting: Setting, model: Any, prompts: Sequence[Prompt]) -> Iterator[
     for first in range(0, len(prompts), size):
         part = prompts[first : first + size]
         for prompt, found in zip(part, respond(setting, model, part, first), strict=True):
-            yield {"prompt": prompt["prompt"]} | found
+            yield {key: prompt[key] for key in ("prompt", "messages") if key in prompt} | found
 
 
 def spell(setting: Setting, answer: Answer) -> str:
-    """An answer as a person reads it."""
+    """An answer as a person reads it; after a continuation's prompt, but of a chat alone."""
+    if setting.config.data.is_chat:
+        return f"{answer['text']}\n"
     prompt, rest = answer["prompt"], {name: value for name, value in answer.items() if name != "prompt"}
     if setting.config.task.objective == "causal":
         return f"{prompt}{rest['text']}\n"
@@ -132,16 +150,17 @@ def _short(value: Any) -> str:
 
 def sampler(setting: Setting) -> Callable[[Any], str]:
     """Answers the config's prompts, as one text for people to read."""
-    prompts = [{"prompt": text} for text in setting.config.generate.prompts]
-    return lambda model: "\n".join(f"--- {spell(setting, found)}" for found in answer(setting, model, prompts))
+    prompts: list[Prompt] = [{"prompt": text} for text in setting.config.generate.prompts]
+    shown = lambda found: f"{found['prompt']}\n" * setting.config.data.is_chat + spell(setting, found)
+    return lambda model: "\n".join(f"--- {shown(found)}" for found in answer(setting, model, prompts))
 
 
 def stream(setting: Setting, model: Any, prompt: Prompt) -> Iterator[str]:
     """One prompt's text as it is drawn; before a continuation the prompt itself, once it is known to fit the model."""
     [ids], suffix = _ids(setting, [prompt])
-    texts = decode.stream(model, setting.words, ids, setting.config.generate, setting.config.seed, suffix_ids=suffix)
+    texts = decode.stream(model, setting.words, ids, _manner(setting), setting.config.seed, suffix_ids=suffix)
     first = next(texts, "")
-    if setting.config.task.objective == "causal":
+    if setting.config.task.objective == "causal" and not setting.config.data.is_chat:
         yield prompt["prompt"]
     yield first
     yield from texts
@@ -150,7 +169,7 @@ def stream(setting: Setting, model: Any, prompt: Prompt) -> Iterator[str]:
 def _write(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -> Iterator[Answer]:
     ids, suffix = _ids(setting, prompts)
     config = setting.config
-    results = decode.generate(model, setting.words, ids, config.generate, config.seed, first, suffix)
+    results = decode.generate(model, setting.words, ids, _manner(setting), config.seed, first, suffix)
     for result in results:
         found: Answer = {"text": result.text, "ended": result.ended, "tokens": result.num_tokens}
         yield found if result.score is None else found | {"score": result.score}
@@ -159,6 +178,11 @@ def _write(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) 
 def _ids(setting: Setting, prompts: Sequence[Prompt]) -> tuple[list[np.ndarray], tuple[int, ...]]:
     """What the model reads of each prompt, and what its decoder reads after it."""
     config = setting.config
+    if setting.template is not None:
+        talks = [prompt if "messages" in prompt else _question(prompt) for prompt in prompts]
+        origins = ["the prompt"] if len(talks) == 1 else [f"prompt {number}" for number in range(len(talks))]
+        asked = zip(talks, origins, strict=True)
+        return [chat.prompt(talk, setting.template, setting.words, origin) for talk, origin in asked], ()
     if config.task.objective == "causal" or config.data.mixture:  # of a mixture, the prompts bring their prefix
         texts = [prompt["prompt"] for prompt in prompts]
     else:
@@ -166,6 +190,23 @@ def _ids(setting: Setting, prompts: Sequence[Prompt]) -> tuple[list[np.ndarray],
         texts = [examples.texts(_example(setting, prompt), recipe)[0] for prompt in prompts]
     between = config.task.objective == "seq2seq" and config.model.family == "decoder"
     return setting.words.encode_batch(texts), (setting.words.bos_id,) if between else ()
+
+
+def _question(prompt: Prompt) -> Prompt:
+    return {"messages": [{"role": "user", "content": prompt["prompt"]}]}
+
+
+def _manner(setting: Setting) -> GenerateConfig:
+    """How texts are written: in a chat, as its template begins and ends an answer."""
+    if setting.template is None:
+        return setting.config.generate
+    return answering(setting.config.generate, chat.ending(setting.template, setting.words))
+
+
+def answering(settings: GenerateConfig, ending: chat.Ending) -> GenerateConfig:
+    """Settings by which a text ends where an answer does; what begins it is the template's business."""
+    stop_ids = (*settings.stop_ids, *(id for id in ending.ids if id not in settings.stop_ids))
+    return replace(settings, stop_ids=stop_ids, stop=(*settings.stop, *ending.texts), bos=False)
 
 
 def _recipe(setting: Setting) -> examples.Recipe:
@@ -217,7 +258,7 @@ def _as_split(setting: Setting, found: list[examples.Example], directory: epath.
     recipe = _recipe(setting)
     fields, numbers = examples.shape(recipe.source, recipe.objective)
     writer = ShardWriter(directory / "valid", setting.words.vocab_size, 1 << 26, fields, numbers)
-    for i, encoded in enumerate(examples.encode(found, recipe, setting.words)):
+    for i, [encoded] in enumerate(examples.encode(found, recipe, setting.words)):
         writer.add(encoded.fields, 0, i + 1, encoded.numbers)
     writer.finish()
     rows = pipeline.make_rows(Shards.open(directory / "valid"), setting.config, setting.special)

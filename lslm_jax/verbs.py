@@ -17,14 +17,14 @@ from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of
 from lslm_jax.convert.export import export as write_pretrained
 from lslm_jax.convert.export import export_adapter as write_adapter
-from lslm_jax.data import pipeline, records, tokenizer
+from lslm_jax.data import chat, pipeline, records, templates, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.special import special_ids
+from lslm_jax.data.templates import Template
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
 from lslm_jax.evaluate import harness, tasks
-from lslm_jax.evaluate.evaluator import Report, Setting
-from lslm_jax.models import attention
+from lslm_jax.evaluate.evaluator import Report, Setting, choose_backend
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import json_values
 from lslm_jax.progress import say
@@ -61,10 +61,12 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         where = config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
         data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
+        for remark in data.remarks():
+            say(remark)
         if config.checkpoint.best and not held_out:
             raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
         setting = _setting(config, facts, data_dir, mesh, [data, *held_out.values()])
-        exporter = Exporter(config, setting.words, setting.labels) if config.checkpoint.export_every else None
+        exporter = _exporter(setting) if config.checkpoint.export_every else None
         made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh)
         summary = train_loop(
             config,
@@ -129,7 +131,7 @@ def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str,
 
         def backend_of(length: int) -> Backend:
             data = replace(config.data, seq_len=length, mask_documents=False)
-            return _backend(replace(config, data=data), mesh, ())
+            return choose_backend(replace(config, data=data), mesh, ())
 
         model, step = _load_model(config, flags, mesh)
         report = harness.evaluate(setting, model, asked, backend_of)
@@ -181,8 +183,16 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         to = epath.Path(flags.to).expanduser().absolute()
         if flags.adapter:
             return {"step": step} | write_adapter(to, model, config)
-        written = write_pretrained(to, model, config, setting.words, setting.labels, flags.dtype, measured)
-        return {"step": step} | written
+        return {"step": step} | write_pretrained(to, model, _exporter(setting, flags.dtype), measured)
+
+
+def _exporter(setting: Setting, dtype: str = "float32") -> Exporter:
+    """What writes models of a run, which end their text where they were taught to end an answer."""
+    config = setting.config
+    if setting.template is not None:
+        ending = chat.ending(setting.template, setting.words)
+        config = replace(config, generate=respond.answering(config.generate, ending))
+    return Exporter(config, setting.words, setting.labels, dtype, setting.template)
 
 
 def import_(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
@@ -283,27 +293,18 @@ def _setting(
     """What evaluators and answers to prompts work with; the kernel is right for the rows of all inputs."""
     file = facts["tokenizer"].get("file")
     words = tokenizer.load(data_dir / file) if file else None
-    return Setting(config, words, facts["labels"], facts["special"], _backend(config, mesh, inputs), mesh)
+    backend = choose_backend(config, mesh, inputs)
+    setting = Setting(config, words, facts["labels"], facts["special"], backend, mesh)
+    return setting._replace(template=_template(config, facts, data_dir, words))
 
 
-def _backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend:
-    """The attention kernel for the rows of these inputs on this mesh."""
-    device = mesh.devices.flat[0]
-    gpu = device.platform == "gpu"
-    segmented = config.data.mask_documents or config.task.objective != "causal"
-    # Counting the documents of every row takes a while, and only cuDNN asks.
-    max_segments = max((data.max_segments() for data in inputs), default=1) if gpu and segmented else int(segmented)
-    return attention.choose(
-        config.model.attention,
-        platform=device.platform,
-        compute_capability=float(device.compute_capability) if gpu else 0.0,
-        dtype=config.model.dtype,
-        head_dim=config.model.head_dim,
-        length=config.data.seq_len,
-        max_segments=max_segments,
-        source_length=config.data.source_len,
-        extra=attention.demands(config.model),
-    )
+def _template(config: Config, facts: dict[str, Any], data_dir: epath.Path, words: Any) -> Template | None:
+    """The chat template of prepared data, or that of the vocabulary, as of now; None where nobody chats."""
+    if not config.data.is_chat or words is None:
+        return None
+    if "chat" in facts:
+        return templates.load(facts["chat"], data_dir, today=True)
+    return templates.choose(config, words)
 
 
 def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[Any, int]:

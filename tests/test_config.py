@@ -263,7 +263,7 @@ def test_a_missing_file_is_a_missing_input():
             "task.objective=seq2seq model.family=encoder_decoder",
             "data: task.objective=seq2seq learns from example=pair or label or qa, not text",
         ),
-        ("data.example=qa", "data: task.objective=causal learns from example=text, not qa"),
+        ("data.example=qa", "data: task.objective=causal learns from example=text or chat, not qa"),
         (
             "task.objective=tagging model.family=encoder data.example=label",
             "data: task.objective=tagging learns from example=tags, not label",

@@ -15,8 +15,9 @@ from lslm_jax.convert import peft, safetensors, weights
 from lslm_jax.convert.family import Family
 from lslm_jax.convert.pretrained import FAMILIES
 from lslm_jax.convert.safetensors import Source
-from lslm_jax.data import tokenizer_json
+from lslm_jax.data import templates, tokenizer_json
 from lslm_jax.data.marian import Marian
+from lslm_jax.data.templates import Template
 from lslm_jax.data.tokenizer_base import Tokenizer
 from lslm_jax.errors import ConfigError
 
@@ -31,7 +32,14 @@ class Exporter:
       model_type: of the family that has such models.
     """
 
-    def __init__(self, config: Config, words: Tokenizer, labels: list[str], dtype: str = "float32"):
+    def __init__(
+        self,
+        config: Config,
+        words: Tokenizer,
+        labels: list[str],
+        dtype: str = "float32",
+        template: Template | None = None,
+    ):
         """Settles all that does not depend on weights.
 
         Args:
@@ -39,6 +47,7 @@ class Exporter:
           words: the vocabulary.
           labels: of classes or tags.
           dtype: of the weights in the files.
+          template: that the model was taught to chat by.
 
         Raises:
           ConfigError: no family of Hugging Face has such a model, or its vocabulary cannot be exported.
@@ -51,6 +60,8 @@ class Exporter:
         settings = export_settings(family, config.model, objective, dtype, tokens, labels)
         self._settings = _json(settings)
         self._texts = _vocabulary(words, config.model.family)
+        if template is not None:
+            self._texts[templates.FILE] = template.text.encode()
         if objective in ("causal", "seq2seq"):
             self._texts["generation_config.json"] = _json(_generation(config.generate, tokens, config.model.family))
 
@@ -84,31 +95,21 @@ class Exporter:
         return [*files, *texts]
 
 
-def export(
-    directory: epath.Path,
-    model: Any,
-    config: Config,
-    words: Tokenizer,
-    labels: list[str],
-    dtype: str,
-    metrics: Mapping[str, Any],
-) -> dict[str, Any]:
+def export(directory: epath.Path, model: Any, exporter: Exporter, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Writes weights, settings, vocabulary and a model card.
 
     Args:
       directory: made if it is missing.
       model: with the weights.
-      config, words, labels, dtype: as of an `Exporter`.
+      exporter: of its config.
       metrics: of the model card.
 
     Returns:
       `model_type`, names of the `files`, `parameters`.
 
     Raises:
-      ConfigError: no family of Hugging Face has such a model, or its vocabulary cannot be exported.
       SaveError: the directory cannot be written.
     """
-    exporter = Exporter(config, words, labels, dtype)
     sources = exporter.sources(model)
     if jax.process_index() != 0:
         for source in sources.values():

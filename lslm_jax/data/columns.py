@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 from lslm_jax.config import Source
 from lslm_jax.errors import ConfigError, DataError
 
-Holds = Literal["text", "label", "texts", "labels", "answers", "id"]
+Holds = Literal["text", "label", "texts", "labels", "answers", "id", "messages", "tools"]
 SAID = {
     "text": "text",
     "label": "a label",
@@ -14,6 +14,8 @@ SAID = {
     "labels": "a list of labels",
     "answers": "answers as SQuAD has them",
     "id": "an id",
+    "messages": "a list of messages",
+    "tools": "a list of tools",
 }
 
 
@@ -31,6 +33,11 @@ class Column(NamedTuple):
     key: str
     holds: Holds
     setting: str = ""
+
+    @property
+    def optional(self) -> bool:
+        """Whether a record may lack it."""
+        return self.holds in ("id", "tools")
 
     @property
     def said(self) -> str:
@@ -57,6 +64,10 @@ def columns(source: Source) -> list[Column]:
         case "qa":
             texts = [Column(name, name, "text") for name in ("question", "context")]
             return [Column("id", "id", "id"), *texts, Column("answers", "answers", "answers")]
+        case "chat":
+            if source.target_key:
+                return [_named(source, "text", "text_key", "text"), _named(source, "target", "target_key", "text")]
+            return [_named(source, "messages", "text_key", "messages"), Column("tools", "tools", "tools")]
 
 
 def _named(source: Source, name: str, setting: str, holds: Holds) -> Column:
@@ -67,7 +78,7 @@ def _named(source: Source, name: str, setting: str, holds: Holds) -> Column:
 
 
 def pick(record: Any, column: Column, origin: str) -> Any:
-    """A record's value of one column, checked; None for an id that is not there.
+    """A record's value of one column, checked; None for an optional one that is not there.
 
     Raises:
       DataError: the record has no such field, or it holds something else.
@@ -75,7 +86,7 @@ def pick(record: Any, column: Column, origin: str) -> Any:
     value = record
     for part in [column.key] if column.key in record else column.key.split("/"):
         if not isinstance(value, dict) or part not in value:
-            if column.holds == "id":
+            if column.optional:
                 return None
             raise DataError(f"{origin}: no field {column.said}; it has: {', '.join(record) or 'none'}")
         value = value[part]
@@ -100,8 +111,10 @@ def _fits(value: Any, holds: Holds) -> bool:
             return isinstance(value, (str, bytes))
         case "label" | "id":
             return isinstance(value, (str, bytes, int, float))
-        case "answers":
+        case "answers" | "messages":
             return isinstance(value, (list, dict))
+        case "tools":
+            return value is None or isinstance(value, list)
         case "texts":
             return isinstance(value, list) and all(_fits(part, "text") for part in value)
         case "labels":

@@ -7,8 +7,10 @@
     label          regression       the same                              the value
     tags           tagging          the text of the words; tags           none
     qa             qa               question, context                     first and last token of the answer, or -1, -1
+    chat           causal           all in its template's words; marks    first token of an answer, and how many
 
-Tags are as many as the text's tokens: the first token of each word has the number of its tag plus 1, the others 0.
+A conversation may make several examples (`chat.py`). Its marks are as many as its tokens, 1 for those of answers. Tags
+are as many as the text's tokens: the first token of each word has the number of its tag plus 1, the others 0.
 """
 
 import functools
@@ -19,16 +21,19 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from lslm_jax.config import CleanConfig, Source
-from lslm_jax.data import clean, labels
+from lslm_jax.data import chat, clean, labels
 from lslm_jax.data.sources import Content
+from lslm_jax.data.templates import Template
 from lslm_jax.data.tokenizer_base import Tokenizer
 from lslm_jax.errors import DataError
 
-_TEXTS = {"text": ("text",), "pair": ("source", "target"), "label": ("text", "target"), "tags": ("words",), "qa": ()}
+_TEXTS = {"text": ("text",), "pair": ("source", "target"), "label": ("text", "target"), "tags": ("words",)}
+_TEXTS |= {"qa": (), "chat": ()}  # the first stay as they are, the second are cleaned message by message
 _LENGTH = {"text": "text", "pair": "source", "label": "text"}
 _STAND_IN = "?"  # for a word that leaves no token
 
 Example = dict[str, Any]
+_Parts = tuple[list[np.ndarray], tuple[float, ...]]  # fields and numbers
 
 
 class Recipe(NamedTuple):
@@ -38,18 +43,27 @@ class Recipe(NamedTuple):
       source: where they come from; `example`, the keys and `prefix` are read.
       objective: task.objective.
       labels: the number of each class or tag, in their order.
+      template: that conversations are put into words by.
     """
 
     source: Source
     objective: str
     labels: Mapping[str, int]
+    template: Template | None = None
 
 
 class Encoded(NamedTuple):
-    """An example as shards hold it."""
+    """An example as shards hold it.
+
+    Attributes:
+      fields: its tokens.
+      numbers: its class, or whatever else.
+      num_bytes: of UTF-8 that are to be predicted.
+    """
 
     fields: list[np.ndarray]
-    numbers: tuple[float, ...] = ()
+    numbers: tuple[float, ...]
+    num_bytes: int
 
 
 def shape(source: Source, objective: str) -> tuple[int, int]:
@@ -58,7 +72,7 @@ def shape(source: Source, objective: str) -> tuple[int, int]:
         return 1, 0
     if objective == "seq2seq" or source.example == "tags":
         return 2, 0
-    if source.example == "qa":
+    if source.example in ("qa", "chat"):
         return 2, 2
     return (2 if source.target_key else 1), 1
 
@@ -78,7 +92,8 @@ def decode(
     """The example as text, with a label's or tag's name in place of its number; None where it is to be skipped.
 
     Raises:
-      DataError: it is undecodable and the policy is strict; a label is unknown; words and tags are not equally many.
+      DataError: it is undecodable and the policy is strict; a label is unknown; words and tags are not equally many;
+        it is no conversation.
     """
     example: Example = content if isinstance(content, dict) else {"text": content}
     if "label" in example:
@@ -91,9 +106,18 @@ def decode(
             raise DataError(f"{origin}: {len(example['words'])} words, but {len(example['tags'])} tags")
         example = example | {"tags": [labels.name(tag, recipe.labels, origin) for tag in example["tags"]]}
     try:
-        return _decode(example, policy, origin)
+        example = _decode(example, policy, origin)
     except _Undecodable:
         return None
+    return _talk(example, origin) if recipe.source.example == "chat" else example
+
+
+def _talk(example: Example, origin: str) -> Example:
+    """A conversation with the place where it was read, which its template may complain of."""
+    if "messages" not in example:
+        return {"messages": chat.of_pair(example["text"], example["target"]), "origin": origin}
+    tools = {"tools": example["tools"]} if example.get("tools") else {}
+    return tools | {"messages": chat.conversation(example["messages"], origin), "origin": origin}
 
 
 class _Undecodable(Exception):
@@ -127,6 +151,11 @@ def counted(dropped: Mapping[str, int]) -> str:
 def cleaned(example: Example, recipe: Recipe, config: CleanConfig) -> Example:
     """The example with its texts cleaned; a question and its context stay, since answers name places in them."""
     done = {}
+    if recipe.source.example == "chat":
+        done["messages"] = [
+            message | {"content": clean.clean_text(message["content"], config)} if "content" in message else message
+            for message in example["messages"]
+        ]
     for key in _TEXTS[recipe.source.example]:
         if key in example:
             part = example[key]
@@ -144,14 +173,19 @@ def reason(example: Example, recipe: Recipe, config: CleanConfig) -> str | None:
     if kind == "qa":
         answers = example["answers"]
         return "misplaced_answer" if answers and _answer(example) is None else None
+    if kind == "chat":
+        answered = bool(chat.answers(example["messages"]))
+        return clean.reason("\n".join(texts(example, recipe)), config) if answered else "no_answer"
     return clean.reason(" ".join(example["words"]) if kind == "tags" else example[_LENGTH[kind]], config)
 
 
 def digest(example: Example, recipe: Recipe) -> bytes:
-    """16 bytes that stand for the whole cleaned example, but for the id of a question."""
+    """16 bytes that stand for the whole cleaned example, but for its id and where it was read."""
     if recipe.source.example == "text":
         return clean.digest(example["text"])
-    return clean.digest(json.dumps({key: part for key, part in example.items() if key != "id"}, sort_keys=True))
+    return clean.digest(
+        json.dumps({key: part for key, part in example.items() if key not in ("id", "origin")}, sort_keys=True)
+    )
 
 
 def signature(example: Example, recipe: Recipe) -> np.ndarray | None:
@@ -162,10 +196,12 @@ def signature(example: Example, recipe: Recipe) -> np.ndarray | None:
 
 
 def texts(example: Example, recipe: Recipe) -> list[str]:
-    """What is tokenised, in the order of the fields."""
+    """What is tokenised, in the order of the fields; of a conversation all that is said in it."""
     kind, prefix = recipe.source.example, recipe.source.prefix
     if kind == "tags":
         return [" ".join(example["words"])]
+    if kind == "chat":
+        return [message["content"] for message in example["messages"] if "content" in message]
     if recipe.objective != "seq2seq" or kind == "text":
         keys = ("question", "context") if kind == "qa" else _TEXTS[kind]
         return [example[key] for key in keys if key in example]
@@ -191,18 +227,40 @@ def num_bytes(example: Example, recipe: Recipe) -> int:
     return sum(len(text.encode()) for text in (found[1:] if recipe.objective == "seq2seq" else found))
 
 
-def encode(examples: Sequence[Example], recipe: Recipe, tokenizer: Tokenizer) -> list[Encoded]:
-    """Tokens and numbers of each example."""
-    if recipe.source.example == "tags":
-        return [_encode_tags(example, recipe.labels, tokenizer) for example in examples]
-    if recipe.objective == "qa":
-        return [_encode_question(example, tokenizer) for example in examples]
+def encode(examples: Sequence[Example], recipe: Recipe, tokenizer: Tokenizer) -> list[list[Encoded]]:
+    """What each example is in shards: itself, or of a conversation perhaps each answer.
+
+    Raises:
+      ConfigError, DataError: a chat template is wrong, or does not take a conversation.
+    """
+    match recipe.source.example, recipe.objective:
+        case "chat", _:
+            return [_encode_talk(example, recipe, tokenizer) for example in examples]
+        case "tags", _:
+            made = [_encode_tags(example, recipe.labels, tokenizer) for example in examples]
+        case _, "qa":
+            made = [_encode_question(example, tokenizer) for example in examples]
+        case _:
+            made = _encode_texts(examples, recipe, tokenizer)
+    return [[Encoded(*parts, num_bytes(example, recipe))] for example, parts in zip(examples, made, strict=True)]
+
+
+def _encode_texts(examples: Sequence[Example], recipe: Recipe, tokenizer: Tokenizer) -> list[_Parts]:
     rendered = [texts(example, recipe) for example in examples]
     pairs = recipe.objective == "seq2seq"
     firsts = iter(tokenizer.encode_batch([text for parts in rendered for text in (parts[:1] if pairs else parts)]))
     rest = iter(tokenizer.encode_targets([text for parts in rendered for text in parts[1:]])) if pairs else firsts
     fields = [[next(firsts), *(next(rest) for _ in parts[1:])] for parts in rendered]
-    return [Encoded(parts, _numbers(example, recipe)) for example, parts in zip(examples, fields, strict=True)]
+    return [(parts, _numbers(example, recipe)) for example, parts in zip(examples, fields, strict=True)]
+
+
+def _encode_talk(example: Example, recipe: Recipe, tokenizer: Tokenizer) -> list[Encoded]:
+    assert recipe.template is not None  # which was chosen with the vocabulary
+    talk = {key: part for key, part in example.items() if key != "origin"}
+    found = chat.learn(talk, recipe.template, tokenizer, example["origin"])
+    return [
+        Encoded([one.ids, one.marks], (int(one.marks.argmax()), int(one.marks.sum())), one.num_bytes) for one in found
+    ]
 
 
 def _numbers(example: Example, recipe: Recipe) -> tuple[float, ...]:
@@ -211,11 +269,11 @@ def _numbers(example: Example, recipe: Recipe) -> tuple[float, ...]:
     return (example["label"],) if recipe.objective == "regression" else ()
 
 
-def _encode_question(example: Example, tokenizer: Tokenizer) -> Encoded:
+def _encode_question(example: Example, tokenizer: Tokenizer) -> _Parts:
     spans = tokenizer.encode_with_offsets(example["context"])
     place = _answer(example)
     first, last = (-1, -1) if place is None else covering(spans.begins, spans.ends, *place)
-    return Encoded([tokenizer.encode(example["question"]), spans.ids], (first, last))
+    return [tokenizer.encode(example["question"]), spans.ids], (first, last)
 
 
 def _answer(example: Example) -> tuple[int, int] | None:
@@ -234,12 +292,12 @@ def covering(begins: np.ndarray, ends: np.ndarray, start: int, end: int) -> tupl
     return (first, last) if first <= last else (-1, -1)
 
 
-def _encode_tags(example: Example, numbers: Mapping[str, int], tokenizer: Tokenizer) -> Encoded:
+def _encode_tags(example: Example, numbers: Mapping[str, int], tokenizer: Tokenizer) -> _Parts:
     words = example["words"]
     ids, firsts = _words_together(words, tokenizer) or _words_apart(words, tokenizer)
     tags = np.zeros(len(ids), np.int32)
     tags[firsts] = [1 + numbers[tag] for tag in example["tags"]]
-    return Encoded([ids, tags])
+    return [ids, tags], ()
 
 
 def _words_together(words: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, list[int]] | None:

@@ -232,7 +232,7 @@ def _json_object(line: bytes, wanted: list[Column], origin: str) -> dict[str, An
     except (ValueError, RecursionError) as error:
         raise DataError(f"{origin}: not JSON: {error}") from error
     if not isinstance(record, dict):
-        keys = ", ".join(repr(column.key) for column in wanted if column.holds != "id")
+        keys = ", ".join(repr(column.key) for column in wanted if not column.optional)
         what = f"the field {keys}" if "," not in keys else f"the fields {keys}"
         raise DataError(f"{origin}: a JSON {type(record).__name__}, not an object with {what}")
     return record
@@ -296,7 +296,7 @@ def _read_parquet(path: epath.Path, stream: IO[bytes], wanted: list[Column]) -> 
     try:
         file = pq.ParquetFile(stream)
         names = file.schema_arrow.names
-        tops = {column: _top(path, names, column) for column in wanted if column.holds != "id" or column.key in names}
+        tops = {column: _top(path, names, column) for column in wanted if not column.optional or column.key in names}
         for batch in file.iter_batches(batch_size=1024, columns=sorted(set(tops.values()))):
             values = {top: _plain(batch.column(top), pa) for top in set(tops.values())}
             for row in range(batch.num_rows):

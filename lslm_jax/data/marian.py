@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ class Marian(Tokenizer):
         roles = parts["roles"]
         super().__init__(content, max(self._pieces) + 1, roles["pad"], roles["bos"], roles["eos"])
         self._silent = {self.pad_id, self.bos_id, self.eos_id, self._unknown}
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        return {self.piece(id): id for id in self._silent - {self._unknown}}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [self._encode(self._source, text) for text in texts]

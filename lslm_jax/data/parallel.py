@@ -63,8 +63,7 @@ class Result(NamedTuple):
       split: where it belongs.
       digest, signature: what tells others equal or near to it.
       exempt: whether it is kept even so, as each example is that something is measured on.
-      encoded: its tokens; None where they were written before.
-      num_bytes: of UTF-8 that are to be predicted.
+      encoded: its tokens, as one example or several; None where they were written before.
       example: as it was read, where that is kept.
     """
 
@@ -73,8 +72,7 @@ class Result(NamedTuple):
     digest: bytes = b""
     signature: np.ndarray | None = None
     exempt: bool = False
-    encoded: Encoded | None = None
-    num_bytes: int = 0
+    encoded: list[Encoded] | None = None
     example: Example | None = None
 
 
@@ -139,13 +137,12 @@ class Worker:
         if dropped:
             return Result(dropped)
         signature = examples.signature(example, recipe) if self._config.deduplicate == "near" else None
-        num_bytes = examples.num_bytes(example, recipe)
-        return Result(None, split, digest, signature, exempt, None, num_bytes, raw if exempt else None)
+        return Result(None, split, digest, signature, exempt, None, raw if exempt else None)
 
 
 def is_exempt(recipe: Recipe, split: Split) -> bool:
-    """Whether each example is kept, and kept as it was read: those held out, of every kind but plain text."""
-    return split != "train" and recipe.source.example != "text"
+    """Whether each example is kept, and kept as it was read: those held out, of kinds scored by more than loss."""
+    return split != "train" and recipe.source.example not in ("text", "chat")
 
 
 def process(

@@ -17,6 +17,7 @@ from lslm_jax import atomic
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.data import heads, order, pairs, tokenizer
+from lslm_jax.data.conversations import ChatRows
 from lslm_jax.data.rows import CausalRows, DocumentRows, MaskedRows, Rows, SpanRows
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.special import Special, special_ids
@@ -33,6 +34,7 @@ _ROWS = {
 }
 # Texts that an example may have, and its numbers; one text and no number where nothing is said.
 _SHAPES = {
+    "chat": ((2,), 2),
     "seq2seq": ((2,), 0),
     "classification": ((1, 2), 1),
     "regression": ((1, 2), 1),
@@ -74,6 +76,10 @@ class TrainInput:
     def max_segments(self) -> int:
         """Greatest number of segments in any row, of the target and, where there is one, of the source."""
         return max(source.max_segments() for source in self._sources)
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the examples, a line a source that there is something to say of."""
+        return [remark for source in self._sources if (remark := source.remark())]
 
     @property
     def fill(self) -> float:
@@ -202,7 +208,7 @@ def _open(config: Config, directory: epath.Path, split: str, vocab_size: int) ->
         if split != "train" and not (directory / name / split).exists():
             continue
         shards = Shards.open(directory / name / split)
-        _check_examples(shards, config.task.objective)
+        _check_examples(shards, config)
         found[name] = make_rows(shards, config, special, directory / words["file"] if config.task.whole_words else None)
         if (size := max(shards.vocab_size, special.size)) > vocab_size:
             raise ConfigError(f"model.vocab_size {vocab_size} is too small: {shards.directory} needs {size}")
@@ -217,15 +223,20 @@ def make_rows(shards: Shards, config: Config, special: Special, words: epath.Pat
     if objective == "seq2seq":
         of_family = pairs.EncodedPairs if config.model.family == "encoder_decoder" else pairs.DecodedPairs
         return of_family(shards, config, special)
+    if config.data.is_chat:
+        return ChatRows(shards, config)
     return _ROWS[objective](shards, config, special)
 
 
-def _check_examples(shards: Shards, objective: str) -> None:
+def _check_examples(shards: Shards, config: Config) -> None:
     """Whether the examples were prepared for such an objective."""
-    fields, numbers = _SHAPES[objective] if objective in _SHAPES else ((1,), 0)
+    objective = config.task.objective
+    kind = "chat" if config.data.is_chat else objective
+    fields, numbers = _SHAPES[kind] if kind in _SHAPES else ((1,), 0)
     if shards.fields not in fields or shards.numbers.shape[1] != numbers:
+        wanted = "data.example=chat" if config.data.is_chat else f"task.objective={objective}"
         raise ConfigError(
-            f"{shards.directory} was not prepared for task.objective={objective}: its examples have {shards.fields} "
+            f"{shards.directory} was not prepared for {wanted}: its examples have {shards.fields} "
             f"text(s) and {shards.numbers.shape[1]} number(s); choose another data.dir"
         )
 

@@ -1,6 +1,7 @@
 """Raw text -> cleaned documents -> vocabulary -> token shards, once.
 
     DIR/tokenizer.model                     (or tokenizer.json, bytes.json)
+    DIR/chat_template.jinja                 of conversations
     DIR/train/  DIR/valid/  DIR/test/       shards; of a mixture DIR/NAME/train/ and so on
     DIR/manifest.json                       what was prepared from what, and how, and `labels`; written last
 
@@ -24,7 +25,7 @@ from etils import epath
 
 from lslm_jax import __version__, atomic
 from lslm_jax.config import Config, Source
-from lslm_jax.data import clean, examples, labels, parallel, records, sources, vocabulary
+from lslm_jax.data import chat, clean, examples, labels, parallel, records, sources, templates, vocabulary
 from lslm_jax.data.examples import Recipe
 from lslm_jax.data.files import Split
 from lslm_jax.data.shards import ShardWriter
@@ -72,7 +73,7 @@ def prepare(config: Config, directory: epath.Path, log: Log, workers: int = 0) -
         records.check(manifest, config, named, directory, finished=True)
         return _summary(manifest, True, started)
     record = _begin(config, named, directory, log)
-    recipes = _recipes(record, config, named)
+    recipes = _recipes(record, config, named, directory)
     manifest = record | _write(config, recipes, directory, record["tokenizer"], log, workers or _num_cores())
     atomic.write_json(directory / _MANIFEST, manifest)
     (directory / _UNFINISHED).unlink()
@@ -101,16 +102,19 @@ def _begin(config: Config, named: dict[str, Source], directory: epath.Path, log:
         raise SaveError(f"{directory} is not writable by uid {os.getuid()}")
     record["source_labels"] = labels.names(config, named)
     record["labels"] = labels.merged(record["source_labels"])
-    record["tokenizer"] = _vocabulary(config, _recipes(record, config, named), directory, log)
+    record |= _vocabulary(config, _recipes(record, config, named, directory), directory, log)
     atomic.write_json(directory / _UNFINISHED, record)
     return record
 
 
-def _recipes(record: dict[str, Any], config: Config, named: dict[str, Source]) -> dict[str, Recipe]:
+def _recipes(
+    record: dict[str, Any], config: Config, named: dict[str, Source], directory: epath.Path
+) -> dict[str, Recipe]:
     """What is made of the examples of each source."""
     known = record["source_labels"] if "source_labels" in record else {name: [] for name in named}  # older: text only
+    template = templates.load(record["chat"], directory) if "chat" in record else None
     return {
-        name: Recipe(source, config.task.objective, {label: i for i, label in enumerate(known[name])})
+        name: Recipe(source, config.task.objective, {label: i for i, label in enumerate(known[name])}, template)
         for name, source in named.items()
     }
 
@@ -119,9 +123,16 @@ def _recipes(record: dict[str, Any], config: Config, named: dict[str, Source]) -
 
 
 def _vocabulary(config: Config, recipes: dict[str, Recipe], directory: epath.Path, log: Log) -> dict[str, Any]:
-    """Puts the tokenizer into the directory; returns its file name there and its ids."""
+    """Puts tokenizer and chat template into the directory; returns their file names there, its ids, and so on."""
+    if config.data.is_chat:
+        templates.require(config)  # before a vocabulary is trained
     tokenizer = vocabulary.choose(config, recipes, log)
-    return tokenizer.facts() | {"file": tokenizer.save(directory)}
+    found: dict[str, Any] = {}
+    if config.data.is_chat:
+        template = templates.choose(config, tokenizer)
+        chat.ending(template, tokenizer)
+        found["chat"] = templates.save(template, directory)
+    return found | {"tokenizer": tokenizer.facts() | {"file": tokenizer.save(directory)}}
 
 
 # The shards.
@@ -209,9 +220,10 @@ def _fill(
                 continue
             place = names[stream], document.split
             kept[place] += 1
-            if document.encoded is not None:
-                fields, numbers = document.encoded
-                writers[place].add(fields, document.num_bytes, index + 1, numbers, document.example)
+            made = document.encoded or []
+            for number, (fields, numbers, num_bytes) in enumerate(made, 1):
+                more = number < len(made)
+                writers[place].add(fields, num_bytes, index + 1, numbers, document.example, more)
                 progress.tokens += sum(map(len, fields))
         progress.documents += len(documents)
         progress.tell()

@@ -9,7 +9,7 @@ from etils import epath
 
 from lslm_jax import atomic
 from lslm_jax.config import Config, Source
-from lslm_jax.data import sources
+from lslm_jax.data import sources, templates
 from lslm_jax.errors import ConfigError, DataError
 
 VERSION = 1
@@ -23,6 +23,7 @@ _KIND_KEYS = {
     "label": ("example", "target_key", "label_key", "labels"),
     "tags": ("example", "label_key", "labels"),
     "qa": ("example",),
+    "chat": ("example", "target_key"),
 }
 _TRAINED_KEYS = ("model", "vocab_size", "byte_fallback", "sample_bytes")
 
@@ -83,9 +84,17 @@ def given_sha256(config: Config) -> str:
 
 
 def content_sha256(manifest: dict[str, Any]) -> str:
-    """Of the shards that a manifest tells of, and of nothing else: the same ones may lie elsewhere."""
+    """Of what a manifest tells of, and of nothing else: the same shards may lie elsewhere."""
     contents = {name: split["manifest_sha256"] for name, split in manifest["splits"].items()}
+    if "chat" in manifest:
+        contents["chat_template"] = manifest["chat"]["sha256"]
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def template_sha256(config: Config) -> str:
+    """Of the chat template that a config of conversations names; empty where there is none."""
+    found = templates.read(config) if config.data.is_chat else None
+    return templates.sha256(found[0]) if found else ""
 
 
 def check(
@@ -100,6 +109,9 @@ def check(
     given = given_sha256(config)
     if given and given != record["given_tokenizer"]:
         raise ConfigError(f"{directory} was prepared with another tokenizer than {config.tokenizer.path}: {remedy}")
+    template = template_sha256(config)
+    if template and template != record["chat"]["sha256"]:
+        raise ConfigError(f"{directory} was prepared with another chat template: {remedy}")
     for name, source in named.items():
         if what := sources.changed(source, record["inputs"][name], missing_ok=finished):
             raise DataError(f"the input has changed since {directory} was prepared: {what}; {remedy}")

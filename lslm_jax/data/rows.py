@@ -53,6 +53,10 @@ class Rows(abc.ABC):
         """The first token of the context that each row shows, int64 [B]: 0 but where rows are windows over it."""
         return np.zeros_like(rows)
 
+    def remark(self) -> str:
+        """What a user should know of the examples, in a line; empty where there is nothing to say."""
+        return ""
+
     def num_bytes(self, rows: np.ndarray) -> int:
         """Bytes of text that these rows, int64 [B], predict."""
         return int(self.shards.num_bytes[self.examples(rows)].sum())

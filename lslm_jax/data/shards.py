@@ -7,8 +7,7 @@
     examples.jsonl         the examples as they were read, where they are kept
     manifest.json          counts, and size and sha256 of each file; written last, so a set that has one is whole
 
-An example is F documents in a row (source and target, question and context; of plain text one) and W numbers (a class,
-the place of an answer; of plain text none).
+An example is F documents in a row (source and target; of plain text one) and W numbers (a class; of plain text none).
 
 While a writer is at work a journal stands in the manifest's place. It lists the shards that are whole; a killed writer
 goes on after the last of them.
@@ -86,6 +85,7 @@ class ShardWriter:
         cursor: int,
         numbers: Sequence[float] = (),
         example: dict[str, Any] | None = None,
+        more: bool = False,
     ) -> None:
         """Appends one example, closing the shard when that fills it.
 
@@ -95,6 +95,7 @@ class ShardWriter:
           cursor: raw index of this example in its source, plus 1.
           numbers: W of them.
           example: as it was read, where examples are kept.
+          more: whether others of this cursor follow, into the same shard.
 
         Raises:
           DataError: an id outside the vocabulary, or the set is complete already.
@@ -116,7 +117,7 @@ class ShardWriter:
         if self._keep:
             self._examples.append(json.dumps(example, ensure_ascii=False).encode() + b"\n")
         self._next_cursor = int(cursor)
-        if self._tokens >= self._settings["shard_tokens"]:
+        if self._tokens >= self._settings["shard_tokens"] and not more:
             self._close_shard(self._file)
 
     def _check_ids(self, ids: np.ndarray) -> None:

@@ -37,6 +37,10 @@ class SyntheticInput:
         """This host's rows of the batch of a step."""
         return self._make(order.combine(self._config.seed, step * self._config.train.batch_size + self._slice))
 
+    def remarks(self) -> list[str]:
+        """Nothing."""
+        return []
+
     def epoch(self, step: int) -> float:
         """0: nothing is seen twice."""
         return 0.0

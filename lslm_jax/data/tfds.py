@@ -66,7 +66,7 @@ def read(builder: Any, split: Any, wanted: list[Column]) -> Iterator[tuple[dict[
     import tensorflow as tf
 
     name, count = builder.info.full_name, num_examples(builder, split)
-    wanted = [column for column in wanted if column.holds != "id" or column.key in builder.info.features]
+    wanted = [column for column in wanted if not column.optional or column.key in builder.info.features]
     for column in wanted:
         _check_feature(builder, column)
     index = 0

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from lslm_jax import atomic
-from lslm_jax.data.tokenizer_base import WELL_KNOWN, Spans, Tokenizer, sentinels
+from lslm_jax.data.tokenizer_base import WELL_KNOWN, Spans, Tokenizer, sentinels, tokenizers
 from lslm_jax.data.tokenizer_files import from_word_pieces, named_tokens
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
@@ -38,6 +38,10 @@ class Bytes(Tokenizer):
         ids = (_BYTES["pad_id"], _BYTES["bos_id"], _BYTES["eos_id"])
         super().__init__(json.dumps(_BYTES).encode(), first + 256, *ids)
         self._first = first
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        return {self.piece(id): id for id in range(self._first)}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + self._first for text in texts]
@@ -88,6 +92,11 @@ class SentencePiece(Tokenizer):
         spells_bytes = all(self._processor.is_byte(id) for id in ids)
         keeps_spaces = self._processor.decode(self._processor.encode(" a  b ")) == " a  b "
         return np.array(ids, np.int32) if spells_bytes and keeps_spaces else None
+
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        control = (id for id in range(self.vocab_size) if self._processor.is_control(id))
+        return {self.piece(id): id for id in (*control, *self._special)}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         # One thread: preparing runs one process a core.
@@ -148,7 +157,7 @@ class HuggingFace(Tokenizer):
           named: special tokens by role (bos, eos, pad, mask), or their ids, where other files tell; well-known names
             stand in, also for "".
         """
-        self._tokenizer = tokenizer = _tokenizers().Tokenizer.from_str(content.decode())
+        self._tokenizer = tokenizer = tokenizers().Tokenizer.from_str(content.decode())
         self._model = json.loads(content)["model"]
         self._is_byte_level = b'"ByteLevel"' in content
         tokenizer.no_padding()
@@ -176,6 +185,27 @@ class HuggingFace(Tokenizer):
         roles = {id: self._tokenizer.id_to_token(id) for id in ids if id is not None}
         # An unknown character is told by its own id even when it stands in text.
         return {id: token for id, token in (special | roles).items() if token not in ("<unk>", "[UNK]")}
+
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: id for id, token in added.items() if token.special} | {
+            token: id for id, token in self._special.items()
+        }
+
+    @functools.cached_property
+    def _framer(self) -> Any:
+        """The same vocabulary, to which special tokens are what they spell."""
+        tokenizer = tokenizers().Tokenizer.from_str(self.content.decode())
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        tokenizer.add_special_tokens([token for token in self.special_tokens if token not in known])
+        return tokenizer
+
+    def encode_framed(self, text: str) -> Spans:
+        encoding = self._framer.encode(text, add_special_tokens=False)
+        return _spans((id, *offsets) for id, offsets in zip(encoding.ids, encoding.offsets, strict=True))
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -277,7 +307,7 @@ def _read(path: epath.Path) -> Tokenizer:
     if path.suffix == ".json":
         return HuggingFace(path.read_bytes(), named_tokens(path.parent))
     if path.name == _WORD_PIECES:
-        return HuggingFace(from_word_pieces(path, _tokenizers()), named_tokens(path.parent))
+        return HuggingFace(from_word_pieces(path, tokenizers()), named_tokens(path.parent))
     if path.suffix == ".gguf":
         from lslm_jax.data import gguf_files
 
@@ -293,12 +323,3 @@ def sentencepiece() -> Any:
     except ImportError as error:
         raise ConfigError("tokenizer.kind=sentencepiece needs sentencepiece: pip install sentencepiece") from error
     return package
-
-
-@functools.cache
-def _tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ConfigError("tokenizer.kind=huggingface needs tokenizers: pip install tokenizers") from error
-    return tokenizers

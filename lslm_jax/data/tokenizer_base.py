@@ -5,7 +5,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -95,6 +95,24 @@ class Tokenizer(abc.ABC):
     def encode_with_offsets(self, text: str) -> Spans:
         """The ids that `encode` gives, and which characters of the text each of them spells."""
 
+    @property
+    @abc.abstractmethod
+    def special_tokens(self) -> Mapping[str, int]:
+        """How special tokens are written, and their ids: what no text may spell, but a chat template does."""
+
+    def encode_framed(self, text: str) -> Spans:
+        """The ids of a text in which special tokens are what they spell, as a chat template writes them; and places."""
+        known = self.special_tokens
+        parts, found, place = re.split(f"({any_of(known)})", text), [], 0
+        for i, part in enumerate(parts):
+            if i % 2:
+                spans = Spans(np.array([known[part]], np.int32), np.zeros(1, np.int64), np.array([len(part)]))
+            else:
+                spans = self.encode_with_offsets(part)
+            found.append(Spans(spans.ids, spans.begins + place, spans.ends + place))
+            place += len(part)
+        return joined(found)
+
     @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text that ids spell; special ids are dropped, and bytes that are not UTF-8 become U+FFFD."""
@@ -152,7 +170,27 @@ class Tokenizer(abc.ABC):
         return self._file
 
 
+def any_of(tokens: Iterable[str]) -> str:
+    """A pattern that matches any of the tokens, the longest first."""
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+
+
+def joined(parts: Sequence[Spans]) -> Spans:
+    """Tokens of consecutive parts of a text as those of one."""
+    return Spans(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
 def sentinels(find: Callable[[str], int | None]) -> tuple[int, ...]:
     """Ids of T5's sentinels, in the order of their use, in a vocabulary whose ids `find` tells by their names."""
     found = (find(f"<extra_id_{i}>") for i in itertools.count())
     return tuple(id for id in itertools.takewhile(lambda id: id is not None, found) if id is not None)
+
+
+@functools.cache
+def tokenizers() -> Any:
+    """The package, or a ConfigError that says how to install it."""
+    try:
+        import tokenizers as package
+    except ImportError as error:
+        raise ConfigError("tokenizer.kind=huggingface needs tokenizers: pip install tokenizers") from error
+    return package

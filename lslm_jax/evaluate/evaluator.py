@@ -1,6 +1,6 @@
 """What an evaluator is given and what it returns."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -10,6 +10,8 @@ from lslm_jax.config import Config, Source
 from lslm_jax.data import prefetch
 from lslm_jax.data.pipeline import EvalInput
 from lslm_jax.data.special import Special
+from lslm_jax.data.templates import Template
+from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
 
 
@@ -38,6 +40,7 @@ class Setting(NamedTuple):
       backend: attention kernel.
       mesh: where the model lies.
       answerable: whether every question that the model was trained on had an answer.
+      template: that conversations are put into words by; None for models that hold none.
     """
 
     config: Config
@@ -47,6 +50,7 @@ class Setting(NamedTuple):
     backend: Backend
     mesh: Mesh
     answerable: bool = True
+    template: Template | None = None
 
     def source(self, name: str) -> Source:
         """The source of this name; "" is the only one."""
@@ -54,6 +58,26 @@ class Setting(NamedTuple):
 
 
 Evaluator = Callable[[Any], Report]
+
+
+def choose_backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend:
+    """The attention kernel for the rows of these inputs on this mesh."""
+    device = mesh.devices.flat[0]
+    gpu = device.platform == "gpu"
+    segmented = config.data.mask_documents or config.task.objective != "causal"
+    # Counting the documents of every row takes a while, and only cuDNN asks.
+    max_segments = max((data.max_segments() for data in inputs), default=1) if gpu and segmented else int(segmented)
+    return attention.choose(
+        config.model.attention,
+        platform=device.platform,
+        compute_capability=float(device.compute_capability) if gpu else 0.0,
+        dtype=config.model.dtype,
+        head_dim=config.model.head_dim,
+        length=config.data.seq_len,
+        max_segments=max_segments,
+        source_length=config.data.source_len,
+        extra=attention.demands(config.model),
+    )
 
 
 def batches(part: EvalInput) -> Iterator[Batch]:

@@ -72,7 +72,7 @@ def _losses(objective: str, sums: Any, num_bytes: int) -> dict[str, float]:
 
 def gzip_baseline(setting: Setting, held_out: Mapping[str, EvalInput]) -> dict[str, float]:
     """What gzip makes of the same held-out text, where bits a byte are counted and it is small enough to ask."""
-    if setting.config.task.objective != "causal" or not held_out:
+    if setting.config.task.objective != "causal" or setting.config.data.is_chat or not held_out:
         return {}
     if sum(part.num_bytes() for part in held_out.values()) > _GZIP_LIMIT:
         return {}

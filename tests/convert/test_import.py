@@ -40,7 +40,7 @@ def save(directory, model, objective, seed=3):
     config = Config(model=fill_sizes(model), task=TaskConfig(objective=objective))
     made = presets.build(config.model, jax.random.key(seed), objective)
     exporter = Exporter(config, Bytes(), LABELS if objective in ("classification", "tagging") else [])
-    exporter.write(epath.Path(directory), exporter.sources(made), 0, {})
+    exporter.write(epath.Path(directory), exporter.sources(made), {})
     return made
 
 

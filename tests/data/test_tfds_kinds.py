@@ -5,6 +5,7 @@ import pathlib
 import unittest.mock
 
 import pytest
+from etils import epath
 
 from lslm_jax.config import Config, DataConfig, TaskConfig, TokenizerConfig
 from lslm_jax.data import labels, sources
@@ -199,3 +200,34 @@ def test_each_is_prepared(data_dir, tmp_path, objective, data, counts):
     summary = prepare(config, tmp_path, lambda line: None, workers=1)
     assert tuple(summary["splits"][split]["documents"] for split in ("train", "valid")) == counts
     assert len(list(Shards.open(tmp_path / "valid").examples())) == counts[1]
+
+
+def test_conversations_are_read_in_the_form_that_tfds_keeps_lists_of_messages(tmp_path):
+    said = [{"role": "user", "content": "2 < 3?"}, {"role": "assistant", "content": "Caf\u00e9"}]
+
+    class TidyTalks(tfds.core.GeneratorBasedBuilder):
+        """Conversations."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            message = {"role": tfds.features.Text(), "content": tfds.features.Text()}
+            features = {"messages": tfds.features.Sequence(message)}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield 0, {"messages": said}
+
+    TidyTalks(data_dir=tmp_path).download_and_prepare()
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    data = source(str(tmp_path), "tidy_talks", example="chat", text_key="messages", chat_template=str(template))
+    config = Config(data=data, tokenizer=TokenizerConfig(kind="bytes"))
+    prepare(config, epath.Path(tmp_path) / "out", lambda line: None, workers=1)
+    shards = Shards.open(epath.Path(tmp_path) / "out" / "train")
+    [[first, count]] = shards.numbers.tolist()
+    assert (first, count) == (len("2 < 3?") + 1, len("Caf\u00e9".encode()) + 1)
+    assert shards.num_bytes.tolist() == [len("Caf\u00e9".encode())]
