@@ -28,7 +28,7 @@ from lslm_jax.errors import DataError, InputMissing
 from lslm_jax.models import attention
 from lslm_jax.models.embedding import places
 
-FINAL = "final norm"
+FINAL = " + final norm"  # of the place behind the last layer's
 _SHORT, _LONG = 128, 1024  # tokens of the longest row, unless windows are seen to end only in a longer one
 _BEYOND = 32  # tokens by which it is longer than a window
 _STACKS = {"decoder": ("",), "encoder": ("",), "encoder_decoder": ("encoder ", "decoder ")}
@@ -190,7 +190,7 @@ def _states(stack: str, model: Any, tower: Any, rows: tuple[Any, Any, Any], sour
         x_BTD = _read(tower.layer(i), x_BTD, positions_BT, segments_BT, source)
         yield f"{stack}layer {i}", x_BTD
     if tower.norm is not None:
-        yield f"{stack}{FINAL}", tower.norm(x_BTD)
+        yield f"{stack}layer {tower.config.num_layers - 1}{FINAL}", tower.norm(x_BTD)
 
 
 @jax.jit
@@ -303,4 +303,4 @@ def _hidden_names(model: ModelConfig) -> Iterator[tuple[str, str]]:
         yield f"{stack}embeddings", f"{prefix}.0"
         for i in range(layers):
             is_final = i == layers - 1 and model.norm_place != "after"
-            yield f"{stack}{FINAL if is_final else f'layer {i}'}", f"{prefix}.{i + 1}"
+            yield f"{stack}layer {i}{FINAL * is_final}", f"{prefix}.{i + 1}"

@@ -140,6 +140,7 @@ def _take(theirs: np.ndarray, uses: list[_Use], wanted: Mapping[str, Any], array
             spec = PartitionSpec(*leaf.sharding.spec[1:])
             one = _place(ours, leaf.shape[1:], leaf.dtype, NamedSharding(leaf.sharding.mesh, spec))
             arrays[use.ours] = _put(arrays[use.ours], one, use.layer)
+    jax.block_until_ready([arrays[use.ours] for use in uses])  # or what waits for its turn would pile up
 
 
 def _place(ours: np.ndarray, shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
@@ -151,8 +152,8 @@ def _place(ours: np.ndarray, shape: tuple[int, ...], dtype: Any, sharding: Any) 
         return np.pad(cut, [(0, rows - len(cut)), *[(0, 0)] * (cut.ndim - 1)]) if len(cut) < rows else cut
 
     places = sharding.addressable_devices_indices_map(shape)
-    # A callback would be asked for all parts before the first of them is on its device.
-    parts = [jax.device_put(part(index), device) for device, index in places.items()]
+    # A callback would be asked for all parts before the first of them is on its device; so would this, did it not wait.
+    parts = [jax.device_put(part(index), device).block_until_ready() for device, index in places.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 

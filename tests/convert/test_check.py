@@ -70,7 +70,10 @@ def test_hidden_states_that_transformers_gives_are_a_reference(tmp_path, command
     save_file({"input_ids": ids.numpy(), "logits": out.logits.numpy(), **hidden}, tmp_path / "reference.safetensors")
     flags = [f"--reference={tmp_path}/reference.safetensors", "--tolerance=1e-4"]
     found = json.loads(command("import", f"--pretrained={tmp_path}", *flags))["check"]
-    assert list(found["layers"]) == ["embeddings", "layer 0", "layer 1", "final norm"] and found["parts_at"] is None
+    assert (
+        list(found["layers"]) == ["embeddings", "layer 0", "layer 1", "layer 2 + final norm"]
+        and found["parts_at"] is None
+    )
 
 
 def test_without_the_packages_it_tells_which_are_missing(shared, monkeypatch, command):

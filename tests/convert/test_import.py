@@ -195,7 +195,7 @@ def reference(path, made, objective, rng=0):
 
 
 TAMPERED = {
-    "causal": {"model.layers.1.mlp.down_proj.weight": "layer 1", "model.norm.weight": "final norm"},
+    "causal": {"model.layers.1.mlp.down_proj.weight": "layer 1", "model.norm.weight": "layer 2 + final norm"},
     "classification": {
         "bert.encoder.layer.2.attention.self.value.bias": "layer 2",
         "bert.embeddings.LayerNorm.bias": "embeddings",
@@ -204,7 +204,7 @@ TAMPERED = {
     "qa": {"bert.encoder.layer.0.output.dense.weight": "layer 0", "qa_outputs.weight": "the output layer"},
     "seq2seq": {
         "encoder.block.1.layer.0.SelfAttention.o.weight": "encoder layer 1",
-        "decoder.block.2.layer.1.EncDecAttention.o.weight": "decoder layer 2",
+        "decoder.block.2.layer.1.EncDecAttention.o.weight": "decoder layer 2 + final norm",
         "lm_head.weight": "the output layer",
     },
 }
@@ -242,8 +242,8 @@ def test_what_parts_is_not_kept_and_says_by_how_much(by, tmp_path, capsys):
     found = json.loads(output.out)["check"]
     assert found["parts_at"] == "layer 1" and (found["max_difference"] == "NaN") == bool(np.isnan(by))
     assert message.startswith(f"lslm: {tmp_path}/model: logits differ by ") and "(tolerance 0.001)" in message
-    # Of the last layer a reference tells what is behind the norm.
-    assert [line.split("  ")[1] for line in table[-5:]] == ["embeddings", "layer 0", "layer 1", "final norm", "logits"]
+    places = ["embeddings", "layer 0", "layer 1", "layer 2 + final norm", "logits"]
+    assert [line.split("  ")[1] for line in table[-5:]] == places
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
