@@ -17,7 +17,7 @@ from etils import epath
 from lslm_jax.config import Config, ModelConfig
 from lslm_jax.config_checks import fill_sizes
 from lslm_jax.convert import hub
-from lslm_jax.convert.export import export
+from lslm_jax.convert.export import Exporter, export
 from lslm_jax.data.tokenizer import Bytes
 from lslm_jax.models import presets
 
@@ -99,7 +99,7 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "model"
     config = Config(model=fill_sizes(ModelConfig(**LLAMA, gated=True, bias=False, max_length=64, vocab_size=259)))
     model = presets.build(config.model, jax.random.key(0), "causal")
-    export(epath.Path(directory), model, config, Bytes(), [], "float32", {})
+    export(epath.Path(directory), model, Exporter(config, Bytes(), []), {})
     return directory
 
 

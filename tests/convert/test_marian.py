@@ -13,7 +13,7 @@ from etils import epath
 from lslm_jax.config import Config, DataConfig, ModelConfig, TaskConfig
 from lslm_jax.config_checks import fill_sizes
 from lslm_jax.convert import pretrained
-from lslm_jax.convert.export import export
+from lslm_jax.convert.export import Exporter, export
 from lslm_jax.data import examples
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, DataError, InputMissing
@@ -73,15 +73,8 @@ def directory(tmp_path_factory):
     pad = len(ids) - 1
     (directory / "config.json").write_text(json.dumps({"is_encoder_decoder": True, "decoder_start_token_id": pad}))
     words = tokenizers.load(directory / "source.spm")
-    export(
-        epath.Path(directory),
-        presets.build(config.model, jax.random.key(0), "seq2seq"),
-        config,
-        words,
-        [],
-        "float32",
-        {},
-    )
+    model = presets.build(config.model, jax.random.key(0), "seq2seq")
+    export(epath.Path(directory), model, Exporter(config, words, []), {})
     settings = json.loads((directory / "generation_config.json").read_text())
     (directory / "generation_config.json").write_text(json.dumps(settings | {"bad_words_ids": [[pad]]}))
     return epath.Path(directory)
