@@ -49,7 +49,7 @@ def _download(address: str) -> epath.Path:
         where = {
             "revision": revision,
             "local_files_only": commit is None,
-        }  # by its name, under which the cache notes it
+        }  # named so that the cache notes it
         directory = huggingface_hub.snapshot_download(name, allow_patterns=_FILES, ignore_patterns=_NOT, **where)
     except Exception as error:  # the Hub's own, and those of the package behind it, which changes with its version
         raise _told(error, address, huggingface_hub) from error

@@ -73,8 +73,8 @@ def directory(tmp_path_factory):
     pad = len(ids) - 1
     (directory / "config.json").write_text(json.dumps({"is_encoder_decoder": True, "decoder_start_token_id": pad}))
     words = tokenizers.load(directory / "source.spm")
-    model = presets.build(config.model, jax.random.key(0), "seq2seq")
-    export(epath.Path(directory), model, Exporter(config, words, []), {})
+    made = presets.build(config.model, jax.random.key(0), "seq2seq")
+    export(epath.Path(directory), made, Exporter(config, words, []), {})
     settings = json.loads((directory / "generation_config.json").read_text())
     (directory / "generation_config.json").write_text(json.dumps(settings | {"bad_words_ids": [[pad]]}))
     return epath.Path(directory)
@@ -108,7 +108,7 @@ def test_ids_and_texts_are_those_of_transformers(directory, words):
 def test_targets_are_cut_by_their_own_model_and_a_language_is_one_token(words):
     recipe = examples.Recipe(DataConfig(example="pair"), "seq2seq", {})
     example = {"source": ">>fra<< the cat", "target": "le chat"}
-    [encoded] = examples.encode([example], recipe, words)
+    [[encoded]] = examples.encode([example], recipe, words)
     source, target = encoded.fields
     assert words.piece(source[0]) == ">>fra<<" and words.decode(source) == ">>fra<< the cat"
     assert target.tolist() == words.encode_targets(["le chat"])[0].tolist() != words.encode("le chat").tolist()
