@@ -4,7 +4,9 @@ r"""Sentiment of film reviews (SST-2) by a small BERT that has read novels: fine
         --config.train.init_from=runs/bert_novels --config.tokenizer.path=runs/bert_novels/data/tokenizer.model \
         --config.data.files=sst2/train.tsv.gz --config.data.valid_files=sst2/dev.tsv.gz
 
-Columns `sentence` and `label` (0 negative, 1 positive), as GLUE has them.
+Columns `sentence` and `label` (0 negative, 1 positive), as GLUE has them. Measured on 2026-11-26 from the body of
+`bert_small_novels`, on 6,920 whole sentences: 0.766 of the 872 of dev after 500 steps. Half an hour of novels is of little
+use to lower-case film reviews: the bag of words of `sentiment_from_scratch` reaches 0.805, MiniLM (`minilm_sst2`) more.
 """
 
 from dataclasses import replace
@@ -37,11 +39,11 @@ def get_config() -> Config:
         clean=CleanConfig(whitespace="collapse"),
         task=TaskConfig(objective="classification"),
         tokenizer=TokenizerConfig(path="runs/bert_novels/data/tokenizer.model"),
-        model=replace(presets.bert_small, dropout=0.1),
-        train=TrainConfig(steps=1000, batch_size=32, init_from="runs/bert_novels"),
+        model=replace(presets.bert_small, pool="mean", dropout=0.3),
+        train=TrainConfig(steps=600, batch_size=32, ema=0.99, label_smoothing=0.1, init_from="runs/bert_novels"),
         optimizer=OptimizerConfig(
             learning_rate=2e-4, b2=0.98, schedule="linear", warmup_steps=100, final_ratio=0.0, weight_decay=0.01
         ),
-        checkpoint=CheckpointConfig(every=200, best="eval/accuracy"),
-        eval=EvalConfig(every=200),
+        checkpoint=CheckpointConfig(every=100, best="eval/accuracy"),
+        eval=EvalConfig(every=100),
     )

@@ -5,6 +5,8 @@ r"""Sentiment of film reviews (SST-2) by MiniLM, a small BERT distilled from a l
 
 DIR holds sentence-transformers/all-MiniLM-L6-v2, or any other BERT, RoBERTa, DistilBERT or ModernBERT. Columns are
 `sentence` and `label` (0 negative, 1 positive), as GLUE has them.
+
+Measured on 2026-11-26 on two busy CPU cores, on 6,920 whole sentences: 0.875 of the 872 of dev, in 27 minutes.
 """
 
 from lslm_jax.config import (
