@@ -196,7 +196,7 @@ def open_eval(
 def _open(config: Config, directory: epath.Path, split: str, vocab_size: int) -> dict[str, Rows]:
     """The rows of each source that has such a split; one that is alone lies in the prepared directory itself."""
     path = directory / "manifest.json"
-    words, special = _tokenizer(path, config.model.family)
+    words, special = _tokenizer(path, config.model.family, vocab_size)
     found = {}
     for name in [source.name for source in config.data.mixture] or [""]:
         if split != "train" and not (directory / name / split).exists():
@@ -230,13 +230,13 @@ def _check_examples(shards: Shards, objective: str) -> None:
         )
 
 
-def _tokenizer(path: epath.Path, family: str) -> tuple[dict[str, Any], Special]:
+def _tokenizer(path: epath.Path, family: str, limit: int) -> tuple[dict[str, Any], Special]:
     """The entry of that name in a manifest, and the ids it gives the model."""
     if not atomic.exists(path):
         raise InputMissing(f"{path.parent} holds no prepared data (no {path.name}): run prepare")
     try:
         entry = atomic.read_json(path)["tokenizer"]
-        return entry, special_ids(entry, family)
+        return entry, special_ids(entry, family, limit)
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} does not name the tokenizer's bos_id and eos_id: run prepare again") from error
 
