@@ -140,14 +140,15 @@ def run(environment):
 def read(environment):
     """Reads a model in a process of its own: what it is, its tensors and its vocabulary, and the files there are."""
     program = """
-import json, sys
+import json, pathlib, sys
 from lslm_jax.convert import pretrained, safetensors
 from lslm_jax.data import tokenizer
 source = pretrained.describe(sys.argv[1])
 assert pretrained.describe(sys.argv[1]).directory == source.directory
 tensors = {name: tensor.read().tobytes().hex() for name, tensor in safetensors.open_directory(source.directory).items()}
 words = tokenizer.load(pretrained.vocabulary(source.directory))
-files = sorted(str(path.relative_to(source.directory)) for path in source.directory.rglob("*"))
+root = pathlib.Path(source.directory)
+files = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
 print(json.dumps([source.settings, tensors, words.facts(), files]))
 """
 
