@@ -19,7 +19,7 @@ test: $(READY)
 	$(PYTEST)
 
 test-fast: $(READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" $(TESTS)
 
 # Against Hugging Face transformers and EleutherAI's lm-eval, which the project itself does not install; with models from
 # the package index.
