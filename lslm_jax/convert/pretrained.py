@@ -189,7 +189,7 @@ def default_config(source: Pretrained, *, reads: bool = True) -> Config:
         return _typed(replace(config, data=data, task=task))
 
 
-def example_of(objective: str) -> str:
+def example_of(objective: str) -> Any:
     """What a model with such an objective was shown, as far as its directory tells."""
     return _EXAMPLES[objective] if objective in _EXAMPLES else "text"
 
