@@ -202,7 +202,9 @@ def open_eval(
 def _open(config: Config, directory: epath.Path, split: str, vocab_size: int) -> dict[str, Rows]:
     """The rows of each source that has such a split; one that is alone lies in the prepared directory itself."""
     path = directory / "manifest.json"
-    words, special = _tokenizer(path, config.model.family, vocab_size)
+    # Only spans cannot do without sentinels: for all else, a model that was not trained with any need not have them.
+    limit = 0 if config.task.objective == "span_corruption" else vocab_size
+    words, special = _tokenizer(path, config.model.family, limit)
     found = {}
     for name in [source.name for source in config.data.mixture] or [""]:
         if split != "train" and not (directory / name / split).exists():
