@@ -16,6 +16,11 @@ def unflatten(like: Any, arrays: Mapping[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: arrays[_name(path)], like)
 
 
+def abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    """Shape, type and sharding of an array."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
 def split(tree: Any, chosen: Mapping[str, bool]) -> tuple[Any, Any]:
     """The leaves that are chosen by name, and the others: two trees of the same form, each with None for the rest."""
     keep = lambda wanted: jax.tree_util.tree_map_with_path(

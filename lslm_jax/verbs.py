@@ -21,7 +21,6 @@ from lslm_jax.data import chat, pipeline, records, templates, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.special import special_ids
-from lslm_jax.data.templates import Template
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
 from lslm_jax.evaluate import harness, tasks
 from lslm_jax.evaluate.evaluator import Report, Setting, choose_backend
@@ -121,8 +120,7 @@ def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str,
     asked = harness.asked(flags.harness, flags.harness_path, flags.fewshot, flags.limit)
     harness.check(config)
     mesh = _mesh_without_batch(config)
-    data_dir = epath.Path() if flags.pretrained else _data_dir(config, _workdir(flags))
-    config, facts = _resolve_pretrained(config) if flags.pretrained else _resolve(config, data_dir)
+    config, facts, data_dir = _model_alone(config, flags)
     kernel = "xla" if config.model.attention == "xla" else "auto"  # not all lengths suit the one that training uses
     config = replace(config, model=replace(config.model, attention=kernel))
     with jax.set_mesh(mesh):
@@ -145,8 +143,7 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
     """`generate`: does with each prompt what the model was trained for; the text of a single one is streamed."""
     prompts = respond.read_prompts(config, flags)
     mesh = _mesh_without_batch(config)
-    data_dir = epath.Path() if flags.pretrained else _data_dir(config, _workdir(flags))
-    config, facts = _resolve_pretrained(config) if flags.pretrained else _resolve(config, data_dir)
+    config, facts, data_dir = _model_alone(config, flags)
     with jax.set_mesh(mesh):
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
@@ -253,6 +250,14 @@ def _data_dir(config: Config, workdir: epath.Path) -> epath.Path:
     return epath.Path(config.data.dir).expanduser().absolute() if config.data.dir else workdir / "data"
 
 
+def _model_alone(config: Config, flags: argparse.Namespace) -> tuple[Config, dict[str, Any], epath.Path]:
+    """A run's, or a pretrained model's, config and facts, for commands that read no examples; where its files are."""
+    if flags.pretrained:
+        return *_resolve_pretrained(config), epath.Path()
+    data_dir = _data_dir(config, _workdir(flags))
+    return *_resolve(config, data_dir), data_dir
+
+
 def _resolve_pretrained(config: Config) -> tuple[Config, dict[str, Any]]:
     """A config with the vocabulary and labels that it names itself, and what a manifest would say of them."""
     path = epath.Path(config.tokenizer.path)
@@ -295,16 +300,7 @@ def _setting(
     words = tokenizer.load(data_dir / file) if file else None
     backend = choose_backend(config, mesh, inputs)
     setting = Setting(config, words, facts["labels"], facts["special"], backend, mesh)
-    return setting._replace(template=_template(config, facts, data_dir, words))
-
-
-def _template(config: Config, facts: dict[str, Any], data_dir: epath.Path, words: Any) -> Template | None:
-    """The chat template of prepared data, or that of the vocabulary, as of now; None where nobody chats."""
-    if not config.data.is_chat or words is None:
-        return None
-    if "chat" in facts:
-        return templates.load(facts["chat"], data_dir, today=True)
-    return templates.choose(config, words)
+    return setting._replace(template=templates.of_run(config, facts, data_dir, words))
 
 
 def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[Any, int]:

@@ -86,6 +86,6 @@ def tensors(adapter: Adapter) -> dict[str, Tensor]:
       InputMissing, DataError: it has no weights, or they cannot be read.
     """
     path = adapter.directory / WEIGHTS
-    if not path.is_file():
+    if not atomic.exists(path):
         raise InputMissing(f"{adapter.directory} holds no {WEIGHTS}")
     return {name.removeprefix(PREFIX): tensor for name, tensor in safetensors.read_header(path).items()}

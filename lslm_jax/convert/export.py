@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from etils import epath
 
 from lslm_jax import atomic, config_loading
 from lslm_jax.config import Config, GenerateConfig, ModelConfig
-from lslm_jax.convert import peft, safetensors, weights
+from lslm_jax.convert import adapter as adapters
+from lslm_jax.convert import hub, peft, safetensors, weights
 from lslm_jax.convert.family import Family
-from lslm_jax.convert.pretrained import FAMILIES
+from lslm_jax.convert.pretrained import FAMILIES, is_pretrained
 from lslm_jax.convert.safetensors import Source
 from lslm_jax.data import templates, tokenizer_json
 from lslm_jax.data.marian import Marian
@@ -56,7 +58,7 @@ class Exporter:
         self._config, self._dtype = config, dtype
         self._family = family = family_of(config.model, objective)
         self.model_type = family.model_type
-        self._tokens = tokens = {"bos": words.bos_id, "eos": words.eos_id, "pad": words.pad_id}
+        tokens = {"bos": words.bos_id, "eos": words.eos_id, "pad": words.pad_id}
         settings = export_settings(family, config.model, objective, dtype, tokens, labels)
         self._settings = _json(settings)
         self._texts = _vocabulary(words, config.model.family)
@@ -131,15 +133,27 @@ def export_adapter(directory: epath.Path, model: Any, config: Config) -> dict[st
       `model_type` of that, names of the `files`.
 
     Raises:
-      ConfigError: the run has no adapters, or no family of Hugging Face has such a model.
+      ConfigError: the run has no adapters, or did not begin with a Hugging Face model.
       SaveError: the directory cannot be written.
     """
     if not config.model.lora_rank:
         raise ConfigError("this run has no adapters (model.lora_rank=0): leave out --adapter")
     objective = config.task.objective
     family = family_of(config.model, objective)
-    files = peft.export(directory, model, family, config.model, objective, config.train.init_from)
+    files = peft.export(directory, model, family, config.model, objective, _base(config.train.init_from))
     return {"model_type": family.model_type, "files": files}
+
+
+def _base(begun: str) -> str:
+    """The model that a run's adapters stand beside; where the run went on with others, that of those."""
+    path = epath.Path(begun)
+    if not begun or (atomic.exists(path) and not is_pretrained(path)):
+        raise ConfigError(
+            f"the run began with {begun or 'random weights'}, no Hugging Face model to put adapters beside: leave out "
+            "--adapter"
+        )
+    base = adapters.base_of(adapters.describe(path)) if adapters.is_adapter(path) else path
+    return os.fspath(base).removeprefix(hub.SCHEME)
 
 
 def _vocabulary(words: Tokenizer, family: str) -> dict[str, bytes]:

@@ -16,8 +16,8 @@ from lslm_jax.models.presets import layer_types
 
 Settings = Mapping[str, Any]  # of a config.json
 LAYER = "{i}"  # stands for a layer's number in a name of theirs
-LORA_KEYS = ("lora_rank", "lora_alpha", "lora_targets")
-RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "init", *LORA_KEYS)  # are chosen by whoever runs a model
+# Are chosen by whoever runs a model.
+RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "init", "lora_rank", "lora_alpha", "lora_targets")
 _OF_A_RUN = {*RUN_KEYS, "dropout", "pool"}  # change how it is trained or run, not what it computes
 
 
@@ -177,6 +177,11 @@ class Layout(NamedTuple):
         return np.stack(ours).transpose(np.argsort(self.order)).reshape(self.shape)
 
 
+def num_inputs(module: str) -> int:
+    """Axes that a projection of ours sums over: heads and their width, or one."""
+    return 2 if module.endswith(".o") else 1
+
+
 def layout(name: str, shape: tuple[int, ...], place: str | Part, *, transposed: bool) -> Layout:
     """The layout of a parameter of ours, of one layer where there are several.
 
@@ -188,8 +193,8 @@ def layout(name: str, shape: tuple[int, ...], place: str | Part, *, transposed: 
     """
     count, by_head = (1, False) if isinstance(place, str) else (place.count, place.by_head)
     is_matrix = name.endswith(".w")
-    num_inputs = (2 if name.endswith(".o.w") else 1) if is_matrix else 0
-    inputs, outputs = shape[:num_inputs], shape[num_inputs:]
+    count_in = num_inputs(name.removesuffix(".w")) if is_matrix else 0
+    inputs, outputs = shape[:count_in], shape[count_in:]
     whole = lambda sizes: (int(np.prod(sizes)),) if sizes else ()
     if by_head:
         split_out, axes_out, axis_count = (outputs[0], count, *outputs[1:]), [0, *range(2, len(outputs) + 1)], 1
@@ -200,10 +205,10 @@ def layout(name: str, shape: tuple[int, ...], place: str | Part, *, transposed: 
     else:
         flat_out = outputs  # a table
     if is_matrix and not transposed:
-        split, shift, first = (*inputs, *split_out), num_inputs, 0
+        split, shift, first = (*inputs, *split_out), count_in, 0
         flat = (*whole(inputs), *flat_out)
     else:
         split, shift, first = (*split_out, *inputs), 0, len(split_out)
         flat = (*flat_out, *whole(inputs))
-    order = (axis_count + shift, *range(first, first + num_inputs), *(axis + shift for axis in axes_out))
+    order = (axis_count + shift, *range(first, first + count_in), *(axis + shift for axis in axes_out))
     return Layout(flat, split, order)

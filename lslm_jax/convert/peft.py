@@ -16,7 +16,7 @@ from lslm_jax import atomic
 from lslm_jax.config import ModelConfig
 from lslm_jax.convert import safetensors, weights
 from lslm_jax.convert.adapter import PREFIX, SETTINGS, TASKS, WEIGHTS, Adapter, tensors
-from lslm_jax.convert.family import LAYER, Family, Layout, Part, layout
+from lslm_jax.convert.family import LAYER, Family, Layout, Part, layout, num_inputs
 from lslm_jax.convert.safetensors import Source, Tensor
 from lslm_jax.errors import ConfigError, DataError
 from lslm_jax.models import lora
@@ -27,6 +27,7 @@ class _Use(NamedTuple):
     """A layer of a projection of ours that one of theirs holds, as which part of it; and how its outputs lie there."""
 
     ours: str
+    theirs: str  # with LAYER for the layer's number
     layer: int
     part: int
     outputs: Layout
@@ -46,7 +47,7 @@ def apply(adapter: Adapter, model: Any, family: Family, objective: str) -> Any:
     found = _read(adapter, arrays, family, objective)
     config = model.config
     if not config.lora_rank:
-        return unflatten(model, lora.merge(arrays | found, 1.0))
+        return unflatten(model, lora.merge(arrays | found))
     for name, theirs in found.items():
         if name not in arrays:
             raise ConfigError(f"{adapter.directory} adapts {name.partition('.lora')[0]}: name it in model.lora_targets")
@@ -55,9 +56,13 @@ def apply(adapter: Adapter, model: Any, family: Family, objective: str) -> Any:
             rank = theirs.shape[1] if name.endswith(".b") else theirs.shape[-1]
             raise ConfigError(f"{adapter.directory} has rank {rank}: set model.lora_rank={rank} or more")
         part = theirs * (config.lora_rank / config.lora_alpha) if name.endswith(".b") else theirs
-        put = jax.jit(lambda ours, part: jax.lax.dynamic_update_slice(ours, part, [0] * ours.ndim))
-        arrays[name] = jax.device_put(put(ours, part), ours.sharding)
+        arrays[name] = jax.device_put(_put(ours, part), ours.sharding)
     return unflatten(model, arrays)
+
+
+@jax.jit
+def _put(ours: jax.Array, part: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(ours, part, [0] * ours.ndim)
 
 
 def _read(adapter: Adapter, arrays: Mapping[str, Any], family: Family, objective: str) -> dict[str, np.ndarray]:
@@ -73,7 +78,7 @@ def _read(adapter: Adapter, arrays: Mapping[str, Any], family: Family, objective
         rank, scale = len(a), _scale(adapter.settings, name, len(a))
         for use in uses[name]:
             shape = arrays[f"{use.ours}.w"].shape
-            inputs, outputs = shape[1 : 1 + _num_inputs(use.ours)], shape[1 + _num_inputs(use.ours) :]
+            inputs, outputs = shape[1 : 1 + num_inputs(use.ours)], shape[1 + num_inputs(use.ours) :]
             if a.shape != (rank, np.prod(inputs)) or b.shape != (*use.outputs.shape, rank):
                 raise DataError(f"{adapter.directory}: the adapter of {name} has another shape than {name}")
             a_name, b_name = f"{use.ours}.lora.a", f"{use.ours}.lora.b"
@@ -107,29 +112,21 @@ def _uses(arrays: Mapping[str, Any], family: Family, objective: str) -> dict[str
         theirs, part = (place.name, place.index) if isinstance(place, Part) else (place, 0)
         if module == name or theirs is None or LAYER not in theirs:
             continue
-        form = layout(f"{module}.b", array.shape[1 + _num_inputs(module) :], place or "", transposed=True)
+        form = layout(f"{module}.b", array.shape[1 + num_inputs(module) :], place or "", transposed=True)
         for i in range(array.shape[0]):
-            found.setdefault(theirs.replace(LAYER, str(i)), []).append(_Use(module, i, part, form))
+            found.setdefault(theirs.replace(LAYER, str(i)), []).append(_Use(module, theirs, i, part, form))
     return found
-
-
-def _num_inputs(module: str) -> int:
-    """Axes that a projection sums over: heads and their width, or one."""
-    return 2 if module.endswith(".o") else 1
 
 
 # Writing.
 
 
 def export(
-    directory: epath.Path,
-    model: Any,
-    family: Family,
-    config: ModelConfig,
-    objective: str,
-    base: str,
+    directory: epath.Path, model: Any, family: Family, config: ModelConfig, objective: str, base: str
 ) -> list[str]:
     """Writes a model's adapters, with the head that was trained beside them; returns the names of the files.
+
+    Every process of a run over several hosts takes part in fetching, one writes.
 
     Args:
       directory: made if it is missing.
@@ -143,26 +140,22 @@ def export(
       SaveError: the directory cannot be written.
     """
     arrays = flatten(model)
-    tops = weights.sources(model, family, config, objective, "float32", "top.")
-    uses = _uses(arrays, family, objective)
-    adapted = {
-        name: sorted(several, key=lambda use: use.part)
-        for name, several in uses.items()
-        if any(f"{use.ours}.lora.a" in arrays for use in several)
-    }
-    tensors: dict[str, Source] = {}
-    for name, several in adapted.items():
-        a, b = _theirs(arrays, [use for use in several if f"{use.ours}.lora.a" in arrays])
-        for letter, array in (("A", a), ("B", b)):
-            tensors[f"{PREFIX}{name}.lora_{letter}.weight"] = Source(
-                array.dtype, array.shape, lambda array=array: array
-            )
-    tensors |= {PREFIX + name: source for name, source in tops.items()}
+    written, ranks = {}, {}
+    for name, several in _uses(arrays, family, objective).items():
+        adapted = sorted((use for use in several if f"{use.ours}.lora.a" in arrays), key=lambda use: use.part)
+        if adapted:
+            a, b = _theirs(arrays, adapted)
+            written |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+            ranks[adapted[0].theirs] = len(a)
+    heads = weights.sources(model, family, config, objective, "float32", "top.")
+    tops = {name: source.make() for name, source in heads.items()}
+    if jax.process_index() != 0:
+        return []
     with atomic.saving(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    safetensors.write_file(directory / WEIGHTS, tensors)
-    ranks = {name: tensors[f"{PREFIX}{name}.lora_A.weight"].shape[0] for name in adapted}
-    atomic.write_json(directory / SETTINGS, _settings(ranks, family, config, objective, base, tops))
+    sources = {PREFIX + name: Source(a.dtype, a.shape, lambda a=a: a) for name, a in (written | tops).items()}
+    safetensors.write_file(directory / WEIGHTS, sources)
+    atomic.write_json(directory / SETTINGS, _settings(ranks, family, config, objective, base, sorted(tops)))
     return [WEIGHTS, SETTINGS]
 
 
@@ -170,7 +163,7 @@ def _theirs(arrays: Mapping[str, Any], uses: list[_Use]) -> tuple[np.ndarray, np
     """One adapter for all of ours that lie in one projection of theirs: A [R, inputs] and B [outputs, R]."""
     all_a, all_b = [], []
     for use in uses:
-        a, b = (np.asarray(arrays[f"{use.ours}.lora.{letter}"][use.layer]) for letter in "ab")
+        a, b = (weights.fetch(arrays[f"{use.ours}.lora.{letter}"], use.layer) for letter in "ab")
         all_a.append(a.reshape(-1, a.shape[-1]).T)
         count = use.outputs.split[use.outputs.order[0]]
         parts = [[column if i == use.part else np.zeros_like(column) for i in range(count)] for column in b]
@@ -184,10 +177,10 @@ def _settings(
     config: ModelConfig,
     objective: str,
     base: str,
-    tops: Mapping[str, Source],
+    tops: list[str],
 ) -> dict[str, Any]:
-    """The content of adapter_config.json: exactly the projections of `ranks`, by pattern."""
-    named = {re.sub(r"\d+", r"\\d+", re.escape(name)): rank for name, rank in ranks.items()}
+    """The content of adapter_config.json: exactly the projections of `ranks`, in all layers."""
+    named = {re.escape(name).replace(re.escape(LAYER), r"\d+"): rank for name, rank in ranks.items()}
     other = {pattern: rank for pattern, rank in named.items() if rank != config.lora_rank}
     alpha = config.lora_alpha / config.lora_rank
     return {

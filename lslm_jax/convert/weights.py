@@ -18,7 +18,6 @@ from lslm_jax.config import ModelConfig
 from lslm_jax.convert.family import LAYER, Family, Layout, Part, layout
 from lslm_jax.convert.safetensors import Source, Stored
 from lslm_jax.errors import ConfigError, DataError
-from lslm_jax.models import lora
 from lslm_jax.trees import flatten, unflatten
 
 _SUFFIXES = {"w": ".weight", "scale": ".weight", "b": ".bias", "bias": ".bias"}
@@ -177,8 +176,6 @@ def sources(
     a prefix, all whose names of ours begin otherwise are left out.
     """
     arrays = {name: array for name, array in flatten(model).items() if name.startswith(prefix)}
-    if config.lora_rank:
-        arrays = lora.merge(arrays, config.lora_alpha / config.lora_rank)
     parts = _uses(family, config, objective, arrays)
     kind = np.dtype(jnp.dtype(dtype))
 
@@ -187,7 +184,7 @@ def sources(
         shape = uses[0].layout.shape
 
         def make() -> np.ndarray:
-            fetched = [_fetch(arrays[use.ours], use, config) for use in uses]
+            fetched = [_fetch(arrays, use, config) for use in uses]
             return uses[0].layout.theirs(fetched).astype(kind, order="C")
 
         return Source(kind, (1, *shape) if name in family.rows else shape, make)
@@ -195,12 +192,21 @@ def sources(
     return {name: source(name, uses) for name, uses in parts.items()}
 
 
-def _fetch(array: jax.Array, use: _Use, config: ModelConfig) -> np.ndarray:
-    """One layer of a parameter, or all of it, on the host, without rows of padding."""
+def _fetch(arrays: Mapping[str, jax.Array], use: _Use, config: ModelConfig) -> np.ndarray:
+    """One layer of a parameter, or all of it, on the host: with what an adapter adds, without rows of padding."""
+    found = fetch(arrays[use.ours], use.layer)[: config.vocab_size if use.ours in _VOCAB else None]
+    a, b = (f"{use.ours.removesuffix('.w')}.lora.{letter}" for letter in "ab")
+    if a not in arrays:
+        return found
+    scale = config.lora_alpha / config.lora_rank
+    return found + scale * np.tensordot(fetch(arrays[a], use.layer), fetch(arrays[b], use.layer), 1)
+
+
+def fetch(array: jax.Array, layer: int | None) -> np.ndarray:
+    """An array, or one layer of it, on the host; every process of a run over several hosts must take part."""
     sharding = array.sharding
     whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    cut = _gather(use.layer is not None, whole)(array, use.layer or 0)
-    return np.asarray(cut.addressable_data(0))[: config.vocab_size if use.ours in _VOCAB else None]
+    return np.asarray(_gather(layer is not None, whole)(array, layer or 0).addressable_data(0))
 
 
 @functools.cache

@@ -149,6 +149,23 @@ def load(record: Mapping[str, Any], directory: epath.Path, today: bool = False) 
     return Template(text, tuple(record["variables"].items()), now, str(path))
 
 
+def of_run(config: Config, facts: Mapping[str, Any], directory: epath.Path, words: Tokenizer | None) -> Template | None:
+    """The template of prepared data, or that of the vocabulary, as of now; None where nobody chats.
+
+    Args:
+      config: of the run.
+      facts: the manifest of the data, or what stands for it.
+      directory: of the data.
+      words: the vocabulary; None where there is none.
+
+    Raises:
+      ConfigError, InputMissing, DataError: as `load` and `choose`.
+    """
+    if not config.data.is_chat or words is None:
+        return None
+    return load(facts["chat"], directory, today=True) if "chat" in facts else choose(config, words)
+
+
 def sha256(text: str) -> str:
     """Of a template's text."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -47,18 +47,20 @@ def _projections(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, Li
             yield from _projections(part, f"{prefix}{name}.")
 
 
-@jax.jit
-def merge(arrays: Mapping[str, Any], scale: float | jax.Array) -> dict[str, Any]:
-    """Parameters by name with what adapters say put into the weights: such a model says the same without them.
+def merge(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters by name with adapters, whose b holds the scale, put into the weights they stand beside.
 
     Args:
-      arrays: of a whole model, from `trees.flatten`.
-      scale: lora_alpha / lora_rank.
+      arrays: by name, as `trees.flatten` has them, of stacked layers.
     """
     merged = {name: array for name, array in arrays.items() if ".lora." not in name}
-    for name in arrays.keys() - merged.keys():
-        if name.endswith(".lora.a"):
-            owner = name.removesuffix(".lora.a")
-            product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(arrays[name], arrays[f"{owner}.lora.b"])
-            merged[f"{owner}.w"] += scale * product
+    for name in arrays:
+        owner, found, _ = name.partition(".lora.a")
+        if found:
+            merged[f"{owner}.w"] = _sum(arrays[f"{owner}.w"], arrays[name], arrays[f"{owner}.lora.b"])
     return merged
+
+
+@jax.jit
+def _sum(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return w + jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)

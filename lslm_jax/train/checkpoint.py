@@ -15,7 +15,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from lslm_jax import config_checks
+from lslm_jax import config_checks, trees
 from lslm_jax.config import CheckpointConfig
 from lslm_jax.errors import CheckpointRefused, SaveError
 from lslm_jax.train import identity as identities
@@ -117,7 +117,7 @@ class Checkpoints:
             )
         heads_too = _same_task(made_by, self.identity)
         fits = lambda name: name in stored and (heads_too or not name.startswith(_HEAD))
-        taken = {name: _abstract(leaf) for name, leaf in wanted.items() if fits(name)}
+        taken = {name: trees.abstract(leaf) for name, leaf in wanted.items() if fits(name)}
         _compare(f"{directory}: {part}", {name: stored[name] for name in taken}, taken)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
@@ -253,10 +253,6 @@ def _same_task(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
     """Whether heads of both say the same, of the same labels."""
     mean = lambda config: (config["task"]["objective"], config["model"]["num_labels"])
     return mean(theirs["config"]) == mean(mine["config"])
-
-
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _rank(metrics: Mapping[str, float], name: str) -> float:

@@ -16,6 +16,7 @@ from lslm_jax.config import CheckpointConfig
 from lslm_jax.convert.export import Exporter
 from lslm_jax.train import checkpoint
 from lslm_jax.train.state import State, evaluated_model
+from lslm_jax.trees import abstract
 
 
 class Exports:
@@ -56,7 +57,7 @@ class Exports:
                 continue
             model = evaluated_model(state)
             if step < int(state.step):
-                model = checkpoint.load_model(self._checkpoints, jax.tree.map(_abstract, model), step)
+                model = checkpoint.load_model(self._checkpoints, jax.tree.map(abstract, model), step)
             log(f"step {step}: exported now, what ended the run before had prevented it")
             self._save(step, model, {})
 
@@ -92,7 +93,3 @@ class Exports:
         if part != final:
             with atomic.saving(final):
                 part.rename(final)
-
-
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

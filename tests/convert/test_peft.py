@@ -11,7 +11,7 @@ from test_parity import CASES, example, make, our_outputs, their_outputs
 
 from lslm_jax.config import Config, TaskConfig
 from lslm_jax.convert import peft as ours_peft
-from lslm_jax.convert import pretrained
+from lslm_jax.convert import pretrained, safetensors
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
 from lslm_jax.sharding import make_mesh
@@ -29,6 +29,7 @@ TARGETS = {  # of theirs and of ours: three projections in one, in turn by head,
     "qwen3": (["q_proj", "v_proj", "o_proj", "gate_proj"], ("attention.[qvo]", "mlp.gate")),
     "bert-classification": (["query", "intermediate.dense"], ("attention.q", "mlp.up")),
     "t5": (["q", "wo"], ("attention.q", "cross.q", "mlp.down")),
+    "flan-t5": (["q", "wi_0"], ("attention.q", "cross.q", "mlp.gate")),  # and not wi_1
 }
 cases = pytest.mark.parametrize("name", TARGETS)
 
@@ -108,6 +109,9 @@ def test_what_is_trained_here_peft_reads(name, tmp_path):
     ours_peft.export(out, model, source.family, config, case.objective, str(tmp_path / "base"))
     theirs = type(make(case)).from_pretrained(tmp_path / "base", attn_implementation="eager")
     theirs = peft.PeftModel.from_pretrained(theirs, out)
+    placed = {name for name in theirs.state_dict() if ".lora_A." in name}
+    written = {name for name in safetensors.read_header(out / ours_peft.WEIGHTS) if ".lora_A." in name}
+    assert {name.replace(".default.", ".") for name in placed} == written, "exactly the projections that have one"
     batch = example(case, source.model)
     compared(outputs(model, case, batch), theirs, case, batch)
     again = load(out, case, labels_of(case))[1]

@@ -136,6 +136,9 @@ def test_adapters_are_trained_beside_a_model_and_leave_alone_or_merged(shared, t
     further = {"data": data, "train": {"steps": 1, "batch_size": 16}, "optimizer": {"learning_rate": 1e-9}}
     again = trained(tmp_path / "again", command, f"--pretrained={tmp_path}/adapter", **few | further)
     assert again["eval/loss"] == pytest.approx(result["eval/loss"], abs=1e-4)
+    command("export", f"--workdir={tmp_path}/again", f"--to={tmp_path}/adapter2", "--adapter")
+    base = json.loads((tmp_path / "adapter2" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(stories), "that of the adapter it went on with"
 
 
 @pytest.mark.parametrize(
