@@ -55,7 +55,7 @@ def main() -> None:
     with jax.set_mesh(mesh):
         bare, batches = (
             Bare(config, mesh),
-            [SyntheticInput(config, args.vocab_size, 0, 1).batch(n) for n in range(args.steps)],
+            [SyntheticInput(config, args.vocab_size).batch(n) for n in range(args.steps)],
         )
         rounds = [(bare.run(batches)[args.skip :], run_trainer(config, mesh)[args.skip :]) for _ in range(args.rounds)]
     print(json.dumps(vars(args) | {"cores": len(os.sched_getaffinity(0)), "jax": jax.__version__} | summary(rounds)))

@@ -326,14 +326,30 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices each axis has. One axis may be -1: all that are left."""
+    """How many devices each axis has. One axis may be -1: all that are left. 0: as the preset says, or 1."""
 
-    data: int = -1
-    """Rows are split, weights are copied."""
-    fsdp: int = 1
+    preset: Literal["ddp", "fsdp", "tp", "fsdp_tp", "fsdp_context", "moe"] = "ddp"
+    """Sizes of the axes that are 0: all devices on data, fsdp or tensor; fsdp with tensor, context or expert=4."""
+    stage: int = 0
+    """Layers are split into stages of a pipeline, which pass parts of a batch on."""
+    data: int = 0
+    """Rows are split, weights are copied; optimizer state is split all the same."""
+    fsdp: int = 0
     """Rows, weights and optimizer state are split; weights are gathered layer by layer."""
-    tensor: int = 1
+    expert: int = 0
+    """Experts are split, and rows; all other weights as by fsdp."""
+    context: int = 0
+    """Positions of a row are split, for long ones; weights as by fsdp."""
+    tensor: int = 0
     """Heads, MLP width and vocabulary are split."""
+    dcn_stage: int = 1
+    """Slices of TPUs, or GPU hosts, that an axis spans over the slow network between them; here stage."""
+    dcn_data: int = 1
+    """The same of data: its size is dcn_data * data."""
+    dcn_fsdp: int = 1
+    """The same of fsdp."""
+    rules: tuple[str, ...] = ()
+    """Changes to the table in sharding.py, logical axis=mesh axes: `mlp=tensor+context,vocab=`."""
 
 
 @dataclass(frozen=True, kw_only=True)

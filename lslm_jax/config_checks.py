@@ -1,11 +1,12 @@
 """Refuses a config that cannot work, in one line that names the keys and what would do."""
 
-import dataclasses
 import fnmatch
 from collections.abc import Iterator
 from dataclasses import replace
 
+from lslm_jax import config_mesh
 from lslm_jax.config import Config, DataConfig, GenerateConfig, MixtureSource, ModelConfig, Source
+from lslm_jax.config_mesh import multiples
 from lslm_jax.errors import ConfigError
 
 
@@ -67,7 +68,7 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _data_problems(config.data)
     yield from _task_problems(config)
     yield from _run_problems(config)
-    yield from _mesh_problems(config)
+    yield from config_mesh.problems(replace(config, model=fill_sizes(config.model)))
 
 
 _POSITIVE = (
@@ -109,7 +110,7 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
     if not model.head_dim and model.d_model % model.num_heads:
         yield (
             f"model.d_model={model.d_model} is not divisible by model.num_heads={model.num_heads}: "
-            f"set model.head_dim or use d_model={_round(model.d_model, model.num_heads)}"
+            f"set model.head_dim or use d_model={multiples(model.d_model, model.num_heads)}"
         )
     full = fill_sizes(model)
     if full.num_heads % full.num_kv_heads:
@@ -250,7 +251,7 @@ def _run_problems(config: Config) -> Iterator[str]:
     if train.batch_size % train.accumulate:
         yield (
             f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}: "
-            f"use {_round(train.batch_size, train.accumulate)}"
+            f"use {multiples(train.batch_size, train.accumulate)}"
         )
     if config.optimizer.nesterov and config.optimizer.name in ("adafactor", "lion"):
         yield f"optimizer.nesterov does not go with optimizer.name={config.optimizer.name}"
@@ -273,7 +274,7 @@ def _export_problems(config: Config) -> Iterator[str]:
     if export % every:
         yield (
             f"checkpoint.export_every={export} is not a multiple of checkpoint.every={every}, so that each export has "
-            f"its checkpoint: use {_round(export, every)}"
+            f"its checkpoint: use {multiples(export, every)}"
         )
     if export and config.data.source == "synthetic" and not config.data.mixture:
         yield f"checkpoint.export_every={export} needs a vocabulary, which data.source=synthetic lacks"
@@ -293,28 +294,3 @@ def generate_problems(generate: GenerateConfig) -> Iterator[str]:
             f"generate.beams={generate.beams} looks for the likeliest text and draws none: "
             f"leave {', '.join(f'generate.{name}' for name in drawing)} alone"
         )
-
-
-def _mesh_problems(config: Config) -> Iterator[str]:
-    mesh, model = config.mesh, fill_sizes(config.model)
-    axes = dataclasses.asdict(mesh)
-    if sum(size == -1 for size in axes.values()) > 1:
-        yield "only one mesh axis may be -1"
-    yield from (
-        f"mesh.{name} must be positive or -1, got {size}" for name, size in axes.items() if size < 1 and size != -1
-    )
-    split = [
-        ("model.num_heads", model.num_heads, "tensor"),
-        ("model.num_kv_heads", model.num_kv_heads, "tensor"),
-        ("model.d_ff", model.d_ff, "tensor"),
-        ("model.d_model", model.d_model, "fsdp"),
-    ]
-    for key, size, axis in split:
-        if axes[axis] > 0 and size % axes[axis]:
-            yield f"{key}={size} is not divisible by mesh.{axis}={axes[axis]}: use {_round(size, axes[axis])}"
-
-
-def _round(size: int, divisor: int) -> str:
-    """The multiples of `divisor` around `size`, as a suggestion."""
-    below = size // divisor * divisor
-    return f"{below} or {below + divisor}" if below else str(divisor)

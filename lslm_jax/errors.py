@@ -6,9 +6,14 @@ Any other exception is a bug of ours and ends with a traceback.
 
 
 class LslmError(Exception):
-    """A failure with a known cause, its message one line long."""
+    """A failure with a known cause, its message one line long.
+
+    Attributes:
+      told: whether another process of the run tells the user.
+    """
 
     exit_code = 1
+    told = False
 
 
 class ConfigError(LslmError):
@@ -51,3 +56,9 @@ class CheckpointRefused(LslmError):
     """A checkpoint does not belong to this run, or cannot be read."""
 
     exit_code = 76
+
+
+class PeerLost(LslmError):
+    """Another process of the run did not come, or is gone."""
+
+    exit_code = 77

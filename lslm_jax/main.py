@@ -68,6 +68,10 @@ def parser() -> argparse.ArgumentParser:
     taken.add_argument("--check", action="store_true", help="compare it with transformers, layer by layer")
     taken.add_argument("--reference", metavar="FILE", help="compare it with what this safetensors file says")
     taken.add_argument("--tolerance", type=float, default=1e-3, metavar="X", help="of logits, and of hidden states")
+    several = flags.add_argument_group("many processes, where no scheduler tells")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, and a free port there")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
     return flags
 
 
@@ -79,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except LslmError as error:
         if "--debug" in argv:
             raise
-        print(f"lslm: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"lslm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:  # before or after the training loop, which catches it and saves
         print("lslm: interrupted", file=sys.stderr)
@@ -98,8 +103,9 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
     flags = parser().parse_args([flag for flag in argv if flag not in settings])
     config = _load(flags, settings)
 
-    from lslm_jax import verbs  # not before the config is known to be sound: this imports jax
+    from lslm_jax import distributed, verbs  # not before the config is known to be sound: this imports jax
 
+    distributed.start(flags.coordinator, flags.processes, flags.process)
     return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
 
 

@@ -1,6 +1,7 @@
 """How far and how fast a run is: a bar on a terminal, elsewhere a line now and then, always on stderr."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -136,7 +137,18 @@ class StepTimer:
 
 def say(line: str) -> None:
     """Prints a line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    if not _quiet:
+        print(line, file=sys.stderr, flush=True)
+
+
+def be_quiet() -> None:
+    """From now on this process, one of several, shows nothing and prints nothing on stdout."""
+    global _quiet
+    _quiet = True
+    sys.stdout = open(os.devnull, "w")
+
+
+_quiet = False
 
 
 def short(number: float) -> str:
@@ -156,6 +168,8 @@ def clock_time(seconds: float) -> str:
 
 def _bar() -> Any:
     """A rich progress bar if stderr is a terminal, else None."""
+    if _quiet:
+        return None
     from rich import progress
     from rich.console import Console
 

@@ -262,7 +262,7 @@ def _as_split(setting: Setting, found: list[examples.Example], directory: epath.
         writer.add(encoded.fields, 0, i + 1, encoded.numbers)
     writer.finish()
     rows = pipeline.make_rows(Shards.open(directory / "valid"), setting.config, setting.special)
-    return pipeline.EvalInput(rows, setting.config, 0, 1)
+    return pipeline.EvalInput(rows, setting.config)
 
 
 def _fill(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -> Iterator[Answer]:

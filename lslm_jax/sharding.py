@@ -1,44 +1,83 @@
-"""The device mesh, and the one table that says which logical axis lies on which mesh axis.
+"""The device mesh, and the one table that says which logical axis lies on which mesh axes.
 
 Models name logical axes only; parameters are born with them (`axes` in their metadata) and activations are pinned to
-them by `constrain`. To shard differently, change RULES.
+them by `constrain`. To shard differently, change RULES, or `mesh.rules` of one run.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, MeshConfig
+from lslm_jax.config_mesh import MESH_AXES, mesh_axes, multiples, slices
 from lslm_jax.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+Rules = Mapping[str, tuple[str, ...]]
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
+RULES: Rules = {
     # Parameters and activations alike.
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "head_dim": None,
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "head_dim": (),
+    "experts": ("expert",),
     # Parameters only.
-    "embed": "fsdp",
-    "positions": None,
-    "types": None,
-    "buckets": None,
-    "labels": None,
-    "rank": None,
-    "layers": None,
+    "embed": ("fsdp", "expert", "context"),
+    "positions": (),
+    "types": (),
+    "buckets": (),
+    "labels": (),
+    "rank": (),
+    "layers": ("stage",),
     # Activations only; "width" also for norms and biases.
-    "batch": ("data", "fsdp"),
-    "length": None,
-    "width": None,
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("context",),
+    "tokens": ("data", "fsdp", "expert", "context"),
+    "width": (),
+    # Moments only: they need not be whole where parameters are.
+    "moments": ("fsdp", "expert", "context", "data"),
 }
+
+_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=RULES)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """Sets the mesh and the table that everything below goes by, in this thread."""
+    token = _rules.set(rules)
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _rules.reset(token)
+
+
+def make_rules(mesh: MeshConfig) -> Rules:
+    """The table with the changes of `mesh.rules`.
+
+    Raises:
+      ConfigError: one names an axis that is not there.
+    """
+    rules = dict(RULES)
+    for rule in mesh.rules:
+        name, equals, places = rule.partition("=")
+        axes = tuple(place for place in places.split("+") if place)
+        if not equals or name not in rules:
+            raise ConfigError(f"mesh.rules: {rule!r} must be AXIS=MESH AXES, with AXIS one of {', '.join(rules)}")
+        if unknown := set(axes) - set(MESH_AXES):
+            raise ConfigError(f"mesh.rules: {rule!r} names {unknown.pop()}; mesh axes are {', '.join(MESH_AXES)}")
+        rules[name] = axes
+    return rules
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
@@ -49,68 +88,113 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config.mesh, len(devices))
-    rows = shape[0] * shape[1]
+    sizes = dict(zip(MESH_AXES, shape, strict=True))
+    split = [name for name in make_rules(config.mesh)["batch"] if name in ("data", "fsdp") or sizes[name] > 1]
+    rows = math.prod(sizes[name] for name in split)
     step_rows = config.train.batch_size // config.train.accumulate
     if step_rows % rows:
         part = "train.batch_size / train.accumulate" if config.train.accumulate > 1 else "train.batch_size"
-        suggestion = " or ".join(str(n * config.train.accumulate) for n in _multiples_around(step_rows, rows))
-        raise ConfigError(f"{part}={step_rows} is not divisible by data*fsdp={rows}: use train.batch_size={suggestion}")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        suggestion = multiples(step_rows, rows, config.train.accumulate)
+        raise ConfigError(
+            f"{part}={step_rows} is not divisible by {'*'.join(split)}={rows}: use train.batch_size={suggestion}"
+        )
+    slow = tuple(slices(config.mesh).values())
+    fast = tuple(size // many for size, many in zip(shape, slow, strict=True))
+    parts = [
+        mesh_utils.create_device_mesh(fast, part, allow_split_physical_axes=True) for part in _slices(devices, slow)
+    ]
+    # Slices lie outermost on each axis, so that what talks most stays within one.
+    laid = np.stack(parts).reshape(*slow, *fast)
+    laid = laid.transpose([axis + part * len(shape) for axis in range(len(shape)) for part in range(2)]).reshape(shape)
+    return Mesh(laid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def mesh_shape(mesh: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """Sizes of the axes, with the one that is -1 worked out.
+def _slices(devices: Sequence[Any], shape: Sequence[int]) -> list[list[Any]]:
+    """The devices of each slice: of a TPU slice or a GPU host as they say, else of a process; simulated, in order."""
+    count = math.prod(shape)
+    if count == 1:
+        return [list(devices)]
+    for key in ("slice_index", "process_index"):
+        groups: dict[int, list[Any]] = {}
+        for device in devices:
+            groups.setdefault(getattr(device, key, 0), []).append(device)
+        if len(groups) == count and len({len(group) for group in groups.values()}) == 1:
+            return [groups[index] for index in sorted(groups)]
+    if devices[0].platform == "cpu" and len({device.process_index for device in devices}) == 1:
+        return np.reshape(np.array(devices, object), (count, -1)).tolist()
+    named = " * ".join(f"mesh.dcn_{name}" for name, size in zip(MESH_AXES, shape, strict=True) if size > 1)
+    raise ConfigError(f"{named} is {count} slices, but the devices are not that many slices, hosts or processes")
+
+
+def mesh_shape(mesh: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Sizes of the axes, slices included, with the one that is -1 worked out.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
     """
-    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
-    named = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
-    known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and num_devices % known:
+    sizes, many = mesh_axes(mesh), slices(mesh)
+    shown = [name for name in MESH_AXES if name in ("data", "fsdp", "tensor") or sizes[name] != 1 or many[name] != 1]
+    named = " x ".join(f"{name}={sizes[name]}" + f"*{many[name]}" * (many[name] > 1) for name in shown)
+    known = math.prod(size for size in sizes.values() if size != -1) * math.prod(many.values())
+    if -1 in sizes.values() and num_devices % known:
         raise ConfigError(f"mesh {named} does not divide {num_devices} devices")
-    data, fsdp, tensor = (num_devices // known if size == -1 else size for size in sizes)
-    product = data * fsdp * tensor
-    if product != num_devices:
+    sizes = {name: num_devices // known if size == -1 else size for name, size in sizes.items()}
+    shape = tuple(sizes[name] * many[name] for name in MESH_AXES)
+    if (product := math.prod(shape)) != num_devices:
         relation = "more" if product > num_devices else "fewer"
         raise ConfigError(
             f"mesh {named} is {product} devices, {relation} than the {num_devices} there are: set one axis to -1"
         )
-    return data, fsdp, tensor
+    return shape
 
 
-def _multiples_around(size: int, divisor: int) -> list[int]:
-    below = size // divisor * divisor
-    return [n for n in (below, below + divisor) if n]
-
-
-def resolve(axes: Sequence[str | None], shape: Sequence[int] | None = None, mesh: Any = None) -> PartitionSpec:
+def resolve(
+    axes: Sequence[str | None], shape: Sequence[int] | None = None, mesh: Any = None, rules: Rules | None = None
+) -> PartitionSpec:
     """The mesh axes of an array with these logical axes.
 
     Args:
-      axes: one logical name, or None, for each dimension.
-      shape: if given (with `mesh`), a dimension that its mesh axes do not divide stays whole; a single prompt, say, is
-        copied to every device.
+      axes: one logical name, or None, for each dimension. Where several mesh axes are a dimension's, those that an
+        earlier dimension has are left out.
+      shape: if given (with `mesh`), a dimension is split over as many of its mesh axes as divide it, from the first
+        on; a single prompt, say, is copied to every device.
       mesh: concrete or abstract mesh.
+      rules: another table than the one in use.
 
     Raises:
       ValueError: two dimensions want the same mesh axis.
     """
-    places = [RULES[name] if name is not None else None for name in axes]
+    rules = rules or _rules.get()
+    wanted = [rules[name] if name is not None else () for name in axes]
+    places: list[tuple[str, ...]] = []
+    for place in wanted:
+        used = {axis for before in places for axis in before}
+        free = tuple(axis for axis in place if axis not in used)
+        if place and not free:
+            raise ValueError(f"logical axes {tuple(axes)} put two dimensions on one mesh axis: {wanted}")
+        places.append(free)
     if shape is not None:
-        places = [p if p is None or n % _size(p, mesh) == 0 else None for p, n in zip(places, shape, strict=True)]
-    used = [axis for place in places if place for axis in ((place,) if isinstance(place, str) else place)]
-    if len(set(used)) < len(used):
-        raise ValueError(f"logical axes {tuple(axes)} put two dimensions on one mesh axis: {places}")
-    return PartitionSpec(*places)
+        places = [_dividing(place, size, mesh) for place, size in zip(places, shape, strict=True)]
+    return PartitionSpec(*(place[0] if len(place) == 1 else place or None for place in places))
 
 
-def _size(place: str | tuple[str, ...], mesh: Any) -> int:
-    return math.prod(mesh.shape[axis] for axis in ((place,) if isinstance(place, str) else place))
+def _dividing(place: tuple[str, ...], size: int, mesh: Any) -> tuple[str, ...]:
+    """The mesh axes, from the first on, that there are and that divide a dimension."""
+    kept: list[str] = []
+    for axis in place:
+        if mesh.shape[axis] > 1:
+            if size % (_size(kept, mesh) * mesh.shape[axis]):
+                break
+            kept.append(axis)
+    return tuple(kept)
+
+
+def _size(place: Sequence[str], mesh: Any) -> int:
+    return math.prod(mesh.shape[axis] for axis in place)
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Pins an activation to its place on the mesh set by `jax.set_mesh`; without one, returns it as it is."""
+    """Pins an activation to its place on the mesh in use; without one, returns it as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -118,36 +202,57 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 
 
 def num_shards(axis: str) -> int:
-    """Into how many parts the mesh set by `jax.set_mesh` splits a logical axis; 1 without one."""
-    mesh, place = jax.sharding.get_abstract_mesh(), RULES[axis]
-    return 1 if mesh.empty or place is None else _size(place, mesh)
+    """Into how many parts the mesh in use splits a logical axis; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _size(_rules.get()[axis], mesh)
 
 
-def shardings_of(tree: Any, mesh: Mesh) -> Any:
+def shardings_of(tree: Any, mesh: Mesh, *, moments: bool = False) -> Any:
     """The sharding of every array in a tree of shapes, from the `axes` its parameters carry.
 
-    Optimizer moments are trees of the same parameters and so lie where their parameters lie. What has no axes, or
-    another rank than its parameter (step counts, factored moments), is copied.
+    Optimizer `moments` are trees of the same parameters and lie where their parameters lie, but are split over the data
+    axis as well. What has no axes, or another rank than its parameter (step counts, factored moments), is copied.
     """
+    rules = _rules.get()
+    rules = {**rules, "embed": rules["moments"]} if moments else rules
 
     def place(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
         axes = leaf.get_metadata("axes")
-        return jax.tree.map(
-            lambda x: NamedSharding(mesh, resolve(axes, x.shape, mesh) if len(axes) == x.ndim else PartitionSpec()),
-            leaf,
-        )
+
+        def of(x: Any) -> NamedSharding:
+            spec = resolve(axes, x.shape, mesh, rules) if len(axes) == x.ndim else PartitionSpec()
+            return NamedSharding(mesh, spec)
+
+        return jax.tree.map(of, leaf)
 
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data axes, positions whole."""
-    return NamedSharding(mesh, resolve(("batch", "length")))
+def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Where a part [B, ...] of a batch lies: rows over the data axes, positions over context if it divides them."""
+    return NamedSharding(mesh, resolve(("batch", "length"), shape, mesh))
 
 
-def to_global(batch: Batch, mesh: Mesh) -> Batch:
-    """Places this process's rows of a batch on its devices; together the processes hold the global batch."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Numbers of the rows of a global batch that this process's devices hold, in order."""
+    places = batch_sharding(mesh, (batch_size, 1)).addressable_devices_indices_map((batch_size, 1))
+    return np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in places.values() if index]))
+
+
+def to_global(batch: Batch, mesh: Mesh, batch_size: int | None = None) -> Batch:
+    """Places this process's rows of a batch on its devices; together the processes hold the global batch.
+
+    Args:
+      batch: the rows that `local_rows` names, or all.
+      mesh: where they go.
+      batch_size: rows of the global batch. None: all of them are here, as they are in every process.
+    """
+
+    def place(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        shape = (batch_size or len(x), *x.shape[1:])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, shape), x, shape)
+
+    return jax.tree.map(place, batch)

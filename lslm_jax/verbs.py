@@ -11,7 +11,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import adopt, atomic, config_checks, config_loading, respond
+from lslm_jax import adopt, atomic, config_checks, config_loading, distributed, respond
 from lslm_jax.config import Config
 from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of
@@ -27,7 +27,7 @@ from lslm_jax.evaluate.evaluator import Report, Setting, choose_backend
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import json_values
 from lslm_jax.progress import say
-from lslm_jax.sharding import make_mesh
+from lslm_jax.sharding import local_rows, make_mesh, make_rules, use
 from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.exports import Exports
 from lslm_jax.train.loop import train as train_loop
@@ -38,7 +38,12 @@ _KEYS = {"valid": "valid_files, _fraction or _split", "test": "test_files or _sp
 
 def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`prepare`: raw text to shards; returns what `data.prepare` counts."""
-    return prepare_data(config, _data_dir(config, _workdir(flags)), say)
+    return _prepare(config, _data_dir(config, _workdir(flags)))
+
+
+def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:
+    """What the primary prepares; the other processes find it there."""
+    return distributed.primary_first("prepare", lambda: prepare_data(config, data_dir, say))
 
 
 def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
@@ -46,7 +51,8 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     mesh = make_mesh(config)  # before anything slow: it may be refused
     workdir = _workdir(flags)
     result = workdir / "result.json"
-    finished = json.loads(result.read_text()) if result.exists() else {"step": 0}
+    read = lambda: json.loads(result.read_text()) if result.exists() else {"step": 0}
+    finished = distributed.by_primary("result", read)
     if finished["step"] >= config.train.steps:
         say(f"{workdir} is complete: all {config.train.steps} steps are done (raise train.steps to go on)")
         return finished
@@ -54,11 +60,12 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     data_dir = _data_dir(config, workdir)
     if config.checkpoint.export_every:
         family_of(config.model, config.task.objective)  # before anything slow: there may be none
-    prepare_data(config, data_dir, say)
+    _prepare(config, data_dir)
     config, facts = _resolve(config, data_dir)
-    atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
-    with jax.set_mesh(mesh):
-        where = config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
+    if distributed.is_primary():
+        atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
+    with use(mesh, make_rules(config.mesh)):
+        where = config, data_dir, config.model.vocab_size, local_rows(mesh, config.train.batch_size)
         data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
         for remark in data.remarks():
             say(remark)
@@ -79,7 +86,8 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
             exports=Exports(workdir, config.checkpoint, exporter) if exporter else None,
         )
         summary = json_values(summary | tasks.gzip_baseline(setting, held_out))
-    atomic.write(result, json.dumps(summary).encode() + b"\n")
+    if distributed.is_primary():
+        atomic.write(result, json.dumps(summary).encode() + b"\n")
     return summary
 
 
@@ -93,10 +101,10 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     workdir = _workdir(flags)
     data_dir = _data_dir(config, workdir)
     if flags.pretrained:
-        prepare_data(config, data_dir, say)
+        _prepare(config, data_dir)
     config, facts = _resolve(config, data_dir)
-    with jax.set_mesh(mesh):
-        where = config, data_dir, config.model.vocab_size, jax.process_index(), jax.process_count()
+    with use(mesh, make_rules(config.mesh)):
+        where = config, data_dir, config.model.vocab_size, local_rows(mesh, config.train.batch_size)
         held_out = pipeline.open_eval(*where, flags.split)
         if not held_out:
             raise InputMissing(f"{data_dir} holds no {flags.split} split: set data.{_KEYS[flags.split]}, prepare again")
@@ -110,7 +118,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write_samples(workdir: epath.Path, prefix: str, report: Report) -> None:
-    for name, text in report.files.items():
+    for name, text in report.files.items() if distributed.is_primary() else ():
         (workdir / "samples").mkdir(exist_ok=True)
         atomic.write(workdir / "samples" / f"{prefix}-{name}", text.encode())
 
@@ -123,7 +131,7 @@ def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str,
     config, facts, data_dir = _model_alone(config, flags)
     kernel = "xla" if config.model.attention == "xla" else "auto"  # not all lengths suit the one that training uses
     config = replace(config, model=replace(config.model, attention=kernel))
-    with jax.set_mesh(mesh):
+    with use(mesh, make_rules(config.mesh)):
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
 
@@ -144,7 +152,7 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
     prompts = respond.read_prompts(config, flags)
     mesh = _mesh_without_batch(config)
     config, facts, data_dir = _model_alone(config, flags)
-    with jax.set_mesh(mesh):
+    with use(mesh, make_rules(config.mesh)):
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
         # Of a model that was imported, nothing is known of what it was trained on.
@@ -170,7 +178,7 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     workdir = _workdir(flags)
     data_dir = _data_dir(config, workdir)
     config, facts = _resolve(config, data_dir)
-    with jax.set_mesh(mesh):
+    with use(mesh, make_rules(config.mesh)):
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
         model, step = _load_model(config, flags, mesh)
@@ -206,7 +214,7 @@ def import_(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         adopt.require_free(workdir)
     config = adopt.settle(config, source)
     config, facts = _resolve_pretrained(config) if workdir else (adopt.with_labels(config), {})
-    with jax.set_mesh(mesh):
+    with use(mesh, make_rules(config.mesh)):
         loaded, summary = adopt.read(source, config, mesh)
         if flags.check or flags.reference:
             found = adopt.compare(loaded, source, config, flags.reference, flags.tolerance)

@@ -11,16 +11,15 @@ from jax.sharding import PartitionSpec as P
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config_mesh import MESH_AXES
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
 from lslm_jax.models.decoder import Decoder
 from lslm_jax.sharding import (
-    AXES,
     RULES,
     batch_sharding,
     constrain,
     make_mesh,
-    mesh_shape,
     num_shards,
     resolve,
     shardings_of,
@@ -83,28 +82,41 @@ def test_a_dimension_that_its_axis_does_not_divide_stays_whole():
 def test_two_dimensions_on_one_mesh_axis_are_refused():
     with pytest.raises(ValueError, match=r"\('heads', 'mlp'\) put two dimensions on one mesh axis"):
         resolve(("heads", "mlp"))
-    with pytest.raises(ValueError, match=r"\('batch', 'embed'\) put two dimensions on one mesh axis"):
-        resolve(("batch", "embed"))
+
+
+def test_an_axis_that_an_earlier_dimension_has_is_left_out_of_those_of_a_later_one():
+    assert resolve(("experts", "embed", "mlp")) == P("expert", ("fsdp", "context"), "tensor")
+    assert resolve(("embed", "mlp")) == P(("fsdp", "expert", "context"), "tensor")
 
 
 def test_the_rules_name_no_axis_that_the_mesh_lacks():
-    places = [place for place in RULES.values() if place]
-    assert {axis for place in places for axis in ((place,) if isinstance(place, str) else place)} <= set(AXES)
+    assert {axis for place in RULES.values() for axis in place} == set(MESH_AXES)
 
 
 @pytest.mark.parametrize(
     ("mesh", "devices", "shape"),
     [
-        (MeshConfig(), 8, (8, 1, 1)),
-        (MeshConfig(), 1, (1, 1, 1)),
-        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (2, 2, 2)),
-        (MeshConfig(data=1, fsdp=1, tensor=-1), 4, (1, 1, 4)),
-        (MeshConfig(data=1, fsdp=8), 8, (1, 8, 1)),
+        (MeshConfig(), 8, {"data": 8}),
+        (MeshConfig(), 1, {}),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, {"data": 2, "fsdp": 2, "tensor": 2}),
+        (MeshConfig(data=1, fsdp=1, tensor=-1), 4, {"tensor": 4}),
+        (MeshConfig(data=1, fsdp=8), 8, {"fsdp": 8}),
+        (MeshConfig(fsdp=-1), 8, {"fsdp": 8}),
+        (MeshConfig(tensor=2), 8, {"data": 4, "tensor": 2}),
+        (MeshConfig(preset="fsdp"), 8, {"fsdp": 8}),
+        (MeshConfig(preset="tp"), 4, {"tensor": 4}),
+        (MeshConfig(preset="fsdp_tp"), 8, {"fsdp": 2, "tensor": 4}),
+        (MeshConfig(preset="fsdp_tp", tensor=2), 8, {"fsdp": 4, "tensor": 2}),
+        (MeshConfig(preset="fsdp_context", fsdp=2, context=-1), 8, {"fsdp": 2, "context": 4}),
+        (MeshConfig(preset="moe", expert=2), 8, {"fsdp": 4, "expert": 2}),
+        (MeshConfig(stage=2, data=2, tensor=2), 8, {"stage": 2, "data": 2, "tensor": 2}),
+        (MeshConfig(dcn_data=2, fsdp=2, tensor=2), 8, {"data": 2, "fsdp": 2, "tensor": 2}),
     ],
 )
 def test_the_axis_left_open_takes_what_is_left(mesh, devices, shape):
-    assert mesh_shape(mesh, devices) == shape
-    assert make_mesh(Config(mesh=mesh), jax.devices()[:devices]).devices.shape == shape
+    assert {
+        name: size for name, size in make_mesh(Config(mesh=mesh), jax.devices()[:devices]).shape.items() if size > 1
+    } == shape
 
 
 @pytest.mark.parametrize(
@@ -169,7 +181,7 @@ def test_a_batch_is_spread_over_rows_and_missing_parts_stay_missing():
     rows = np.arange(8 * 4, dtype=np.int32).reshape(8, 4)
     placed = to_global(Batch(rows, rows + 1, np.ones((8, 4), np.float32)), mesh)
     assert placed.positions_BT is None and placed.segments_BT is None
-    assert placed.tokens_BT.sharding == batch_sharding(mesh)
+    assert placed.tokens_BT.sharding == batch_sharding(mesh, (8, 4))
     assert {shard.data.shape for shard in placed.tokens_BT.addressable_shards} == {(2, 4)}
     np.testing.assert_array_equal(placed.tokens_BT, rows)
     np.testing.assert_array_equal(placed.targets_BT, rows + 1)

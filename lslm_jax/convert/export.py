@@ -7,10 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 
-from lslm_jax import atomic, config_loading
+from lslm_jax import atomic, config_loading, distributed
 from lslm_jax.config import Config, GenerateConfig, ModelConfig
 from lslm_jax.convert import adapter as adapters
 from lslm_jax.convert import hub, peft, safetensors, weights
@@ -113,7 +112,7 @@ def export(directory: epath.Path, model: Any, exporter: Exporter, metrics: Mappi
       SaveError: the directory cannot be written.
     """
     sources = exporter.sources(model)
-    if jax.process_index() != 0:
+    if not distributed.is_primary():
         for source in sources.values():
             source.make()  # every host takes part in fetching, one writes
         return {}

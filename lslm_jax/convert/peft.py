@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lslm_jax import atomic
+from lslm_jax import atomic, distributed
 from lslm_jax.config import ModelConfig
 from lslm_jax.convert import safetensors, weights
 from lslm_jax.convert.adapter import PREFIX, SETTINGS, TASKS, WEIGHTS, Adapter, tensors
@@ -149,7 +149,7 @@ def export(
             ranks[adapted[0].theirs] = len(a)
     heads = weights.sources(model, family, config, objective, "float32", "top.")
     tops = {name: source.make() for name, source in heads.items()}
-    if jax.process_index() != 0:
+    if not distributed.is_primary():
         return []
     with atomic.saving(directory):
         directory.mkdir(parents=True, exist_ok=True)

@@ -86,18 +86,6 @@ def mixture_pattern(weights: list[float]) -> tuple[np.ndarray, np.ndarray]:
     return pattern, np.concatenate([np.zeros((1, len(weights)), np.int64), before])
 
 
-def host_slice(batch_size: int, host: int, hosts: int) -> np.ndarray:
-    """Numbers of a host's rows within the global batch.
-
-    Raises:
-      ConfigError: the batch does not divide over the hosts.
-    """
-    size, rest = divmod(batch_size, hosts)
-    if rest:
-        raise ConfigError(f"train.batch_size {batch_size} is not a multiple of the {hosts} hosts")
-    return np.arange(host * size, (host + 1) * size)
-
-
 def _feistel(x: np.ndarray, a: int, b: int, seed: np.ndarray) -> np.ndarray:
     left, right = x // np.uint64(b), x % np.uint64(b)
     for i in range(_ROUNDS):

@@ -2,8 +2,8 @@
 
 Position p of a run is row p of all the batches laid end to end. It names a source, through a fixed pattern of the
 mixture; a place in that source's endless sequence of epochs; and so, through the epoch's permutation, a row. What a row
-draws at random depends on seed, source, epoch and row alone. A host takes its slice of the global batch and gathers
-nothing else, hence order and content do not depend on the hosts.
+draws at random depends on seed, source, epoch and row alone. A process takes its rows of the global batch and gathers
+nothing else, hence order and content do not depend on the processes.
 """
 
 import itertools
@@ -50,16 +50,16 @@ class TrainInput:
       num_rows: rows of all sources together.
     """
 
-    def __init__(self, sources: list[Rows], weights: list[float], config: Config, host: int, hosts: int):
+    def __init__(self, sources: list[Rows], weights: list[float], config: Config, rows: np.ndarray | None = None):
         self._sources = sources
         self._seed = config.seed
         self._batch_size = config.train.batch_size
-        self._slice = order.host_slice(self._batch_size, host, hosts)
+        self._slice = np.arange(self._batch_size) if rows is None else rows
         self._pattern, self._before = order.mixture_pattern(weights)
         self.num_rows = sum(source.num_rows for source in sources)
 
     def batch(self, step: int) -> Batch:
-        """This host's rows of the batch of a step."""
+        """This process's rows of the batch of a step."""
         source, local = self._locate(step * self._batch_size + self._slice)
         num_rows = np.array([rows.num_rows for rows in self._sources])[source]
         epoch, place = np.divmod(local, num_rows)
@@ -103,18 +103,18 @@ class EvalInput:
       num_batches: global batches they make; the last is filled up with rows of weight 0.
     """
 
-    def __init__(self, source: Rows, config: Config, host: int, hosts: int):
+    def __init__(self, source: Rows, config: Config, rows: np.ndarray | None = None):
         self.shards = source.shards
         self._source = source
         self._batch_size = config.train.batch_size
-        self._slice = order.host_slice(self._batch_size, host, hosts)
+        self._slice = np.arange(self._batch_size) if rows is None else rows
         self.num_batches = -(-source.num_rows // self._batch_size)
         if config.eval.batches:
             self.num_batches = min(self.num_batches, config.eval.batches)
         self.num_rows = min(source.num_rows, self.num_batches * self._batch_size)
 
     def batch(self, step: int) -> Batch:
-        """This host's rows of batch `step`, in [0, num_batches)."""
+        """This process's rows of batch `step`, in [0, num_batches)."""
         numbers = step * self._batch_size + self._slice
         mine = numbers[numbers < self.num_rows]
         batch = self._source.batch(mine, order.combine(0, mine))
@@ -130,7 +130,7 @@ class EvalInput:
         return self._of_rows(step, self._source.windows)
 
     def num_bytes(self) -> int:
-        """Bytes of text that all evaluated rows, of all hosts, predict."""
+        """Bytes of text that all evaluated rows, of all processes, predict."""
         firsts = range(0, self.num_rows, order.PATTERN)
         numbers = (np.arange(first, min(first + order.PATTERN, self.num_rows)) for first in firsts)
         return sum(self._source.num_bytes(part) for part in numbers)
@@ -153,7 +153,7 @@ class EvalInput:
 
 
 def open_train(
-    config: Config, directory: epath.Path, vocab_size: int, host: int = 0, hosts: int = 1
+    config: Config, directory: epath.Path, vocab_size: int, rows: np.ndarray | None = None
 ) -> TrainInput | SyntheticInput:
     """Opens the training rows of a prepared directory.
 
@@ -161,8 +161,7 @@ def open_train(
       config: of the run.
       directory: what prepare wrote; not looked at where data.source is synthetic.
       vocab_size: of the model.
-      host: number of this process, whose slice of each batch is made.
-      hosts: number of processes.
+      rows: numbers of the rows of each global batch that are made here, from `sharding.local_rows`. None: all.
 
     Raises:
       ConfigError: settings that do not go together, or a model with too small a vocabulary.
@@ -170,7 +169,7 @@ def open_train(
       DataError: files are missing, truncated or inconsistent.
     """
     if config.data.source == "synthetic" and not config.data.mixture:
-        return SyntheticInput(config, vocab_size, host, hosts)
+        return SyntheticInput(config, vocab_size, rows)
     weights = [source.weight for source in config.data.mixture] or [1.0]
     sources = list(_open(config, epath.Path(directory), "train", vocab_size).values())
     for source in sources:
@@ -178,15 +177,14 @@ def open_train(
             slots, seq_len = source.packer.num_slots, source.packer.seq_len
             where = source.shards.directory
             raise InputMissing(f"{where} holds {slots} slots, fewer than one row of {seq_len} (data.seq_len)")
-    return TrainInput(sources, weights, config, host, hosts)
+    return TrainInput(sources, weights, config, rows)
 
 
 def open_eval(
     config: Config,
     directory: epath.Path,
     vocab_size: int,
-    host: int = 0,
-    hosts: int = 1,
+    rows: np.ndarray | None = None,
     split: str = "valid",
 ) -> dict[str, EvalInput]:
     """Opens the held-out rows of a prepared directory: by name of their source, "" for the only one; {} for none.
@@ -196,7 +194,7 @@ def open_eval(
     if config.data.source == "synthetic" and not config.data.mixture:
         return {}
     sources = _open(config, epath.Path(directory), split, vocab_size)
-    return {name: EvalInput(source, config, host, hosts) for name, source in sources.items()}
+    return {name: EvalInput(source, config, rows) for name, source in sources.items()}
 
 
 def _open(config: Config, directory: epath.Path, split: str, vocab_size: int) -> dict[str, Rows]:

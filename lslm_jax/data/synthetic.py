@@ -21,10 +21,10 @@ class SyntheticInput:
     num_rows = 0
     fill = 1.0
 
-    def __init__(self, config: Config, vocab_size: int, host: int, hosts: int):
+    def __init__(self, config: Config, vocab_size: int, rows: np.ndarray | None = None):
         self._config = config
         self._vocab_size = vocab_size
-        self._slice = order.host_slice(config.train.batch_size, host, hosts)
+        self._slice = np.arange(config.train.batch_size) if rows is None else rows
         self._seq_len, self._source_len = config.data.seq_len, config.data.source_len or config.data.seq_len
         self._make = {
             "causal": self._causal,
@@ -34,7 +34,7 @@ class SyntheticInput:
         }.get(config.task.objective, self._head)
 
     def batch(self, step: int) -> Batch:
-        """This host's rows of the batch of a step."""
+        """This process's rows of the batch of a step."""
         return self._make(order.combine(self._config.seed, step * self._config.train.batch_size + self._slice))
 
     def remarks(self) -> list[str]:

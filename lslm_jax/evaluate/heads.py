@@ -51,7 +51,9 @@ def predictor(config: Config, backend: Backend, mesh: Mesh) -> Any:
 def read(setting: Setting, part: EvalInput, model: Any) -> tuple[Any, Rows]:
     """Sums of the losses over a set, and all its rows but those that fill the last batch."""
     step = predictor(setting.config, setting.backend, setting.mesh)
-    sums, rows = zip(*runner.run(step, model, batches(part), setting.mesh), strict=True)
+    sums, rows = zip(
+        *runner.run(step, model, batches(part), setting.mesh, setting.config.train.batch_size), strict=True
+    )
     real_N = _of_rows(part, part.examples) >= 0
     found = jax.tree.map(lambda array: array[real_N], runner.joined(rows))
     if setting.labels:  # model.num_labels may leave room for more

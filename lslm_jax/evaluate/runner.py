@@ -11,16 +11,23 @@ from lslm_jax.batch import Batch
 from lslm_jax.sharding import to_global
 
 
-def run(step: Callable[[Any, Batch], Any], model: Any, batches: Iterable[Batch], mesh: Mesh) -> list[Any]:
+def run(
+    step: Callable[[Any, Batch], Any],
+    model: Any,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    batch_size: int | None = None,
+) -> list[Any]:
     """What `step(model, batch)` returns for each batch, on the host.
 
     Args:
       step: jitted; what it returns lies whole on every device.
       model: its first argument.
-      batches: this process's rows of each global batch.
+      batches: this process's rows of each global batch, or all rows of each.
       mesh: where the batches go.
+      batch_size: rows of a global batch. None: all of them are here.
     """
-    return jax.device_get([step(model, to_global(batch, mesh)) for batch in batches])
+    return jax.device_get([step(model, to_global(batch, mesh, batch_size)) for batch in batches])
 
 
 def added(parts: Sequence[Any]) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lslm_jax.data.pipeline import EvalInput
 from lslm_jax.evaluate import heads, metrics, runner, texts
@@ -48,10 +49,11 @@ def _measure(setting: Setting) -> Callable[[str, EvalInput, Any], tuple[Any, Rep
     objective = setting.config.task.objective
     if objective in heads.EVALUATORS:
         return lambda name, part, model: heads.evaluate(setting, part, model)
-    step = jax.jit(make_eval_step(setting.config, setting.backend))
+    whole = NamedSharding(setting.mesh, PartitionSpec())
+    step = jax.jit(make_eval_step(setting.config, setting.backend), out_shardings=whole)
 
     def measure(name: str, part: EvalInput, model: Any) -> tuple[Any, Report]:
-        sums = runner.added(runner.run(step, model, batches(part), setting.mesh))
+        sums = runner.added(runner.run(step, model, batches(part), setting.mesh, setting.config.train.batch_size))
         written = texts.evaluate(setting, name, part, model) if objective == "seq2seq" else Report({}, {}, {})
         return sums, written
 

@@ -15,7 +15,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from lslm_jax import config_checks, trees
+from lslm_jax import config_checks, distributed, trees
 from lslm_jax.config import CheckpointConfig
 from lslm_jax.errors import CheckpointRefused, SaveError
 from lslm_jax.train import identity as identities
@@ -69,7 +69,7 @@ class Checkpoints:
             saved = self._orbax.save_checkpointables_async(
                 step, parts, metrics=dict(metrics or {}), custom_metadata=self.identity
             )
-        if saved is not None and jax.process_index() == 0:
+        if saved is not None and distributed.is_primary():
             self._saving = self._aside.submit(_finish, saved, self._directory / str(step))
 
     def restore(self, step: int, abstract: State, log: Callable[[str], None]) -> State:
@@ -79,7 +79,7 @@ class Checkpoints:
           CheckpointRefused: it was made by another model, tokenizer or data, or it is damaged.
         """
         directory = self._directory / str(step)
-        check_manifest(directory)
+        _check(directory)
         made_by: Any = self._orbax.checkpointables_metadata(step).custom_metadata
         identities.check(directory, made_by, self.identity, log)
         parts = {name: flatten(part) for name, part in _parts(abstract).items()}
@@ -100,7 +100,7 @@ class Checkpoints:
           CheckpointRefused: the other run had another tokenizer, or its body another shape.
         """
         directory = epath.Path(source).resolve() / str(latest_step(source))
-        check_manifest(directory)
+        _check(directory)
         made_by: Any = ocp.checkpointables_metadata(directory).custom_metadata
         theirs, mine = made_by["tokenizer_sha256"], self.identity["tokenizer_sha256"]
         if theirs != mine:
@@ -192,7 +192,7 @@ def load_model(directory: epath.Path, abstract: Any, step: int) -> Any:
       CheckpointRefused: the checkpoint is damaged, or its weights have other names or shapes.
     """
     path = epath.Path(directory).resolve() / str(step)
-    check_manifest(path)
+    _check(path)
     name = "ema" if (path / "ema").is_dir() else "model"
     return unflatten(abstract, _load(path, {name: flatten(abstract)})[name])
 
@@ -205,6 +205,11 @@ def _open(directory: epath.Path, **options: Any) -> ocp.training.Checkpointer:
         for path in directory.iterdir():
             check_manifest(path)  # which names the file
         raise CheckpointRefused(f"{directory} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _check(directory: epath.Path) -> None:
+    """Compares a checkpoint with its manifest; of several processes one reads it all, for each of them."""
+    distributed.by_primary(f"check {directory.name}", lambda: check_manifest(directory))
 
 
 def _parts(state: State) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from lslm_jax import atomic
+from lslm_jax import atomic, distributed
 from lslm_jax.config import CheckpointConfig
 from lslm_jax.convert.export import Exporter
 from lslm_jax.train import checkpoint
@@ -73,7 +73,7 @@ class Exports:
     def _save(self, step: int, model: Any, metrics: Mapping[str, float]) -> None:
         self._wait()
         sources = self._exporter.fetch(model)
-        if jax.process_index() == 0:
+        if distributed.is_primary():
             self._writing = self._aside.submit(self._write, step, sources, metrics)
 
     def _wait(self) -> None:

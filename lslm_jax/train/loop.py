@@ -12,7 +12,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import atomic, config_loading
+from lslm_jax import atomic, config_loading, distributed
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.data import pipeline, prefetch
@@ -22,14 +22,14 @@ from lslm_jax.models.attention import Backend
 from lslm_jax.models.presets import flops_per_token
 from lslm_jax.observe import Metrics, Profiler, device_memory, mfu, parameter_table
 from lslm_jax.progress import Progress, StepTimer
-from lslm_jax.sharding import batch_sharding, to_global
+from lslm_jax.sharding import make_rules, to_global, use
 from lslm_jax.train.begin import begin
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.exports import Exports
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.preemption import Preemption
-from lslm_jax.train.state import State, abstract_state, divide, evaluated_model, num_parameters
-from lslm_jax.train.step import make_train_step
+from lslm_jax.train.state import State, divide, evaluated_model, num_parameters
+from lslm_jax.train.step import lower
 
 MAX_SKIPPED = 5  # non-finite steps in a row that end the run
 _SHOWN = 12  # figures of an evaluation that a person is shown; metrics.jsonl has them all
@@ -81,12 +81,12 @@ def train(
     timer, speeds, last, results, facts = StepTimer(tokens_per_step), [], {}, {}, {}
 
     with contextlib.ExitStack() as stack:
-        preemption = stack.enter_context(Preemption())
+        preemption, agreement = stack.enter_context(Preemption()), distributed.Agreement(mesh)
         for saved in (checkpoints, exports) if exports else (checkpoints,):
             stack.enter_context(contextlib.closing(saved))  # however the run ends, what was saved is whole
         progress = stack.enter_context(Progress(steps))
         record = stack.enter_context(
-            contextlib.closing(Metrics(str(workdir), config.log, primary=jax.process_index() == 0))
+            contextlib.closing(Metrics(str(workdir), config.log, primary=distributed.is_primary()))
         )
         profiler = stack.enter_context(contextlib.closing(Profiler(str(workdir), config.log.profile)))
 
@@ -129,12 +129,12 @@ def train(
             with timer.data():
                 batch = first or next(batches)
                 first = None
-            state, metrics = train_step(state, to_global(batch, mesh))
+            state, metrics = train_step(state, to_global(batch, mesh, config.train.batch_size))
             if pending:
                 report(*pending)
             pending = (step, metrics)
 
-            stopping = preemption.requested is not None or step == steps
+            stopping = agreement.reached(preemption.requested is not None) or step == steps
             evaluating = step == steps or (config.eval.every and step % config.eval.every == 0)
             saving = stopping or step % config.checkpoint.every == 0
             if not (evaluating or saving):
@@ -149,7 +149,8 @@ def train(
                     if exports:
                         exports.save(state, results if evaluating else None)
             if stopping and step < steps:
-                raise Preempted(f"{preemption.requested}: step {step} is saved; the same command goes on from there")
+                cause = preemption.requested or "another process is to stop"
+                raise Preempted(f"{cause}: step {step} is saved; the same command goes on from there")
 
         if start >= steps:  # killed after its last step was saved and recorded, before its result was written
             results, facts = _evaluate(state, evaluate, None, None, progress, workdir)
@@ -191,12 +192,8 @@ def _compile(
     config: Config, optimizer: optax.GradientTransformation, backend: Backend, batch: Batch, mesh: Mesh
 ) -> jax.stages.Compiled:
     """The step compiled for exactly these shapes, so that it can never be compiled again behind our back."""
-    rows, sharding = config.train.batch_size, batch_sharding(mesh)
-    with jax.set_mesh(mesh):  # which is set for each thread on its own
-        state = abstract_state(config, optimizer, mesh)
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding), batch)
-        step = make_train_step(config, optimizer, backend)
-        return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    with use(mesh, make_rules(config.mesh)):  # which is set for each thread on its own
+        return lower(config, optimizer, backend, batch, mesh).compile()
 
 
 def _evaluate(
@@ -223,7 +220,7 @@ def _evaluate(
         progress.message(text)
         if record:
             record.text(step, "samples", text)
-    for name, text in files.items():
+    for name, text in files.items() if distributed.is_primary() else ():
         (workdir / "samples").mkdir(exist_ok=True)
         atomic.write(workdir / "samples" / name, text.encode())
     return results, facts

@@ -92,13 +92,13 @@ def _forward(settings, x_BTD, w_VD, b_V, targets_BT, weights_BT):
             db_NV += jnp.sum(d_NSV, axis=1, dtype=jnp.float32)
         return (jax.tree.map(jnp.add, sums, more), dw_NVD, db_NV), dx_NSD
 
-    # Each batch shard adds up its own gradients of w and b; they are summed once after the loop, not once a chunk.
+    # Each shard adds up its own gradients of w and b; they are summed once after the loop, not once a chunk.
     zero = jnp.zeros((), jnp.float32)
-    dw_NVD = constrain(jnp.zeros((N, *w.shape), jnp.float32), ("batch", "vocab", "width"))
-    db_NV = None if b is None else constrain(jnp.zeros((N, *b.shape), jnp.float32), ("batch", "vocab"))
+    dw_NVD = constrain(jnp.zeros((N, *w.shape), jnp.float32), ("tokens", "vocab", "width"))
+    db_NV = None if b is None else constrain(jnp.zeros((N, *b.shape), jnp.float32), ("tokens", "vocab"))
     carry = Sums(zero, zero, zero, zero), dw_NVD, db_NV
     (sums, dw_NVD, db_NV), dx_CNSD = jax.lax.scan(body, carry, (x_CNSD, targets_CNS, weights_CNS))
-    dx_BTD = constrain(jnp.moveaxis(dx_CNSD, 0, 1).reshape(x_BTD.shape), ("batch", "length", "width"))
+    dx_BTD = constrain(_together(dx_CNSD, *x_BTD.shape[:2]), ("batch", "length", "width"))
     db_V = None if db_NV is None else constrain(jnp.sum(db_NV, axis=0), ("vocab",))
     return sums, (dx_BTD, constrain(jnp.sum(dw_NVD, axis=0), ("vocab", "embed")), db_V)
 
@@ -117,17 +117,31 @@ def _output_layer(x_BTD, w_VD, b_V):
     return constrain(w_VD.astype(x_BTD.dtype), ("vocab", "width")), None if b_V is None else constrain(b_V, ("vocab",))
 
 
+def _shards(B, T):
+    """Into how many parts the mesh splits rows and positions, where it does so evenly."""
+    return tuple(n if size % n == 0 else 1 for size, n in ((B, num_shards("batch")), (T, num_shards("length"))))
+
+
 def _chunks(settings, x_BTD, *per_token_BT):
-    """Tokens as [chunks, batch shards, tokens of a chunk, ...]: cutting within shards moves nothing between devices."""
+    """Tokens as [chunks, shards, tokens of a chunk, ...]: cutting within shards moves nothing between devices."""
     B, T, D = x_BTD.shape
-    shards = num_shards("batch") if B % num_shards("batch") == 0 else 1
-    tokens = B // shards * T
+    rows, spans = _shards(B, T)
+    tokens = B // rows * T // spans
     size = next(n for n in range(min(settings.chunk, tokens), 0, -1) if tokens % n == 0)
 
     def cut(a, *rest):
-        return jnp.moveaxis(a.reshape(shards, tokens // size, size, *rest), 1, 0)
+        a = jnp.moveaxis(a.reshape(rows, B // rows, spans, T // spans, *rest), 2, 1)
+        return jnp.moveaxis(a.reshape(rows * spans, tokens // size, size, *rest), 1, 0)
 
     return cut(x_BTD, D), *map(cut, per_token_BT)
+
+
+def _together(a_CNS, B, T):
+    """What `_chunks` cut, as [B, T, ...] again."""
+    rows, spans = _shards(B, T)
+    rest = a_CNS.shape[3:]
+    a = jnp.moveaxis(a_CNS, 0, 1).reshape(rows, spans, B // rows, T // spans, *rest)
+    return jnp.moveaxis(a, 1, 2).reshape(B, T, *rest)
 
 
 def _score(settings, w_VD, b_V, x_NSD, targets_NS, weights_NS):
@@ -159,7 +173,7 @@ def _score(settings, w_VD, b_V, x_NSD, targets_NS, weights_NS):
 def _scores(settings, w_VD, b_V, x_NSD):
     """The scores of all rows of the output layer, squashed, with the rows' ids and which of them are tokens."""
     raw_NSV = jnp.einsum("nsd,vd->nsv", x_NSD, w_VD, preferred_element_type=jnp.float32)
-    raw_NSV = constrain(raw_NSV if b_V is None else raw_NSV + b_V[None, None], ("batch", None, "vocab"))
+    raw_NSV = constrain(raw_NSV if b_V is None else raw_NSV + b_V[None, None], ("tokens", None, "vocab"))
     cap = settings.softcap
     ids_V = jnp.arange(w_VD.shape[0], dtype=jnp.int32)
     return cap * jnp.tanh(raw_NSV / cap) if cap else raw_NSV, ids_V, (ids_V < settings.vocab_size)[None, None]
@@ -184,7 +198,7 @@ def log_probabilities(
         return carry, (nats_NS, jnp.argmax(logits_NSV, axis=-1) == targets_NS)
 
     _, found = jax.lax.scan(body, None, _chunks(settings, x_BTD, targets_BT))
-    nats_BT, likeliest_BT = (jnp.moveaxis(a_CNS, 0, 1).reshape(targets_BT.shape) for a_CNS in found)
+    nats_BT, likeliest_BT = (_together(a_CNS, *targets_BT.shape) for a_CNS in found)
     return nats_BT, likeliest_BT
 
 

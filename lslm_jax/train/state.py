@@ -37,7 +37,9 @@ class State(NamedTuple):
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
     """Shapes, types and shardings of the state, without allocating it."""
-    return _placed(jax.eval_shape(lambda: _create(config, optimizer)), mesh)
+    shapes = jax.eval_shape(lambda: _create(config, optimizer))
+    rest = _placed(shapes._replace(optimizer=None), mesh)
+    return rest._replace(optimizer=_placed(shapes.optimizer, mesh, moments=True))
 
 
 def abstract_model(config: Config, mesh: Mesh) -> Any:
@@ -47,11 +49,11 @@ def abstract_model(config: Config, mesh: Mesh) -> Any:
     )
 
 
-def _placed(shapes: Any, mesh: Mesh) -> Any:
+def _placed(shapes: Any, mesh: Mesh, *, moments: bool = False) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        shardings_of(shapes, mesh),
+        shardings_of(shapes, mesh, moments=moments),
     )
 
 

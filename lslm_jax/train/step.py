@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.models.attention import Backend
-from lslm_jax.sharding import constrain
+from lslm_jax.sharding import batch_sharding, constrain
 from lslm_jax.train import losses, optim
 from lslm_jax.train.losses import Sums
-from lslm_jax.train.state import State, divide
+from lslm_jax.train.state import State, abstract_state, divide
 from lslm_jax.trees import join
 
 Metrics = dict[str, jax.Array]
@@ -61,6 +62,29 @@ def make_train_step(
         return State(state.step + 1, join(trained, frozen), moments, ema, skipped), metrics
 
     return train_step
+
+
+def lower(
+    config: Config, optimizer: optax.GradientTransformation, backend: Backend, batch: Batch, mesh: Mesh
+) -> jax.stages.Lowered:
+    """The step for exactly these shapes and places, its state donated, to be compiled; on the mesh in use.
+
+    Args:
+      config: resolved.
+      optimizer: of the run.
+      backend: attention kernel.
+      batch: any batch of the run, or part of one; only its shapes count.
+      mesh: of devices that are there, or not.
+    """
+    state = abstract_state(config, optimizer, mesh)
+
+    def whole(x: Any) -> jax.ShapeDtypeStruct:
+        shape = (config.train.batch_size, *x.shape[1:])
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=batch_sharding(mesh, shape))
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(make_train_step(config, optimizer, backend), donate_argnums=0, out_shardings=places)
+    return step.lower(state, jax.tree.map(whole, batch))
 
 
 def _updates_done(optimizer_state: Any) -> jax.Array:

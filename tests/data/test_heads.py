@@ -109,8 +109,8 @@ def test_windows_show_every_token_of_each_context_and_where_its_answer_is(tmp_pa
 
 def test_an_evaluation_tells_example_and_window_of_each_row_of_the_global_batch(tmp_path):
     write_all(tmp_path, QA)
-    for host in range(2):
-        rows = open_eval(config_of(QA), tmp_path, SIZE, host, 2)[""]
+    for share in np.split(np.arange(8), 2):
+        rows = open_eval(config_of(QA), tmp_path, SIZE, share)[""]
         examples = np.concatenate([rows.examples(step) for step in range(rows.num_batches)])
         windows = np.concatenate([rows.windows(step) for step in range(rows.num_batches)])
         assert set(examples[: rows.num_rows]) == set(range(11))

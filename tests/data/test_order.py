@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lslm_jax.data.order import PATTERN, choose, combine, host_slice, mixture_pattern, permute
+from lslm_jax.data.order import PATTERN, choose, combine, mixture_pattern, permute
 from lslm_jax.errors import ConfigError
 
 
@@ -62,12 +62,6 @@ def test_every_set_of_places_is_as_likely_as_any_other():
     _, counts = np.unique(places @ [5, 1], return_counts=True)
     assert len(counts) == 10
     np.testing.assert_allclose(counts / 60_000, 0.1, atol=0.006)
-
-
-def test_hosts_share_a_batch_without_remainder():
-    np.testing.assert_array_equal(np.concatenate([host_slice(12, host, 3) for host in range(3)]), np.arange(12))
-    with pytest.raises(ConfigError, match=r"^train\.batch_size 12 is not a multiple of the 5 hosts$"):
-        host_slice(12, 0, 5)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [5.0, 2.0, 1.0, 1.0], [1000.0, 1.0]])

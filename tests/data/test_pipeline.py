@@ -104,18 +104,21 @@ def test_every_token_is_a_target_once_an_epoch(directory):
 
 @pytest.mark.parametrize("mixture", [(), MIXTURE])
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_the_hosts_slices_make_the_same_global_batch_whatever_their_number(directory, packing, mixture):
+def test_the_rows_of_several_processes_make_the_same_global_batch_whatever_their_number(directory, packing, mixture):
     config = config_of(packing, 8, mixture)
     for step in (0, 1, 1_000_000):
         whole = open_train(config, directory, VOCAB_SIZE).batch(step)
-        for hosts in (2, 4):
-            parts = [open_train(config, directory, VOCAB_SIZE, host, hosts).batch(step) for host in range(hosts)]
-            assert [len(part.tokens_BT) for part in parts] == [8 // hosts] * hosts
+        for processes in (2, 4):
+            parts = [
+                open_train(config, directory, VOCAB_SIZE, rows).batch(step)
+                for rows in np.split(np.arange(8), processes)
+            ]
+            assert [len(part.tokens_BT) for part in parts] == [8 // processes] * processes
             assert_equal(joined(parts), whole)
 
 
-def test_a_host_gathers_only_its_own_rows(directory, monkeypatch):
-    rows = open_train(config_of(batch_size=8), directory, VOCAB_SIZE, 1, 4)
+def test_a_process_gathers_only_its_own_rows(directory, monkeypatch):
+    rows = open_train(config_of(batch_size=8), directory, VOCAB_SIZE, np.array([2, 3]))
     asked = []
     (source,) = rows._sources
     monkeypatch.setattr(source, "batch", lambda numbers, keys: asked.append((len(numbers), len(keys))))
@@ -164,10 +167,12 @@ def test_another_seed_is_another_order(directory):
 @pytest.mark.parametrize("mixture", [(), MIXTURE])
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("batch_size", [4, 12, 200])
-def test_an_evaluation_holds_every_row_once_whatever_the_batch_and_the_hosts(directory, packing, mixture, batch_size):
+def test_an_evaluation_holds_every_row_once_whatever_the_batch_and_the_processes(
+    directory, packing, mixture, batch_size
+):
     config = config_of(packing, batch_size, mixture)
     whole = open_eval(config, directory, VOCAB_SIZE)
-    halves = [open_eval(config, directory, VOCAB_SIZE, host, 2) for host in range(2)]
+    halves = [open_eval(config, directory, VOCAB_SIZE, rows) for rows in np.split(np.arange(batch_size), 2)]
     lengths = {"news": [3, 40], "poems": [20]} if mixture else {"": lengths_of("valid", 11)}
     assert whole.keys() == halves[0].keys() == lengths.keys()
     for name, rows in whole.items():
@@ -230,7 +235,6 @@ SHORT = "DIR/train holds 1497 slots, fewer than one row of 4096 (data.seq_len)"
     [
         (None, InputMissing, SHORT, {"seq_len": 4096}),
         (None, ConfigError, "model.vocab_size 256 is too small: DIR/train needs 20000", {"vocab_size": 256}),
-        (None, ConfigError, "train.batch_size 6 is not a multiple of the 4 hosts", {"hosts": 4}),
         ("empty", InputMissing, "DIR/train holds no tokens", {}),
         ("manifest", InputMissing, "DIR holds no prepared data (no manifest.json): run prepare", {}),
         (
@@ -250,7 +254,7 @@ def test_what_cannot_be_trained_on_is_refused_in_one_line(tmp_path, damage, erro
         (tmp_path / "manifest.json").write_text("{}")
     if damage == "shard":
         (tmp_path / "train" / "tokens-00001.bin").unlink()
-    settings = {"vocab_size": VOCAB_SIZE, "hosts": 1, "seq_len": 16} | arguments
+    settings = {"vocab_size": VOCAB_SIZE, "seq_len": 16} | arguments
     with pytest.raises(error) as caught:
         open_train(config_of(seq_len=settings.pop("seq_len")), tmp_path, **settings)
     assert str(caught.value).replace(str(tmp_path), "DIR") == message

@@ -1,4 +1,4 @@
-"""Rows of every objective: functions of (seed, step), of the contract's shapes, each once an epoch, on any hosts."""
+"""Rows of every objective: functions of (seed, step), of the contract's shapes, each once an epoch, in any process."""
 
 import numpy as np
 import pytest
@@ -96,12 +96,14 @@ def test_a_batch_has_the_shapes_and_types_of_the_contract(directory, case, packi
 
 
 @every
-def test_the_hosts_slices_make_the_same_global_batch_at_any_step(directory, case, packing):
+def test_the_rows_of_several_processes_make_the_same_global_batch_at_any_step(directory, case, packing):
     config = config_of(case, packing)
     for step in (0, 1, 1_000_000):
         whole = open_train(config, directory, SIZE).batch(step)
-        for hosts in (2, 4):
-            parts = [open_train(config, directory, SIZE, host, hosts).batch(step) for host in range(hosts)]
+        for processes in (2, 4):
+            parts = [
+                open_train(config, directory, SIZE, rows).batch(step) for rows in np.split(np.arange(8), processes)
+            ]
             assert_equal(joined(parts), whole)
 
 
@@ -159,7 +161,7 @@ def test_an_evaluation_shows_every_row_once_and_the_same_whatever_the_seed(direc
     config = config_of(case, packing, batch_size)
     (rows,) = open_eval(config, directory, SIZE).values()
     (other,) = open_eval(config_of(case, packing, batch_size, seed=4), directory, SIZE).values()
-    halves = [open_eval(config, directory, SIZE, host, 2)[""] for host in range(2)]
+    halves = [open_eval(config, directory, SIZE, rows)[""] for rows in np.split(np.arange(batch_size), 2)]
     examples = []
     for step in range(rows.num_batches):
         batch = rows.batch(step)
@@ -185,7 +187,7 @@ def test_an_evaluation_counts_the_bytes_that_it_predicts(directory, case, packin
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
-def test_a_mixture_draws_from_all_its_sources_on_any_hosts(tmp_path, case):
+def test_a_mixture_draws_from_all_its_sources_in_any_processes(tmp_path, case):
     for i, name in enumerate(("one", "two")):
         write_examples(tmp_path / name / "train", examples_of(case, 20 + i, 3 + 5000 * i))
     write_examples(tmp_path / "two" / "valid", examples_of(case, 5, 5003))
@@ -193,7 +195,9 @@ def test_a_mixture_draws_from_all_its_sources_on_any_hosts(tmp_path, case):
     mixture = tuple(MixtureSource(source="shards", name=name, weight=w) for name, w in (("one", 3), ("two", 1)))
     config = config_of(case, "bins", mixture=mixture)
     whole = open_train(config, tmp_path, SIZE).batch(5)
-    assert_equal(joined([open_train(config, tmp_path, SIZE, host, 4).batch(5) for host in range(4)]), whole)
+    assert_equal(
+        joined([open_train(config, tmp_path, SIZE, rows).batch(5) for rows in np.split(np.arange(8), 4)]), whole
+    )
     held_out = open_eval(config, tmp_path, SIZE)
     assert list(held_out) == ["two"] and held_out["two"].shards.num_examples == 5
 

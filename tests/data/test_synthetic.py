@@ -9,11 +9,11 @@ from tiny_data import CASES, VOCAB_SIZE, Case, config_of, write_all
 from lslm_jax.data.pipeline import open_train
 
 
-def synthetic(case, host=0, hosts=1, token_types=2, **settings):
+def synthetic(case, rows=None, token_types=2, **settings):
     config = config_of(case, **settings)
     config = replace(config, data=replace(config.data, source="synthetic"))
     config = replace(config, model=replace(config.model, token_types=token_types))
-    return open_train(config, "nowhere", 100, host, hosts)
+    return open_train(config, "nowhere", 100, rows)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -26,7 +26,7 @@ def test_it_has_the_parts_of_a_real_batch_and_is_a_function_of_seed_and_step(tmp
     for got, want in zip(batch, real, strict=True):
         assert (got is None) == (want is None)
         assert got is None or (got.shape, got.dtype) == (want.shape, want.dtype)
-    parts = [synthetic(case, host, 4, packing=packing).batch(9) for host in range(4)]
+    parts = [synthetic(case, share, packing=packing).batch(9) for share in np.split(np.arange(8), 4)]
     for part, again, got in zip(
         zip(*parts, strict=True), synthetic(case, packing=packing).batch(9), batch, strict=True
     ):

@@ -51,7 +51,7 @@ def mesh_of(config):
 def trained(config, steps=3) -> tuple[State, State, list[float]]:
     """The state before and after some steps, and their losses."""
     mesh, optimizer = mesh_of(config), make_optimizer(config.optimizer, config.train.steps)
-    data = SyntheticInput(config, V, 0, 1)
+    data = SyntheticInput(config, V)
     with jax.set_mesh(mesh):
         before = state = init_state(config, optimizer, mesh)
         one = jax.jit(step.make_train_step(config, optimizer, attention.XLA))
@@ -90,7 +90,7 @@ def test_adapters_begin_as_nothing_and_merged_they_say_the_same(config):
     assert base.keys() == flatten(build(plain)).keys()
     assert all(np.array_equal(array, base[name]) for name, array in flatten(build(plain)).items())
 
-    batch = SyntheticInput(config, V, 0, 1).batch(0)
+    batch = SyntheticInput(config, V).batch(0)
     features = jax.jit(lambda model: model.features(batch, backend=attention.XLA))
     np.testing.assert_array_equal(features(build(adapted)), features(build(plain)))
 

@@ -84,9 +84,7 @@ class Run:
         self.optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
         with jax.set_mesh(self.mesh):
             self.state = init_state(config, self.optimizer, self.mesh)
-            train_step = step.make_train_step(config, self.optimizer, attention.XLA)
-            lowered = jax.jit(train_step, donate_argnums=0).lower(self.state, to_global(batch_of(config), self.mesh))
-            self.compiled = lowered.compile()
+            self.compiled = step.lower(config, self.optimizer, attention.XLA, batch_of(config), self.mesh).compile()
 
     def step(self, batch):
         with jax.set_mesh(self.mesh):

@@ -1,0 +1,228 @@
+"""Many processes as one run: how they find each other, wait for each other, and agree.
+
+One process is a run too: then everything here returns at once. Process 0 is the primary, which alone writes.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lslm_jax import errors, progress
+from lslm_jax.errors import ConfigError, LslmError, PeerLost
+
+WAIT_SECONDS = 600.0  # for the other processes: to join, and at a barrier
+
+_LEAVE_SECONDS = 30.0  # for the others to end as well
+_POLL_SECONDS = 5.0  # a process waits in such slices, between which it can be stopped
+_calls = itertools.count()  # every process asks the same questions in the same order
+
+
+class Cluster(NamedTuple):
+    """What the environment, or a user, says of the processes of a run.
+
+    Attributes:
+      kind: who started them: flags, slurm, openmpi, tpu.
+      coordinator: HOST:PORT of process 0; None: jax asks the scheduler.
+      processes: how many; None: the same.
+      process: number of this one; None: the same.
+      devices: local devices of this process; None: the scheduler's way, or all.
+    """
+
+    kind: str
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    devices: tuple[int, ...] | None = None
+
+
+def find_cluster(
+    environ: Mapping[str, str], coordinator: str | None, processes: int | None, process: int | None
+) -> Cluster | None:
+    """Who else is there, by flags, by JAX_COORDINATOR_ADDRESS and its kin, or by the scheduler's variables.
+
+    Raises:
+      ConfigError: what is said is incomplete or contradicts itself.
+    """
+    coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS")
+    processes = processes if processes is not None else _number(environ, "JAX_NUM_PROCESSES")
+    process = process if process is not None else _number(environ, "JAX_PROCESS_ID")
+    if processes is None and "OMPI_COMM_WORLD_SIZE" in environ:
+        processes, process = _number(environ, "OMPI_COMM_WORLD_SIZE"), _number(environ, "OMPI_COMM_WORLD_RANK")
+        if processes and processes > 1 and not coordinator:
+            if "OMPI_MCA_orte_hnp_uri" not in environ:
+                raise ConfigError("Open MPI does not say where process 0 is: set --coordinator=HOST:PORT")
+            return Cluster("openmpi")
+    if (coordinator, processes, process) != (None, None, None) and not _is_slurm(environ):
+        return _told(coordinator, processes, process)
+    if _is_slurm(environ):
+        tasks = int(environ["SLURM_NTASKS"])
+        if tasks == 1:
+            return None
+        alone = int(environ.get("SLURM_STEP_NUM_NODES", "1")) == tasks  # one process a host, which has all its GPUs
+        gpus = _number(environ, "SLURM_GPUS_ON_NODE") if alone else None
+        return Cluster("slurm", coordinator, devices=tuple(range(gpus)) if gpus else None)
+    if "," in environ.get("TPU_WORKER_HOSTNAMES", "") or environ.get("MEGASCALE_COORDINATOR_ADDRESS"):
+        return Cluster("tpu")
+    return None
+
+
+def _is_slurm(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process; in a batch script, or a shell, only some of these are set."""
+    return all(f"SLURM_{name}" in environ for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID"))
+
+
+def _told(coordinator: str | None, processes: int | None, process: int | None) -> Cluster | None:
+    if processes == 1:
+        return None
+    said = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    if missing := [name for name, value in said.items() if value is None]:
+        raise ConfigError(f"{missing[0]} is missing: a run of several processes needs {', '.join(said)}")
+    assert coordinator and processes is not None and process is not None
+    host, colon, port = coordinator.rpartition(":")
+    if not (colon and host and port.isdigit()):
+        raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT")
+    if not 0 <= process < processes:
+        raise ConfigError(f"--process={process} must be at least 0 and below --processes={processes}")
+    return Cluster("flags", coordinator, processes, process)
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    if name not in environ:
+        return None
+    if not environ[name].isdigit():
+        raise ConfigError(f"{name}={environ[name]} must be a number")
+    return int(environ[name])
+
+
+def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Joins the other processes, if there are any; before anything else asks jax for devices.
+
+    Raises:
+      ConfigError: flags or environment make no sense.
+      PeerLost: the others did not come.
+    """
+    cluster = find_cluster(os.environ, coordinator, processes, process)
+    if cluster is None:
+        return
+    # That service would swallow SIGTERM; here, signals are agreed upon by the loop (`Agreement`).
+    jax.config.update("jax_enable_preemption_service", False)
+    host = (cluster.coordinator or "").rpartition(":")[0]
+    local = {"coordinator_bind_address": cluster.coordinator} if host in ("localhost", "127.0.0.1") else {}
+    try:
+        jax.distributed.initialize(
+            coordinator_address=cluster.coordinator,
+            num_processes=cluster.processes,
+            process_id=cluster.process,
+            local_device_ids=cluster.devices,
+            cluster_detection_method="deactivate" if cluster.kind == "flags" else None,
+            initialization_timeout=int(WAIT_SECONDS),
+            shutdown_timeout_seconds=int(_LEAVE_SECONDS),
+            **local,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise PeerLost(f"cannot join the other processes ({cluster.kind}): {_first_line(error)}") from error
+    if not is_primary():
+        progress.be_quiet()
+
+
+def is_primary() -> bool:
+    """Whether this is process 0, the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str, seconds: float = WAIT_SECONDS) -> None:
+    """Waits until every process is here.
+
+    Raises:
+      PeerLost: one did not come in time.
+    """
+    if jax.process_count() == 1:
+        return
+    try:
+        _client().wait_at_barrier(f"{name}-{next(_calls)}", int(seconds * 1000))
+    except RuntimeError as error:
+        raise PeerLost(f"at {name}, not every process came within {seconds:.0f} s: {_first_line(error)}") from error
+
+
+def by_primary(name: str, work: Callable[[], Any]) -> Any:
+    """What work returns on the primary, a value that JSON can hold, on every process; the others only wait for it.
+
+    Raises:
+      LslmError: whatever work raises on the primary, everywhere.
+    """
+    if jax.process_count() == 1:
+        return work()
+    key = f"lslm/{name}-{next(_calls)}"
+    if is_primary():
+        try:
+            value = work()
+        except LslmError as error:
+            _client().key_value_set(key, json.dumps({"error": type(error).__name__, "text": str(error)}))
+            raise
+        _client().key_value_set(key, json.dumps({"value": value}))
+        return value
+    answer = json.loads(_await(key))
+    if "error" in answer:
+        error = getattr(errors, answer["error"])(answer["text"])
+        error.told = True
+        raise error
+    return answer["value"]
+
+
+def primary_first(name: str, work: Callable[[], Any]) -> Any:
+    """What work returns, done by the primary, and then by the others, who find what it has written."""
+    if jax.process_count() == 1:
+        return work()
+    done: list[Any] = []
+    by_primary(name, lambda: done.append(work()))
+    return done[0] if done else work()
+
+
+def _await(key: str) -> str:
+    """The value of a key, however long its making takes; a primary that is lost ends the wait."""
+    while True:
+        try:
+            return _client().blocking_key_value_get(key, int(_POLL_SECONDS * 1000))
+        except RuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise PeerLost(f"the primary process is gone: {_first_line(error)}") from error
+
+
+def _client() -> Any:
+    from jax._src import distributed  # jax has no public way to its key-value store and barriers
+
+    return distributed.global_state.client
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+class Agreement:
+    """Whether any process wants something, asked of all at every step and known a step later.
+
+    What the devices add up is the same everywhere, and so all stop at the same step, although a signal reaches each
+    process at another moment, or only one of them.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._asked: Any = None
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._count = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._several = jax.process_count() > 1
+
+    def reached(self, wanted: bool) -> bool:
+        """Tells what this process wants now, and whether any wanted it when this was last called."""
+        if not self._several:
+            return wanted
+        flag, shape = np.full(1, wanted, np.int32), (self._sharding.mesh.size,)
+        asked, self._asked = self._asked, jax.make_array_from_callback(shape, self._sharding, lambda _: flag)
+        self._asked = self._count(self._asked)
+        return asked is not None and int(asked) > 0

@@ -1,0 +1,70 @@
+"""How the processes of a run find each other: by flags, by variables, by what a scheduler says."""
+
+import jax
+import pytest
+
+from lslm_jax import distributed
+from lslm_jax.config import Config, MeshConfig
+from lslm_jax.distributed import Cluster, find_cluster
+from lslm_jax.errors import ConfigError
+from lslm_jax.sharding import make_mesh
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "flags", "expected"),
+    [
+        ({}, (), None),
+        ({}, (None, 1, 0), None),
+        ({}, ("a:1", 2, 1), Cluster("flags", "a:1", 2, 1)),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2"}, (None, None, 0), Cluster("flags", "a:1", 2, 0)),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"},
+            (),
+            Cluster("flags", "a:1", 4, 3),
+        ),
+        # A batch script, or a shell, of Slurm; a step of one task; of one task a host, which has all the GPUs there.
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, (), None),
+        (SLURM | {"SLURM_NTASKS": "1"}, (), None),
+        (SLURM | {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "2"}, (), Cluster("slurm")),
+        (
+            SLURM | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"},
+            (),
+            Cluster("slurm", devices=(0, 1, 2, 3)),
+        ),
+        (MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, (), None),
+        (MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:5"}, (), Cluster("openmpi")),
+        (MPI, ("a:1", None, None), Cluster("flags", "a:1", 4, 3)),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, (), None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, (), Cluster("tpu")),
+    ],
+)
+def test_a_cluster_is_found_by_flags_or_by_what_its_scheduler_sets(environ, flags, expected):
+    assert find_cluster(environ, *(flags or (None, None, None))) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "flags", "message"),
+    [
+        ({}, (None, 2, 0), "--coordinator is missing: a run of several processes needs --coordinator, --processes, "),
+        ({}, ("a:1", None, 0), "--processes is missing"),
+        ({}, ("a:1", 2, None), "--process is missing"),
+        ({}, ("a", 2, 0), "--coordinator=a must be HOST:PORT"),
+        ({}, ("a:1", 2, 2), "--process=2 must be at least 0 and below --processes=2"),
+        ({"JAX_NUM_PROCESSES": "two"}, (None, None, None), "JAX_NUM_PROCESSES=two must be a number"),
+        (MPI, (None, None, None), "Open MPI does not say where process 0 is: set --coordinator=HOST:PORT"),
+    ],
+)
+def test_half_a_cluster_is_refused_in_one_line(environ, flags, message):
+    with pytest.raises(ConfigError) as error:
+        find_cluster(environ, *flags)
+    assert str(error.value).startswith(message)
+
+
+def test_alone_nothing_waits_and_wishes_are_known_at_once():
+    distributed.barrier("here")
+    assert distributed.by_primary("one", lambda: 1) == distributed.primary_first("two", lambda: 1) == 1
+    agreement = distributed.Agreement(make_mesh(Config(mesh=MeshConfig(data=1)), jax.devices()[:1]))
+    assert [agreement.reached(wanted) for wanted in (False, True, False)] == [False, True, False]

@@ -1,0 +1,179 @@
+"""Several real processes on one machine make the run that one makes: its batches, its losses, its checkpoints."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+CONFIG = """
+from lslm_jax.config import *
+
+def get_config():
+    return Config(
+        model=ModelConfig(num_layers=2, d_model=32, num_heads=4, max_length=32),
+        data=DataConfig(files=("train.jsonl",), valid_files=("valid.jsonl",), seq_len=32, packing="bins"),
+        tokenizer=TokenizerConfig(kind="bytes"),
+        train=TrainConfig(steps=12, batch_size=8, loss_chunk=32),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
+        mesh=MeshConfig(fsdp=2),
+        checkpoint=CheckpointConfig(every=100),
+        eval=EvalConfig(every=0),
+        log=LogConfig(every=1, tensorboard=False, timing=False),
+    )
+"""
+# What each process reads of some batches, and where it puts it.
+READ = """
+import sys
+import jax, numpy as np
+from etils import epath
+from lslm_jax import config_checks, config_loading, distributed
+from lslm_jax.data import pipeline
+from lslm_jax.sharding import local_rows, make_mesh, to_global
+
+at, processes, process, data, to = sys.argv[1:]
+distributed.start(at, int(processes), int(process))
+config = config_checks.validate(config_loading.load("config.py"))
+mesh = make_mesh(config)
+rows = local_rows(mesh, 8)
+train = pipeline.open_train(config, epath.Path(data), 259, rows)
+for step in (0, 7, 1_000_000):
+    batch = train.batch(step)
+    placed = to_global(batch, mesh, 8)
+    for shard in placed.tokens_BT.addressable_shards:
+        here = np.searchsorted(rows, np.arange(8)[shard.index[0]])
+        np.testing.assert_array_equal(shard.data, batch.tokens_BT[here])
+    np.savez(f"{to}-{step}-{process}.npz", rows=rows, **{k: v for k, v in batch._asdict().items() if v is not None})
+"""
+DOCUMENTS = {"train": 300, "valid": 1003}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    directory, rng = tmp_path_factory.mktemp("corpus"), random.Random(1)
+    for name, count in DOCUMENTS.items():
+        texts = [" ".join(rng.choices(["alpha", "beta", "gamma"], k=rng.randint(2, 8))) + f" {i}" for i in range(count)]
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (directory / "config.py").write_text(CONFIG)
+    return directory
+
+
+class Job:
+    """Processes that share four devices among them."""
+
+    def __init__(self, corpus, processes, arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            at = f"127.0.0.1:{free.getsockname()[1]}"
+        flags = f"--xla_force_host_platform_device_count={4 // processes} --xla_backend_optimization_level=0"
+        environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        self.parts = [
+            subprocess.Popen(
+                [sys.executable, *arguments(at, processes, process)],
+                cwd=corpus,
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for process in range(processes)
+        ]
+
+    def end(self):
+        """Exit codes, stdouts and stderrs."""
+        try:
+            texts = [part.communicate(timeout=240) for part in self.parts]
+        finally:
+            for part in self.parts:
+                part.kill()
+        return [part.returncode for part in self.parts], *zip(*texts, strict=True)
+
+
+def lslm(corpus, processes, workdir, *flags):
+    command = ["-m", "lslm_jax.main", "--config=config.py", f"--workdir={workdir}", *flags]
+    join = lambda at, n, i: [f"--coordinator={at}", f"--processes={n}", f"--process={i}"] if n > 1 else []
+    return Job(corpus, processes, lambda *where: command + join(*where))
+
+
+def record(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(found, expected):
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """A run of one process with four devices."""
+    workdir = tmp_path_factory.mktemp("alone")
+    codes, _, texts = lslm(corpus, 1, workdir).end()
+    assert codes == [0], texts
+    return workdir
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_losses_and_the_evaluation_of_every_example_are_those_of_one_process(corpus, alone, tmp_path, processes):
+    codes, outs, texts = lslm(corpus, processes, tmp_path / "run").end()
+    assert codes == [0] * processes, texts
+    assert_close(record(tmp_path / "run"), record(alone))
+    summary = json.loads(outs[0].splitlines()[-1])
+    texts_of = map(json.loads, (corpus / "valid.jsonl").read_text().splitlines())
+    assert summary["eval/tokens"] == sum(len(line["text"].encode()) + 1 for line in texts_of)
+    assert not any("{" in out for out in outs[1:]) and not any(texts[1:]), "only the first process speaks"
+
+
+def test_batches_hold_the_same_rows_for_any_number_of_processes(corpus, alone, tmp_path):
+    (tmp_path / "read.py").write_text(READ)
+    data = alone / "data"
+    for processes in (1, 2, 4):
+        to = tmp_path / str(processes)
+        command = lambda at, n, i, to=to: [str(tmp_path / "read.py"), at, str(n), str(i), str(data), str(to)]
+        codes, _, texts = Job(corpus, processes, command).end()
+        assert codes == [0] * processes, texts
+    for step in (0, 7, 1_000_000):
+        whole = np.load(tmp_path / f"1-{step}-0.npz")
+        for processes in (2, 4):
+            parts = [np.load(tmp_path / f"{processes}-{step}-{process}.npz") for process in range(processes)]
+            np.testing.assert_array_equal(np.concatenate([part["rows"] for part in parts]), np.arange(8))
+            for name in whole.files:
+                np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+
+
+def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(corpus, alone, tmp_path):
+    job = lslm(corpus, 2, tmp_path / "2", "--config.train.steps=2000")
+    metrics = tmp_path / "2" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline and job.parts[0].poll() is None
+        time.sleep(0.05)
+    job.parts[1].send_signal(signal.SIGTERM)
+    codes, _, texts = job.end()
+    assert codes == [75, 75], texts
+    (step,) = [int(path.name) for path in (tmp_path / "2" / "checkpoints").iterdir()]
+    assert f"SIGTERM: step {step} is saved" in texts[1] and f"another process is to stop: step {step}" in texts[0]
+    (tmp_path / "1").mkdir()
+    for processes in (1, 4):
+        workdir = tmp_path / f"goes-on-{processes}"
+        subprocess.run(["cp", "-r", tmp_path / "2", workdir], check=True)
+        steps = f"--config.train.steps={step + 5}"
+        codes, _, texts = lslm(corpus, processes, workdir, steps).end()
+        assert codes == [0] * processes and f"resumed from step {step}" in texts[0], texts
+        assert [line["step"] for line in record(workdir)[: step + 5]] == list(range(1, step + 6))
+    assert_close(record(tmp_path / "goes-on-1"), record(tmp_path / "goes-on-4"))
+
+
+def test_what_fails_at_the_primary_ends_all_and_is_told_once(corpus, tmp_path):
+    codes, _, texts = lslm(corpus, 2, tmp_path / "run", "--config.data.files=nowhere.jsonl").end()
+    assert codes == [66, 66]
+    assert "nowhere.jsonl" in texts[0] and texts[0].count("\n") == 1 and texts[1] == ""
