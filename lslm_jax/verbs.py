@@ -188,7 +188,7 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         to = epath.Path(flags.to).expanduser().absolute()
         if flags.adapter:
             return {"step": step} | write_adapter(to, model, config)
-        return {"step": step} | write_pretrained(to, model, _exporter(setting, flags.dtype), measured)
+        return {"step": step} | write_pretrained(to, model, _exporter(setting, flags.dtype or "float32"), measured)
 
 
 def _exporter(setting: Setting, dtype: str = "float32") -> Exporter:
@@ -313,9 +313,10 @@ def _setting(
 
 def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[Any, int]:
     """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step."""
+    abstract = abstract_model(config, mesh, None if flags.verb == "export" else flags.dtype)
     if flags.pretrained:
         source = pretrained.describe(flags.pretrained)
-        return pretrained.load(source, config.task.objective, abstract_model(config, mesh)).model, 0
+        return pretrained.load(source, config.task.objective, abstract).model, 0
     directory = _workdir(flags) / "checkpoints"
     if flags.step is not None:
         step = flags.step
@@ -327,4 +328,4 @@ def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[
         step = checkpoint.best_step(directory, config.checkpoint.best)
     else:
         step = checkpoint.latest_step(directory)
-    return checkpoint.load_model(directory, abstract_model(config, mesh), step), step
+    return checkpoint.load_model(directory, abstract, step), step

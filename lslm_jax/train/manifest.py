@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from etils import epath
@@ -17,8 +17,12 @@ def write_manifest(directory: epath.Path) -> None:
     atomic.write_json(directory / "manifest.json", {"files": files})
 
 
-def check_manifest(directory: epath.Path) -> None:
-    """Compares every file with manifest.json. A run killed before it was written leaves none: nothing to compare.
+def check_manifest(directory: epath.Path, parts: Collection[str] = ()) -> None:
+    """Compares files with manifest.json. A run killed before it was written leaves none: nothing to compare.
+
+    Args:
+      directory: of the checkpoint.
+      parts: subdirectories that will be read, besides files of the checkpoint itself; (): all.
 
     Raises:
       CheckpointRefused: a file is missing, has another size or another content.
@@ -27,6 +31,9 @@ def check_manifest(directory: epath.Path) -> None:
     if not manifest.exists():
         return
     for name, (size, sha256) in _read(manifest).items():
+        part, slash, _ = name.partition("/")
+        if parts and slash and part not in parts:
+            continue
         path = epath.Path(directory) / name
         if not path.exists():
             raise CheckpointRefused(f"checkpoint file {path} is missing")
