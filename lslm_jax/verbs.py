@@ -41,8 +41,7 @@ def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     return _prepare(config, _data_dir(config, _workdir(flags)))
 
 
-def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:
-    """What the primary prepares; the other processes find it there."""
+def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:  # by the primary; the others find it there
     return distributed.primary_first("prepare", lambda: prepare_data(config, data_dir, say))
 
 

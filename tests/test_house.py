@@ -34,7 +34,7 @@ ROWS = [
     ["train.identity", "train.checkpoint", "train.begin", "train.exports", "train.loop", "plan"],
     ["respond", "adopt"],
     ["verbs"],
-    ["main"],
+    ["main", "supervise"],
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 
