@@ -127,6 +127,11 @@ class ModelConfig:
     """Whether one compiled block is scanned over the layers; False unrolls them: slower to compile, at times faster."""
     remat: Literal["none", "full", "dots", "save_attention"] = "none"
     """What the backward pass recomputes: nothing, blocks, all but matrix products, or all but these and attention."""
+    microbatches: int = 0
+    """Parts of a batch that flow through the stages of a pipeline (mesh.stage). 0: 4 a stage, or fewer if rows do not
+    divide."""
+    pipeline_rounds: int = 1
+    """How often each part passes all stages; more leave them less idle, but layers change places at every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
