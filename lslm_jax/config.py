@@ -128,10 +128,9 @@ class ModelConfig:
     remat: Literal["none", "full", "dots", "save_attention"] = "none"
     """What the backward pass recomputes: nothing, blocks, all but matrix products, or all but these and attention."""
     microbatches: int = 0
-    """Parts of a batch that flow through the stages of a pipeline (mesh.stage). 0: 4 a stage, or fewer if rows do not
-    divide."""
+    """Parts of a batch that flow through the stages of mesh.stage. 0: 4 a stage, or as many below as divide rows."""
     pipeline_rounds: int = 1
-    """How often each part passes all stages; more leave them less idle, but layers change places at every step."""
+    """How often each part passes through all stages: more leave them less idle, but layers then move at each step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,12 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         raise ConfigError(
             f"{part}={step_rows} is not divisible by {'*'.join(split)}={rows}: use train.batch_size={suggestion}"
         )
+    parts = config.model.microbatches
+    if sizes["stage"] > 1 and parts and step_rows // rows % parts:
+        raise ConfigError(
+            f"model.microbatches={parts} does not divide the {step_rows // rows} rows of a device: "
+            f"use train.batch_size={multiples(step_rows, rows * parts, config.train.accumulate)}"
+        )
     slow = tuple(slices(config.mesh).values())
     fast = tuple(size // many for size, many in zip(shape, slow, strict=True))
     parts = [

@@ -156,26 +156,22 @@ def _stage(
 def _deal(layers: Any, axis: str, S: int, R: int) -> Any:
     """The groups of layers that this stage works through, [R, n, ...], from those next to each other that lie here.
 
-    Group g of all S R lies at stage g // R and is worked at by stage g % S. Each stage gives away, and gets, one a
-    turn.
+    Of all S R groups, g lies at stage g // R and is worked through by stage g % S, as its round g // S.
     """
     layers = jax.tree.map(lambda a: a.reshape(R, -1, *a.shape[1:]), layers)
     if R == 1:
         return layers
     s = jax.lax.axis_index(axis)
-    common = math.gcd(R, S)
-    gives_RS = (np.arange(R)[:, None] + np.arange(S)[None] // (S // common)) % R
+    # R times each stage gives one away and gets one: these are the ways to choose so that no two go to one stage.
+    gives_RS = (np.arange(R)[:, None] + np.arange(S)[None] * math.gcd(R, S) // S) % R
     group_RS = np.arange(S)[None] * R + gives_RS
-    dealt = jax.tree.map(jnp.zeros_like, layers)
-    for gives_S, group_S in zip(gives_RS, group_RS, strict=True):
-        to_S = group_S % S
-        turn_S = np.zeros(S, int)
-        turn_S[to_S] = group_S // S
-        route = list(enumerate(to_S.tolist()))
+    came_SR = np.array([[np.argwhere(group_RS == r * S + to)[0, 0] for r in range(R)] for to in range(S)])
 
-        def deal(a: jax.Array, held: jax.Array) -> jax.Array:
-            got = jax.lax.ppermute(held[jnp.asarray(gives_S)[s]], axis, route)
-            return a.at[jnp.asarray(turn_S)[s]].set(got)
+    def exchange(a: jax.Array) -> jax.Array:
+        got = [
+            jax.lax.ppermute(a[jnp.asarray(gives_S)[s]], axis, list(enumerate((group_S % S).tolist())))
+            for gives_S, group_S in zip(gives_RS, group_RS, strict=True)
+        ]
+        return jnp.stack(got)[jnp.asarray(came_SR)[s]]
 
-        dealt = jax.tree.map(deal, dealt, layers)
-    return dealt
+    return jax.tree.map(exchange, layers)

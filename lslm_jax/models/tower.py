@@ -12,8 +12,8 @@ from flax import nnx
 from lslm_jax.config import ModelConfig
 from lslm_jax.models import attention, pipeline, stack
 from lslm_jax.models.attention import Backend, KeyValues
-from lslm_jax.models.block import AttendSource, Block
-from lslm_jax.models.layers import INIT_STD, Norm, Rotation, normal, relative_bias, rotary_frequencies, rotation
+from lslm_jax.models.block import Block
+from lslm_jax.models.layers import INIT_STD, Norm, normal, relative_bias, rotary_frequencies, rotation
 from lslm_jax.models.presets import layer_types
 
 
