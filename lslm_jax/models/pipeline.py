@@ -81,7 +81,7 @@ def run(
     remat: str,
     parts: int,
     rounds: int,
-) -> jax.Array:
+) -> tuple[jax.Array, Any]:
     """What `stack.run` makes of x with `reading(rows, shared)` as its `apply`, by stages; without caches.
 
     Of each layer and each part the backward pass keeps what `remat` says, as it would without stages, and that of the
@@ -98,6 +98,10 @@ def run(
       remat: as in `stack.run`.
       parts: as `most` of `num_parts`.
       rounds: R.
+
+    Returns:
+      The last layer's output; and what each layer says besides of each part, [L, M, ...], where part m has every M-th
+      row from m on.
     """
     place, stages = resolve(("layers",)), num_shards("layers")
     shards = num_shards("batch")
@@ -110,21 +114,22 @@ def run(
 
     one = functools.partial(_stage, reading, place[0], stages, rounds, remat)
     everywhere = PartitionSpec()
-    y_SMBTD = jax.shard_map(
+    y_SMBTD, said_RS = jax.shard_map(
         one,
         axis_names={place[0]},
         in_specs=(place, everywhere, everywhere, everywhere),
-        out_specs=place,
+        out_specs=(place, PartitionSpec(None, *place)),
         check_vma=False,
     )(layers, (beside, keys), jax.tree.map(split, (x_BTD, rows)), shared)
     y_BTD = jnp.moveaxis(y_SMBTD[-1], 0, 1).reshape(x_BTD.shape)
-    return constrain(y_BTD, ("batch", "length", "width"))
+    said_L = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), said_RS)
+    return constrain(y_BTD, ("batch", "length", "width")), said_L
 
 
 def _stage(
     reading: Any, axis: str, S: int, R: int, remat: str, layers: Any, each: Any, parts: Any, shared: Any
-) -> jax.Array:
-    """What one stage says of each part when it leaves the last one, [1, M, B, T, D]; all but the last say nothing.
+) -> tuple[jax.Array, Any]:
+    """What one stage says of each part that leaves the last one, [1, M, B, T, D]; and its layers, [R, 1, n, M, ...].
 
     `layers` are those that lie here, `each` is of all layers, `parts` are x and rows [M, B, ...].
     """
@@ -135,7 +140,7 @@ def _stage(
     # Which part waits at the first stage; at times when none begins, nobody looks.
     waiting = np.minimum(np.searchsorted(_enters(M, S, R), np.arange(times)), M - 1)
 
-    def work(state: Any, now: Any) -> tuple[Any, jax.Array]:
+    def work(state: Any, now: Any) -> tuple[Any, Any]:
         t, fresh = now
         u = t - s
         part, turn = u // (S * R) * S + u % S, u // S % R
@@ -143,14 +148,16 @@ def _stage(
         mine, my_beside, my_keys = jax.tree.map(lambda a: a[0] if R == 1 else a[turn], (groups, beside, keys))
         my_keys = None if my_keys is None else jax.vmap(lambda key: jax.random.fold_in(key, part))(my_keys)
         apply = reading(rows, shared)
-        y_BTD, _ = stack.run(mine, x_BTD, apply, caches=my_beside, keys=my_keys, remat=remat)
+        y_BTD, said = stack.run(mine, x_BTD, apply, caches=my_beside, keys=my_keys, remat=remat)
         passed = jax.tree.map(lambda a: jax.lax.ppermute(a, axis, [(i, (i + 1) % S) for i in range(S)]), (y_BTD, rows))
-        return passed, y_BTD
+        return passed, (y_BTD, said)
 
     empty = jax.tree.map(lambda a: jnp.zeros_like(a[0]), parts)
     fresh = jax.tree.map(lambda a: a[waiting], parts)
-    _, y_NBTD = jax.lax.scan(work, empty, (jnp.arange(times), fresh))
-    return y_NBTD[_leaves(M, S, R)][None]
+    _, (y_NBTD, said_N) = jax.lax.scan(work, empty, (jnp.arange(times), fresh))
+    when_RM = np.arange(R)[:, None] * S + _enters(M, S, R)[None] + s
+    said_RM = jax.tree.map(lambda a: a[when_RM], said_N)
+    return y_NBTD[_leaves(M, S, R)][None], jax.tree.map(lambda a: jnp.moveaxis(a, 1, 2)[:, None], said_RM)
 
 
 def _deal(layers: Any, axis: str, S: int, R: int) -> Any:

@@ -207,7 +207,7 @@ class Tower(nnx.Module):
         keys = None if key is None or not config.dropout else jax.random.split(key, config.num_layers)
         with jax.named_scope("blocks"):
             if caches is None and pipeline.splits(config.num_layers, config.pipeline_rounds):
-                x_BTD = pipeline.run(
+                x_BTD, _ = pipeline.run(
                     self.blocks,
                     x_BTD,
                     reading,
