@@ -127,6 +127,10 @@ class ModelConfig:
     """Whether one compiled block is scanned over the layers; False unrolls them: slower to compile, at times faster."""
     remat: Literal["none", "full", "dots", "save_attention"] = "none"
     """What the backward pass recomputes: nothing, blocks, all but matrix products, or all but these and attention."""
+    microbatches: int = 0
+    """Parts of a batch that flow through the stages of mesh.stage. 0: 4 a stage, or as many below as divide rows."""
+    pipeline_rounds: int = 1
+    """How often each part passes through all stages: more leave them less idle, but layers then move at each step."""
 
 
 @dataclass(frozen=True, kw_only=True)

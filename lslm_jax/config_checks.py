@@ -77,12 +77,12 @@ _POSITIVE = (
     "model.relative_buckets model.relative_distance data.seq_len task.span_length task.stride task.max_answer "
     "data.shard_tokens tokenizer.vocab_size tokenizer.sample_bytes train.steps train.batch_size train.accumulate "
     "model.lora_alpha optimizer.learning_rate optimizer.eps checkpoint.every checkpoint.keep log.every "
-    "generate.max_tokens generate.repetition_penalty generate.beams"
+    "generate.max_tokens generate.repetition_penalty generate.beams model.pipeline_rounds"
 ).split()
 _NOT_NEGATIVE = (
     "seed model.num_kv_heads model.head_dim model.d_ff model.num_decoder_layers model.vocab_size model.num_labels "
     "model.token_types model.lora_rank model.window model.position_offset model.rope_local_theta model.attention_scale "
-    "model.attention_softcap model.logit_softcap data.source_len "
+    "model.attention_softcap model.logit_softcap model.microbatches data.source_len "
     "data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss optimizer.warmup_steps "
     "optimizer.weight_decay optimizer.clip checkpoint.keep_every checkpoint.export_every eval.every eval.batches "
     "generate.temperature generate.top_k"

@@ -42,7 +42,8 @@ RULES: Rules = {
     # Activations only; "width" also for norms and biases.
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
-    "tokens": ("data", "fsdp", "expert", "context"),
+    "rows": ("data", "fsdp", "expert", "stage"),  # of the loss, which stages share
+    "tokens": ("data", "fsdp", "expert", "stage", "context"),
     "width": (),
     # Moments only: they need not be whole where parameters are.
     "moments": ("fsdp", "expert", "context", "data"),
@@ -97,6 +98,12 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         suggestion = multiples(step_rows, rows, config.train.accumulate)
         raise ConfigError(
             f"{part}={step_rows} is not divisible by {'*'.join(split)}={rows}: use train.batch_size={suggestion}"
+        )
+    parts = config.model.microbatches
+    if sizes["stage"] > 1 and parts and step_rows // rows % parts:
+        raise ConfigError(
+            f"model.microbatches={parts} does not divide the {step_rows // rows} rows of a device: "
+            f"use train.batch_size={multiples(step_rows, rows * parts, config.train.accumulate)}"
         )
     slow = tuple(slices(config.mesh).values())
     fast = tuple(size // many for size, many in zip(shape, slow, strict=True))
@@ -201,10 +208,13 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, resolve(axes, x.shape, mesh))
 
 
-def num_shards(axis: str) -> int:
-    """Into how many parts the mesh in use splits a logical axis; 1 without one."""
+def num_shards(axis: str, size: int | None = None) -> int:
+    """Into how many parts the mesh in use splits a logical axis, or as `resolve` one of that size; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _size(_rules.get()[axis], mesh)
+    if mesh.empty:
+        return 1
+    place = _rules.get()[axis]
+    return _size(place if size is None else _dividing(place, size, mesh), mesh)
 
 
 def shardings_of(tree: Any, mesh: Mesh, *, moments: bool = False) -> Any:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -229,7 +228,7 @@ def import_(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 def _mesh_without_batch(config: Config) -> Mesh:
     """The mesh of a command for which train.batch_size, and whether it divides over the devices, is nothing."""
-    return make_mesh(replace(config, train=replace(config.train, batch_size=len(jax.devices()), accumulate=1)))
+    return make_mesh(replace(config, train=replace(config.train, batch_size=0)))  # which all divide
 
 
 def _require_words(setting: Setting, data_dir: epath.Path) -> None:

@@ -293,6 +293,17 @@ def test_a_missing_file_is_a_missing_input():
             "model.num_kv_heads=2 is not divisible by mesh.tensor=4: use 4",
         ),
         ("mesh.fsdp=5", "model.d_model=768 is not divisible by mesh.fsdp=5: use 765 or 770"),
+        ("mesh.stage=-1", "mesh.stage cannot be -1: say into how many stages the layers are split"),
+        ("mesh.stage=5", "model.num_layers=12 is not divisible by mesh.stage=5: use 10 or 15"),
+        (
+            "mesh.stage=4 model.pipeline_rounds=2",
+            "model.num_layers=12 is not divisible by mesh.stage * model.pipeline_rounds=8: use 8 or 16",
+        ),
+        ("mesh.stage=2 model.scan_layers=false", "mesh.stage=2 needs model.scan_layers=true"),
+        (
+            "mesh.stage=2 model.pipeline_rounds=2 model.microbatches=5",
+            "model.microbatches=5 is not divisible by mesh.stage=2, as model.pipeline_rounds=2 needs: use 4 or 6",
+        ),
     ],
 )
 def test_an_impossible_setting_is_one_line_that_names_its_keys(changes, message):

@@ -17,7 +17,8 @@ from lslm_jax.models.presets import layer_types
 Settings = Mapping[str, Any]  # of a config.json
 LAYER = "{i}"  # stands for a layer's number in a name of theirs
 # Are chosen by whoever runs a model.
-RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "init", "lora_rank", "lora_alpha", "lora_targets")
+RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "microbatches", "pipeline_rounds", "init")
+RUN_KEYS += ("lora_rank", "lora_alpha", "lora_targets")
 _OF_A_RUN = {*RUN_KEYS, "dropout", "pool"}  # change how it is trained or run, not what it computes
 
 

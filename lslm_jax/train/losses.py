@@ -119,7 +119,7 @@ def _output_layer(x_BTD, w_VD, b_V):
 
 def _shards(B, T):
     """Into how many parts the mesh splits rows and positions, where it does so evenly."""
-    return tuple(n if size % n == 0 else 1 for size, n in ((B, num_shards("batch")), (T, num_shards("length"))))
+    return num_shards("rows", B), num_shards("length", T)
 
 
 def _chunks(settings, x_BTD, *per_token_BT):
