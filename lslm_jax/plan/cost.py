@@ -208,14 +208,14 @@ def _convolution(run: Run) -> float:
 def _kernel_flops(run: Run) -> float:
     """Of an attention kernel over whole rows: two products forward, five backward."""
     instruction = run.instruction
-    if instruction.opcode != "custom-call" or not re.search(r"fmha|splash|attention", instruction.attributes + instruction.name):
+    target = re.search(r'custom_call_target="(__cudnn\$fmha|tpu_custom_call)', instruction.attributes)
+    if instruction.opcode != "custom-call" or target is None:
         return 0.0
-    if not re.search(r'custom_call_target="(__cudnn|tpu_custom_call)', instruction.attributes):
-        return 0.0
-    read = [run.among[name].arrays[0] for name in instruction.operands]
-    q, k = [a.dims for a in read if len(a.dims) >= 3 and a.dtype in ("bf16", "f16", "f32")][:2]
-    backward = re.search(r"Backward|dkv|bwd", instruction.attributes + instruction.name)
-    return (10.0 if backward else 4.0) * float(np.prod(q)) * k[-2]
+    read = [array.dims for name in instruction.operands for array in run.among[name].arrays if array.dtype == "bf16"]
+    q, k = [dims for dims in read if len(dims) >= 3][:2]
+    keys = k[-2] if target[1] == "tpu_custom_call" else k[1]  # cuDNN has [B, S, K, C], a TPU's kernel [..., K, S, C]
+    backward = re.search(r"dkv|bwd", instruction.name)
+    return (10.0 if backward else 4.0) * float(np.prod(q)) * keys
 
 
 def _moved(program: Program, run: Run) -> int:
