@@ -18,7 +18,7 @@ _TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # dimensions of their torus
 _SAMPLES = "v5e:4x4, v5p:4x4x4, 2xv5p:4x4x4 (slices), h200:8, h200:4x8 (hosts x GPUs), cpu:8"
 # Without these the TPU compiler complains at length that it does not know which machine of the cloud this is.
 _QUIET = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5p-8"}
-_QUIET |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+_QUIET |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "2"}
 _DESCRIPTION = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: {shared}
