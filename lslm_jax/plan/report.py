@@ -58,7 +58,7 @@ def _traffic(collectives: list[dict[str, Any]]) -> Iterator[str]:
         waits = ", nothing beside it" if each["blocking"] else ""
         yield (
             f"{each['kind']:<19} {each['count']:>6} a step over {'+'.join(each['axes']) or 'nothing'} "
-            f"({each['group']}): {si(each['bytes'])}B, {each['seconds'] * 1e3:.1f} ms, {over}{waits}"
+            f"({each['group']}): {si(each['bytes'])}B, {seconds_text(each['seconds'])}, {over}{waits}"
         )
 
 
@@ -67,12 +67,12 @@ def _time(found: dict[str, Any]) -> Iterator[str]:
     if bound["step_seconds"] is None:
         yield "time          unknown: nobody publishes the peaks of such a device"
         return
-    shown = ", ".join(f"{name} {seconds[name] * 1e3:.0f} ms" for name in ("compute", "memory", "network"))
-    yield f"a step takes  at least {bound['step_seconds'] * 1e3:.0f} ms, bound by {bound['by']} ({shown})"
+    shown = ", ".join(f"{name} {seconds_text(seconds[name])}" for name in ("compute", "memory", "network"))
+    yield f"a step takes  at least {seconds_text(bound['step_seconds'])}, bound by {bound['by']} ({shown})"
     yield f"              so at most {si(bound['tokens_per_second'])} tokens/s, MFU {bound['mfu']:.1%}"
     if found["expected_step_seconds"]:
         yield (
-            f"              {found['expected_step_seconds'] * 1e3:.0f} ms as the compiler counts cycles, "
+            f"              {seconds_text(found['expected_step_seconds'])} as the compiler counts cycles, "
             f"MFU {found['expected_mfu']:.1%}"
         )
     money = "" if run["dollars"] is None else f", {run['dollars']:,.0f} dollars"
@@ -87,7 +87,7 @@ def ranking(found: list[dict[str, Any]]) -> str:
     rows = [("step", "MFU", "by", "memory", "settings")]
     for each in found:
         bound = each["bound"]
-        step = "" if bound["step_seconds"] is None else f"{bound['step_seconds'] * 1e3:.0f} ms"
+        step = "" if bound["step_seconds"] is None else seconds_text(bound["step_seconds"])
         mfu = "" if bound["mfu"] is None else f"{bound['mfu']:.1%}"
         rows.append((step, mfu, bound["by"] or "", gib(each["memory"]["needed"]), each["flags"]))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -105,3 +105,8 @@ def gib(size: int) -> str:
 def si(number: float) -> str:
     """Three figures and a prefix: 1.23 T."""
     return next((f"{number / unit:.3g} {name}" for unit, name in _UNITS if number >= unit), f"{number:.3g} ")
+
+
+def seconds_text(seconds: float) -> str:
+    """Three figures: 1.23 s, 45.6 ms."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
