@@ -47,11 +47,12 @@ DEVICES = {
 }
 """By a part of jax's `device_kind`; the first key that is found in it holds. "TPU v5" without a letter is v5p.
 
-Chips without bfloat16 arithmetic (V100, T4) are left out on purpose. Sources: FLOP/s, the bandwidth of memory and NVLink
-from the makers' data sheets (A100 is the SXM card with 80 GB); bytes of a GPU from XLA's own descriptions of it, of a TPU
-those that its compiler allows a program; links of TPUs and where they close into rings from "How to Scale Your Model"
-(Austin et al. 2025, part 2), as the share of a host's 25 GB/s; a GPU's network is the adapter that its maker's own
-systems have for each, 400 Gb/s or, with the A100, 200. Clocks follow from FLOP/s and the size of the matrix units.
+Chips without bfloat16 arithmetic (V100, T4) are left out on purpose. Sources: FLOP/s, bandwidth of memory and NVLink
+from the makers' data sheets (A100: the SXM card with 80 GB); a GPU's bytes from XLA's own description of it, a TPU's
+are those that its compiler allows a program; a TPU's bandwidths, links and rings, and its share of the 25 GB/s of a
+host of four, from "How to Scale Your Model" (Austin et al. 2025, part 2). A GPU's network is the adapter that its
+maker's own systems have for each: 400 Gb/s, with the A100 200. Clocks follow from FLOP/s and the size of the matrix
+units.
 """
 
 

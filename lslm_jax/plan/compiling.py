@@ -1,4 +1,4 @@
-"""The real train step, compiled for hardware by name with the real shardings; nothing is allocated and no data are read."""
+"""The real train step with the real shardings, compiled for hardware by name; no array is made, no data are read."""
 
 import re
 import time
@@ -20,8 +20,6 @@ from lslm_jax.sharding import make_mesh, make_rules, use
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import State, abstract_state
 from lslm_jax.train.step import lower, whole_batch
-
-GIB = 1 << 30
 
 
 class Compiled(NamedTuple):
@@ -93,4 +91,4 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[Any, int]:
         if "RESOURCE_EXHAUSTED" not in message:
             raise
         used = re.search(r"Used ([\d.]+)([KMGT])", message) or re.search(r"\(([\d.]+)([KMGT])\) exceeds", message)
-        return None, int(float(used[1]) * {"K": 1 << 10, "M": 1 << 20, "G": GIB, "T": GIB << 10}[used[2]]) if used else 0
+        return None, int(float(used[1]) * 1024 ** " KMGT".index(used[2])) if used else 0

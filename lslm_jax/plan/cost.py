@@ -135,7 +135,9 @@ class Network:
             return Sent((), 1, 0.0, 0.0, False)
         one = groups[0]
         g = len(one)
-        many = max(len(np.unique(self._domains[group])) for group in (groups if kind == "collective-permute" else [one]))
+        many = max(
+            len(np.unique(self._domains[group])) for group in (groups if kind == "collective-permute" else [one])
+        )
         near = g / many
         if kind == "collective-permute":
             inside, outside = (0, operand) if many > 1 else (operand, 0)
@@ -193,7 +195,9 @@ def _convolution(run: Run) -> float:
     out = run.instruction.arrays[0].dims
     of = lambda part, label, dims: dims[labels[part].index(label)]
     total = 2.0 * of(3, "b", out) * of(3, "f", out) * of(2, "i", right)
-    window = dict(re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", run.instruction.attributes) or "  ")[1]))
+    window = dict(
+        re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", run.instruction.attributes) or "  ")[1])
+    )
     for i, label in enumerate(sorted(filter(str.isdigit, labels[1]))):
         each = lambda key, default, i=i: window[key].split("x")[i] if key in window else default
         k = np.arange(of(2, label, right))[None]

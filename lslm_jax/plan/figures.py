@@ -54,7 +54,7 @@ def figures(compiled: Compiled, topology: Topology | None, memory: int | None, p
     }
     if compiled.program is None:
         return found
-    measured = cost.measure(hlo.parse(compiled.program.as_text()), network(mesh, topology, device), _seen(config))
+    measured = cost.measure(hlo.parse(compiled.program.as_text() or ""), network(mesh, topology, device), _seen(config))
     found["per_device"] = {"flops": measured.flops, "bytes": measured.bytes, "cycles": measured.cycles}
     found["collectives"] = [each._asdict() for each in measured.collectives]
     found |= _time(measured, device, flops * tokens, tokens, mesh.size)
@@ -78,7 +78,7 @@ def _seen(config: Config) -> float:
 
 def parts(config: Config, model: Any) -> dict[str, int]:
     """Parameters by what they are for, in total, and how many are trained."""
-    counts = dict.fromkeys(("embeddings", "attention", "mlp", "norms", "head", "adapters"), 0)
+    counts: dict[str, int] = dict.fromkeys(("embeddings", "attention", "mlp", "norms", "head", "adapters"), 0)
     for name, leaf in flatten(model).items():
         words = name.split(".")
         of = {
@@ -125,7 +125,7 @@ def _memory(compiled: Compiled, limit: int | None) -> dict[str, Any]:
     if compiled.program is None:
         needed = compiled.needed or None
         return {**found, "needed": needed, "limit": limit, "fits": False}
-    said = compiled.program.memory_analysis()
+    said: Any = compiled.program.memory_analysis()
     names = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp"}
     found |= {name: int(getattr(said, f"{key}_size_in_bytes")) for name, key in names.items()}
     found["peak"] = int(said.peak_memory_in_bytes)

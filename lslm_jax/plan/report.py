@@ -5,7 +5,7 @@ from typing import Any
 
 from lslm_jax.devices import GIB
 
-_UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def text(found: dict[str, Any]) -> str:
@@ -19,7 +19,9 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"  ({found['attention_reason']}); compiled in {found['lower_seconds'] + found['compile_seconds']:.0f} s"
     counts = found["parameters"]
     yield f"parameters    {counts['total']:,}, of them trained {counts['trained']:,}"
-    yield "              " + ", ".join(f"{name} {n:,}" for name, n in counts.items() if name not in ("total", "trained"))
+    yield "              " + ", ".join(
+        f"{name} {n:,}" for name, n in counts.items() if name not in ("total", "trained")
+    )
     yield f"operations    {si(found['flops_per_token'])}FLOP a token, {si(found['flops_per_step'])}FLOP a step"
     yield f"              of {found['tokens_per_step']:,} tokens"
     yield from _memory_lines(found["memory"])
@@ -91,7 +93,9 @@ def ranking(found: list[dict[str, Any]]) -> str:
         mfu = "" if bound["mfu"] is None else f"{bound['mfu']:.1%}"
         rows.append((step, mfu, bound["by"] or "", gib(each["memory"]["needed"]), each["flags"]))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join("  ".join([*(cell.rjust(n) for cell, n in zip(row[:4], widths, strict=True)), row[4]]) for row in rows)
+    return "\n".join(
+        "  ".join([*(cell.rjust(n) for cell, n in zip(row[:4], widths, strict=True)), row[4]]) for row in rows
+    )
 
 
 def gib(size: int) -> str:

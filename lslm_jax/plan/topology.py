@@ -28,13 +28,13 @@ gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: 0 }} registers_per_core_limit: 65536
   registers_per_block_limit: 65536
 }}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }} runtime_version {{ major: 13 minor: 0 patch: 0 }}
-device_description_str: "NVIDIA {name}"
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }} device_description_str: "NVIDIA {name}"
 """
 
 
 class _Gpu(NamedTuple):
-    """What XLA's compiler asks of a GPU besides what `devices` has: memory close to the cores in bytes, clock in GHz."""
+    """What XLA's compiler asks of a GPU besides what `devices` has: memory close to the cores in bytes, GHz."""
 
     major: int
     cores: int
@@ -155,9 +155,7 @@ def devices(topology: Topology | None) -> Sequence[Any]:
 
 
 def _description(name: str, gpu: _Gpu, device: Device) -> str:
-    return _DESCRIPTION.format(
-        name=name, memory=device.memory, bandwidth=int(device.bandwidth), **gpu._asdict()
-    )
+    return _DESCRIPTION.format(name=name, memory=device.memory, bandwidth=int(device.bandwidth), **gpu._asdict())
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The real step as XLA made it for eight devices: what is gathered where, and that it agrees with our own arithmetic."""
+"""The real step as XLA made it for eight devices: what is gathered where, and that our own arithmetic agrees."""
 
 from dataclasses import replace
 
@@ -9,7 +9,6 @@ from tiny_plans import CONFIG, CPU, LAYERS, compiled
 from lslm_jax.models.presets import flops_per_token
 from lslm_jax.plan import hlo
 from lslm_jax.plan.figures import figures, local_bytes
-
 
 
 def collectives(step, kind):
@@ -29,7 +28,9 @@ def test_under_fsdp_weights_are_gathered_layer_by_layer_and_never_all_at_once():
     model = compiled(fsdp=8).state.model
     largest = max(leaf.size // (LAYERS if leaf.ndim > 2 else 1) for leaf in jax.tree.leaves(model)) * 4
     assert max(size for _, size, _ in gathers) <= largest
-    (gathered,) = [each for each in figures(compiled(fsdp=8), CPU, None, None)["collectives"] if each["kind"] == "all-gather"]
+    (gathered,) = [
+        each for each in figures(compiled(fsdp=8), CPU, None, None)["collectives"] if each["kind"] == "all-gather"
+    ]
     assert gathered["axes"] == ("fsdp",) and gathered["group"] == 8
     assert gathered["count"] == sum(times for times, _, _ in gathers) == LAYERS * 12 + len(gathers) - len(in_layers)
 

@@ -19,54 +19,45 @@ def network(shape=(2, 2, 2), domains=None, link=100.0, slow=10.0):
 
 def measure(lines, computations=""):
     """Cost of an entry computation of these lines."""
-    body = "\n".join(f"  {line}" for line in lines)
+    body = "\n".join(f"  {line.strip()}" for line in lines)
     text = f"{computations}\nENTRY %main (p: f32[]) -> f32[] {{\n{body}\n}}\n"
     return cost.measure(hlo.parse(text), network(), 0.5)
 
 
+ATTENTION = "custom-call(%a, %b, %b), custom_call_target="
+
+
 @pytest.mark.parametrize(
-    ("lines", "flops"),
+    ("a", "b", "product", "flops"),
     [
-        (
-            ["%a = f32[3,4,5]{2,1,0} parameter(0)", "%b = f32[3,5,6]{2,1,0} parameter(1)"]
-            + ["ROOT %d = f32[3,4,6]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}"],
-            2 * 3 * 4 * 5 * 6,
-        ),
-        (
-            ["%a = bf16[4,5]{1,0} parameter(0)", "%b = bf16[5,6]{1,0} parameter(1)"]
-            + ["ROOT %c = bf16[4,6]{1,0} convolution(%a, %b), dim_labels=bf_io->bf"],
-            2 * 4 * 5 * 6,
-        ),
-        (  # heads as a spatial dimension of the result: all but one of the kernel's places fall on padding
-            ["%a = bf16[4,5,1]{1,0,2} parameter(0)", "%b = bf16[5,3,6]{2,1,0} parameter(1)"]
-            + ["ROOT %c = bf16[4,3,6]{2,1,0} convolution(%a, %b), window={size=3 pad=2_2 rhs_reversal=1}, dim_labels=bf0_i0o->b0f"],
-            2 * 4 * 5 * 3 * 6,
+        ("f32[3,4,5]", "f32[3,5,6]", "f32[3,4,6] dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}", 720),
+        ("bf16[4,5]", "bf16[5,6]", "bf16[4,6] convolution(%a, %b), dim_labels=bf_io->bf", 240),
+        (  # heads as a spatial dimension of the result: all but one of the window's places fall on padding
+            "bf16[4,5,1]",
+            "bf16[5,3,6]",
+            "bf16[4,3,6] convolution(%a, %b), window={size=3 pad=2_2 rhs_reversal=1}, dim_labels=bf0_i0o->b0f",
+            720,
         ),
         (  # heads summed over: the window covers them all
-            ["%a = bf16[4,3,5]{2,1,0} parameter(0)", "%b = bf16[3,5,6]{2,1,0} parameter(1)"]
-            + ["ROOT %c = bf16[4,6,1]{1,0,2} convolution(%a, %b), window={size=3}, dim_labels=b0f_0io->bf0"],
-            2 * 4 * 5 * 3 * 6,
+            "bf16[4,3,5]",
+            "bf16[3,5,6]",
+            "bf16[4,6,1] convolution(%a, %b), window={size=3}, dim_labels=b0f_0io->bf0",
+            720,
         ),
         (
-            ["%a = bf16[4,5]{1,0} parameter(0)", "%b = bf16[5,6]{1,0} parameter(1)"]
-            + ['ROOT %c = (bf16[4,6]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", '
-               'backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}'],
-            2 * 4 * 5 * 6,
+            "bf16[4,5]",
+            "bf16[5,6]",
+            '(bf16[4,6], s8[64]) custom-call(%a, %b), target="__cublas$gemm", {"lhs_contracting_dimensions":["1"]}',
+            240,
         ),
-        (  # an attention kernel: two products, of which causality leaves half
-            ["%q = bf16[2,16,4,8]{3,2,1,0} parameter(0)", "%k = bf16[2,16,4,8]{3,2,1,0} parameter(1)"]
-            + ['ROOT %f = bf16[2,4,16,8]{3,2,1,0} custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax"'],
-            0.5 * 2 * 2 * (2 * 4 * 16 * 8) * 16,
-        ),
-        (
-            ["%q = bf16[4,16,8]{2,1,0} parameter(0)", "%k = bf16[2,32,8]{2,1,0} parameter(1)"]
-            + ['ROOT %splash_mha_dkv.1 = bf16[4,16,8]{2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"'],
-            0.5 * 5 * 2 * (4 * 16 * 8) * 32,
-        ),
+        # Attention kernels: two products forward, five backward, of which causality leaves half.
+        ("bf16[2,16,4,8]", "bf16[2,16,4,8]", f'bf16[2,4,16,8] {ATTENTION}"__cudnn$fmhaSoftmax"', 2 * 2 * 1024 * 16 / 2),
+        ("bf16[4,16,8]", "bf16[2,32,8]", f'bf16[4,16,8] {ATTENTION}"tpu_custom_call"', 5 * 2 * 512 * 32 / 2),
     ],
     ids=["dot", "convolution", "heads", "sum over heads", "cublas", "cudnn", "splash"],
 )
-def test_products_are_counted_in_every_form(lines, flops):
+def test_products_are_counted_in_every_form(a, b, product, flops):
+    lines = [f"%a = {a} parameter(0)", f"%b = {b} parameter(1)", f"ROOT %splash_mha_dkv.1 = {product}"]
     assert measure(lines).flops == flops
 
 

@@ -50,7 +50,7 @@ ENTRY %main (s: (s32[], f32[8]), m: f32[4,8]) -> f32[4] {
   %m = f32[4,8]{1,0:T(8,128)S(1)} parameter(1), metadata={name="a
 }} line (that breaks) = {"
 }}
-  %while.2 = (s32[], f32[8]{0}) while(%s), condition=%outer.cond, body=%outer.body, backend_config={"known_trip_count":{"n":"3"}}
+  %while.2 = (s32[], f32[8]{0}) while(%s), condition=%outer.cond, body=%outer.body, {"known_trip_count":{"n":"3"}}
   %y = f32[8]{0} get-tuple-element(%while.2), index=1
   ROOT %fusion.1 = f32[4]{0} fusion(%m, %y), kind=kLoop, calls=%fused
 }

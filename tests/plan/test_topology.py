@@ -56,5 +56,7 @@ def test_simulated_devices_are_those_of_this_process():
 def test_names_are_read_without_jax():
     import subprocess
 
-    code = "import sys; from lslm_jax.plan import topology; topology.parse('v5p:4x4x4'); assert 'jax' not in sys.modules"
+    code = (
+        "import sys; from lslm_jax.plan import topology; topology.parse('v5p:4x4x4'); assert 'jax' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
