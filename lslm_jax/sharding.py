@@ -50,17 +50,24 @@ RULES: Rules = {
 }
 
 _rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=RULES)
+_platform: contextvars.ContextVar[str] = contextvars.ContextVar("platform", default="")
 
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
     """Sets the mesh and the table that everything below goes by, in this thread."""
-    token = _rules.set(rules)
+    token, before = _rules.set(rules), _platform.set(mesh.devices.flat[0].platform)
     try:
         with jax.set_mesh(mesh):
             yield
     finally:
         _rules.reset(token)
+        _platform.reset(before)
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: of the mesh in use, whose devices need not be there; without one, of those that are."""
+    return _platform.get() or jax.default_backend()
 
 
 def make_rules(mesh: MeshConfig) -> Rules:

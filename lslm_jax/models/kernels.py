@@ -112,7 +112,8 @@ def segment_bounds(segments_BT: jax.Array, max_segments: int) -> tuple[jax.Array
     Segments are numbered from 1 in the order they lie, as data/packing.py does. Padding (0) lies behind them and is
     given as one segment more, M = max_segments + 1: the kernel leaves tokens that belong to none uninitialised.
     """
-    length_BM = _lengths(segments_BT, jnp.append(jnp.arange(1, max_segments + 1), 0))
+    # 1 .. M, then 0, worked out: a concatenation that ends in a fused sum does not compile for GPUs (jaxlib 0.10.2).
+    length_BM = _lengths(segments_BT, jnp.arange(1, max_segments + 2) % (max_segments + 1))
     present_BM = length_BM > 0
     return jnp.where(present_BM, length_BM, -1), _offsets(length_BM, present_BM)
 

@@ -206,11 +206,11 @@ def _tower(config: ModelConfig, num_layers: int, length: int, *, causal: bool) -
     projections = D * C * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = D * F * (3 if config.gated else 2)
     windows = [config.window if kind == "window" else 0 for kind in layer_types(config, num_layers)]
-    seen = sum(_seen(length, window, causal) for window in windows)
+    seen = sum(keys_seen(length, window, causal) for window in windows)
     return num_layers * (projections + mlp) + 2 * config.num_heads * C * seen
 
 
-def _seen(length: int, window: int, causal: bool) -> float:
+def keys_seen(length: int, window: int, causal: bool) -> float:
     """Keys that a query of a row sees on average, itself among them."""
     window = min(window or length, length)
     before = window - window * (window - 1) / (2 * length)  # the first tokens of a row see fewer than a full window

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.models.attention import Backend
-from lslm_jax.sharding import batch_sharding, constrain
+from lslm_jax.sharding import batch_sharding, constrain, platform
 from lslm_jax.train import losses, optim
 from lslm_jax.train.losses import Sums
 from lslm_jax.train.state import State, abstract_state, divide
@@ -77,14 +77,19 @@ def lower(
       mesh: of devices that are there, or not.
     """
     state = abstract_state(config, optimizer, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(make_train_step(config, optimizer, backend), donate_argnums=0, out_shardings=places)
+    return step.lower(state, whole_batch(config, batch, mesh))
+
+
+def whole_batch(config: Config, batch: Batch, mesh: Mesh) -> Batch:
+    """Shapes, types and shardings of the global batch that some rows are part of."""
 
     def whole(x: Any) -> jax.ShapeDtypeStruct:
         shape = (config.train.batch_size, *x.shape[1:])
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=batch_sharding(mesh, shape))
 
-    places = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(make_train_step(config, optimizer, backend), donate_argnums=0, out_shardings=places)
-    return step.lower(state, jax.tree.map(whole, batch))
+    return jax.tree.map(whole, batch)
 
 
 def _updates_done(optimizer_state: Any) -> jax.Array:
@@ -194,7 +199,7 @@ def _loss_settings(config: Config) -> losses.Settings:
     labelled = config.task.objective in ("classification", "tagging")
     return losses.Settings(
         vocab_size=config.model.num_labels if labelled else config.model.vocab_size,
-        chunk=config.train.loss_chunk or (512 if jax.default_backend() == "cpu" else 8192),
+        chunk=config.train.loss_chunk or (512 if platform() == "cpu" else 8192),
         softcap=config.model.logit_softcap,
         z_loss=config.train.z_loss,
         label_smoothing=config.train.label_smoothing,
