@@ -201,10 +201,16 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, resolve(axes, x.shape, mesh))
 
 
-def num_shards(axis: str) -> int:
-    """Into how many parts the mesh in use splits a logical axis; 1 without one."""
-    mesh = jax.sharding.get_abstract_mesh()
+def num_shards(axis: str, mesh: Any = None) -> int:
+    """Into how many parts a mesh, or else the one in use, splits a logical axis; 1 without one."""
+    mesh = mesh or jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else _size(_rules.get()[axis], mesh)
+
+
+def axes_of(axis: str, size: int) -> tuple[str, ...]:
+    """The axes of the mesh in use that split a dimension of this logical axis and size; none without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty else _dividing(_rules.get()[axis], size, mesh)
 
 
 def shardings_of(tree: Any, mesh: Mesh, *, moments: bool = False) -> Any:

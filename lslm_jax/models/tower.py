@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.models import attention, stack
-from lslm_jax.models.attention import Backend, KeyValues
+from lslm_jax.models import attention, context, stack
+from lslm_jax.models.attention import Backend, Distances, KeyValues
 from lslm_jax.models.block import AttendSource, Block
-from lslm_jax.models.layers import INIT_STD, Norm, Rotation, normal, relative_bias, rotary_frequencies, rotation
+from lslm_jax.models.layers import INIT_STD, Norm, Rotation, near, normal, relative_bias, rotary_frequencies, rotation
 from lslm_jax.models.presets import layer_types
 
 
@@ -58,7 +58,14 @@ class Tower(nnx.Module):
         """
         config = self.config
         length = x_BTD.shape[1]
-        bias_HTS = self._bias(length, length, 0)
+        is_split = context.is_split(length)
+        bias_HTS = None if is_split else self._bias(length, length, 0)
+        table = None if self.distances is None else self.distances.get_value()
+        distances = Distances(table, config.relative_distance) if is_split and table is not None else None
+        # Dropout draws for places as they lie: rows are left as they are for it.
+        folded = self.causal and context.can_fold(length) and not (config.dropout and key is not None)
+        if folded:
+            x_BTD, positions_BT, segments_BT = jax.tree.map(context.fold, (x_BTD, positions_BT, segments_BT))
         attend_any = functools.partial(
             attention.attend, scale=config.attention_scale, cap=config.attention_softcap, backend=backend
         )
@@ -73,13 +80,16 @@ class Tower(nnx.Module):
                 causal=self.causal,
                 bias_HTS=bias_HTS,
                 everywhere=everywhere,
+                distances=distances,
+                folded=folded,
             )
             return out_BTHC, cache
 
         attend_source = functools.partial(
             attend_any, segments_BT=segments_BT, source_segments_BS=source_segments_BS, window=0, causal=False
         )
-        return self._run(x_BTD, positions_BT, attend, attend_source, memory_BSD=memory_BSD, key=key)[0]
+        x_BTD, _ = self._run(x_BTD, positions_BT, attend, attend_source, memory_BSD=memory_BSD, key=key)
+        return context.unfold(x_BTD) if folded else x_BTD
 
     def extend(
         self,
@@ -105,7 +115,7 @@ class Tower(nnx.Module):
         def attend(q_BTHC, k_BTKC, v_BTKC, cache, everywhere):
             k_BSKC = jax.lax.dynamic_update_slice_in_dim(cache.k_BSKC, k_BTKC, index, axis=1)
             v_BSKC = jax.lax.dynamic_update_slice_in_dim(cache.v_BSKC, v_BTKC, index, axis=1)
-            near_TS = attention.near(slots_T[:, None] - slots_S[None, :], config.window, everywhere)
+            near_TS = near(slots_T[:, None] - slots_S[None, :], config.window, everywhere)
             seen_BTS = mask_BTS & near_TS[None]
             return attend_any(q_BTHC, k_BSKC, v_BSKC, seen_BTS, bias_HTS=bias_HTS), KeyValues(k_BSKC, v_BSKC)
 
