@@ -53,6 +53,12 @@ def problems(config: Config) -> Iterator[str]:
         over = axes[axis] * slices(mesh)[axis]
         if over > 0 and size % over:
             yield f"{key}={size} is not divisible by mesh.{axis}={over}: use {multiples(size, over)}"
+    chunks, length = 2 * axes["context"] * slices(mesh)["context"], config.data.seq_len
+    if chunks > 2 and model.family != "encoder" and length % chunks:
+        yield (
+            f"data.seq_len={length} is not divisible by 2 * mesh.context={chunks}, the chunks that balance causal "
+            f"attention: use {multiples(length, chunks)}"
+        )
 
 
 def multiples(size: int, divisor: int, times: int = 1) -> str:
