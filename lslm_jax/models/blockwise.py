@@ -2,7 +2,7 @@
 
 A running softmax takes in block after block of keys (Milakov and Gimelshein 2018); the backward pass works the
 products out again from the normalisers that the forward pass left (FlashAttention, Dao et al. 2022). Blocks that
-causality or the window hides altogether are passed over. Whatever the reference does, this does too.
+causality or the window hides altogether are passed over. All that the reference can do, this can too.
 """
 
 import functools
@@ -38,7 +38,7 @@ class Queries(NamedTuple):
     """Blocks of queries, of all N or of one, in groups that share keys; their places; None, or their segments."""
 
     q_NBKTGC: jax.Array
-    first_N: jax.Array
+    first_N: Any
     segments_NBT: Any
 
 
@@ -87,7 +87,7 @@ def attend(
         jnp.moveaxis(_cut(v_BSKC, source_block), 3, 2),
         None if source_BS is None else _cut(source_BS, source_block),
     )
-    out_NBKTGC = _attend(options, queries, keys, everywhere, table_NH)
+    out_NBKTGC: Any = _attend(options, queries, keys, everywhere, table_NH)
     return jnp.transpose(out_NBKTGC, (1, 0, 3, 2, 4, 5)).reshape(B, T, H, C)
 
 
@@ -186,7 +186,7 @@ def _backward(options, residuals, d_NBKTGC):
         dq_BKTGC, *gradients = jax.lax.fori_loop(*seen, step, (jnp.zeros(d_BKTGC.shape), *gradients))
         return tuple(gradients), dq_BKTGC.astype(dtype)
 
-    zeros = [None if x is None else jnp.zeros(x.shape) for x in (keys.k_JBKSC, keys.v_JBKSC, table_NH)]
+    zeros: list[Any] = [None if x is None else jnp.zeros(x.shape) for x in (keys.k_JBKSC, keys.v_JBKSC, table_NH)]
     of_blocks = queries, d_NBKTGC, out_NBKTGC, normaliser_NBKTG
     (dk_JBKSC, dv_JBKSC, dtable_NH), dq_NBKTGC = jax.lax.scan(block, tuple(zeros), of_blocks)
     dkeys = Keys(dk_JBKSC.astype(keys.k_JBKSC.dtype), dv_JBKSC.astype(keys.v_JBKSC.dtype), None)

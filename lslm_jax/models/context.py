@@ -3,9 +3,10 @@
 Each device keeps its queries and gathers the keys and values of its rows, for one layer at a time (Llama 3, Grattafiori
 et al. 2024). Ring Attention (Liu et al. 2023) passes them round instead and never holds them whole. They are gathered
 here for three reasons. A query takes in its keys in the same order on any number of devices. Any mask will do:
-documents, windows, another sequence. And the fused kernels, which cannot merge what several calls say and then be
-differentiated, work as they are. Beside the products, which grow with the square of the length, keys and values are
-few; the backward pass gathers them anew. All else that a device holds is for its own positions.
+documents, windows, another sequence. And the fused kernel of TPUs, which cannot merge what several calls say and be
+differentiated, works as it is; cuDNN's has no mask for queries from the middle of a row, and `attention.choose` refuses
+it. Beside the products, which grow with the square of the length, keys and values are few; the backward pass gathers
+them anew. All else that a device holds is for its own positions.
 
 Causal work is even only where each device has an early and a late part of the row. Rows are therefore folded for stacks
 that look back: cut into twice as many chunks as there are devices, device i gets chunks i and 2n - 1 - i, as in Llama
@@ -168,6 +169,6 @@ def _unfold(x_BT, axes, devices):
     front, back = jnp.split(x_BT, 2, axis=1)
     is_even = jax.lax.axis_index(axes) % 2 == 0
     even, odd = jnp.where(is_even, front, back), jnp.where(is_even, back, front)
-    routes = ([(to, back) for back, to in route] for route in _routes(devices))
+    routes = ([(home, here) for here, home in route] for route in _routes(devices))
     halves = [jax.lax.ppermute(half, axes, route) for half, route in zip((even, odd), routes, strict=True)]
     return jnp.concatenate(halves, axis=1)

@@ -164,17 +164,18 @@ def splash_kernel(
       causal: whether a query sees only what is before it.
       window: how far it sees, 0: all the way.
       devices: over which queries are split, in one stretch or two each.
-      places_T: the place of each query in the row. None: 0..T-1.
+      places_T: the place of each query in the row, where it sees not all. None: 0..T-1.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     shape = length, source_length
+    mask: Any
     if window:
         mask = masks.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
     else:
         mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
-    if places_T is not None and (causal or window):
+    if places_T is not None:
         mask.q_sequence = places_T
     block, source_block = math.gcd(length // (2 * devices if devices > 1 else 1), 512), math.gcd(source_length, 512)
     sizes = kernels.BlockSizes(

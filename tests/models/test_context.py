@@ -1,7 +1,9 @@
 """Rows split over devices: every attention is that of whole rows, and no device works or holds more than its share."""
 
 import functools
+import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,9 @@ SEGMENTS_BT = np.stack([np.repeat([1, 2, 3, 0], [20, 30, 7, 7]), np.repeat([1, 2
 SOURCES_BS = np.stack([np.repeat([1, 2, 3], [5, 20, 7]), np.repeat([1, 2, 0], [20, 9, 3])]).astype(np.int32)
 
 
-def mesh_of(**sizes):
-    return make_mesh(
-        Config(mesh=MeshConfig(**({"data": 1} | sizes))), jax.devices()[: int(np.prod(list(sizes.values())))]
-    )
+def mesh_of(**sizes: Any):
+    mesh = MeshConfig(**({"data": 1} | sizes))
+    return make_mesh(Config(mesh=mesh), jax.devices()[: math.prod(sizes.values())])
 
 
 @pytest.fixture
@@ -93,6 +94,11 @@ def with_gradients(attend, weights_BTHC, *parts, **options):
     return out_BTHC * weights_BTHC, *gradients
 
 
+def distance(a, b):
+    """Norm of the difference, relative to the second."""
+    return np.linalg.norm(np.float64(a) - np.float64(b)) / np.linalg.norm(np.float64(b))
+
+
 def of_real_tokens(weights_BTHC, segments_BT):
     return weights_BTHC if segments_BT is None else weights_BTHC * (segments_BT > 0)[:, :, None, None]
 
@@ -128,7 +134,7 @@ def test_split_rows_attend_as_whole_ones_do_forward_and_backward(name, small_blo
         with jax.set_mesh(mesh_of(**sizes)):
             found = with_gradients(split, weights_BTHC, *parts, **options)
         for a, b in zip(found, expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6)
+            assert distance(a, b) < 1e-6
 
 
 def test_in_bfloat16_split_rows_differ_by_rounding_alone(small_blocks):
@@ -141,8 +147,7 @@ def test_in_bfloat16_split_rows_differ_by_rounding_alone(small_blocks):
     with jax.set_mesh(mesh_of(context=4)):
         found = with_gradients(split, weights_BTHC, *rough, **options)
     for a, b, true in zip(found, reference, exact, strict=True):
-        distance = lambda x, true=true: np.linalg.norm(np.float64(x) - np.float64(true)) / np.linalg.norm(true)
-        assert distance(a) < 1.2 * distance(b) < 0.02
+        assert distance(a, true) < 1.2 * distance(b, true) < 0.02
 
 
 def test_what_a_query_hears_does_not_depend_on_the_number_of_devices(small_blocks):

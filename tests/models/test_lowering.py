@@ -166,7 +166,7 @@ def test_on_tpus_attention_is_a_pallas_kernel_on_each_devices_rows_and_heads(pac
 
 @pytest.mark.parametrize(("remat", "expected"), [("none", 2), ("save_attention", 2), ("full", 3)])
 def test_on_tpus_each_device_attends_from_its_positions_to_all(remat, expected):
-    mesh, length = MeshConfig(data=-1, context=2, tensor=2), 512
+    mesh, length = MeshConfig(data=-1, context=2, tensor=2), 1536
     text = lowered(Backend("splash", "", max_segments=16), "tpu", True, mesh, length, window=100, remat=remat)
     assert len(kernels(text)) == expected
     for operands in kernels(text):
