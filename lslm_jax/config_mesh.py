@@ -53,6 +53,12 @@ def problems(config: Config) -> Iterator[str]:
         over = axes[axis] * slices(mesh)[axis]
         if over > 0 and size % over:
             yield f"{key}={size} is not divisible by mesh.{axis}={over}: use {multiples(size, over)}"
+    over, length = axes["context"] * slices(mesh)["context"], config.data.seq_len
+    if over > 1 and model.family != "encoder" and length % (2 * over):
+        yield (
+            f"data.seq_len={length} is not divisible by 2 * mesh.context={2 * over}, the chunks that balance causal "
+            f"attention: use {multiples(length, 2 * over)}"
+        )
     yield from _stage_problems(config, axes["stage"] * slices(mesh)["stage"])
 
 

@@ -215,13 +215,19 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, resolve(axes, x.shape, mesh))
 
 
-def num_shards(axis: str, size: int | None = None) -> int:
-    """Into how many parts the mesh in use splits a logical axis, or as `resolve` one of that size; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
+def num_shards(axis: str, size: int | None = None, mesh: Any = None) -> int:
+    """Into how many parts a mesh, by default the one in use, splits a logical axis, or one of that size; else 1."""
+    mesh = mesh or jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1
     place = _rules.get()[axis]
     return _size(place if size is None else _dividing(place, size, mesh), mesh)
+
+
+def axes_of(axis: str, size: int) -> tuple[str, ...]:
+    """The axes of the mesh in use that split a dimension of this logical axis and size; none without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty else _dividing(_rules.get()[axis], size, mesh)
 
 
 def shardings_of(tree: Any, mesh: Mesh, *, moments: bool = False) -> Any:

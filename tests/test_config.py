@@ -292,6 +292,11 @@ def test_a_missing_file_is_a_missing_input():
             "model.num_kv_heads=2 mesh.tensor=4",
             "model.num_kv_heads=2 is not divisible by mesh.tensor=4: use 4",
         ),
+        (
+            "data.seq_len=1004 mesh.context=4",
+            "data.seq_len=1004 is not divisible by 2 * mesh.context=8, the chunks that balance causal attention: use "
+            "1000 or 1008",
+        ),
         ("mesh.fsdp=5", "model.d_model=768 is not divisible by mesh.fsdp=5: use 765 or 770"),
         ("mesh.stage=-1", "mesh.stage cannot be -1: say into how many stages the layers are split"),
         ("mesh.stage=5", "model.num_layers=12 is not divisible by mesh.stage=5: use 10 or 15"),

@@ -206,6 +206,14 @@ def relative_bias(
     return moved_HN.reshape(-1, length, after_N.size)[:, :, length - 1 :]
 
 
+def near(distance_TS: jax.Array, window: int, everywhere: jax.Array | bool | None) -> jax.Array:
+    """Which distances, of either sign, the window takes in; all where there is none or it is ignored."""
+    if not window:
+        return jnp.full(distance_TS.shape, True)
+    near_TS = jnp.abs(distance_TS) < window
+    return near_TS if everywhere is None else near_TS | everywhere
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes entries at random and scales up the rest; without a key (evaluation) or a rate, the identity."""
     if key is None or rate == 0.0:

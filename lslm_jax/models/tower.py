@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.models import attention, pipeline, stack
-from lslm_jax.models.attention import Backend, KeyValues
+from lslm_jax.models import attention, context, pipeline, stack
+from lslm_jax.models.attention import Backend, Distances, KeyValues
 from lslm_jax.models.block import Block
-from lslm_jax.models.layers import INIT_STD, Norm, normal, relative_bias, rotary_frequencies, rotation
+from lslm_jax.models.layers import INIT_STD, Norm, near, normal, relative_bias, rotary_frequencies, rotation
 from lslm_jax.models.presets import layer_types
 
 
@@ -67,11 +67,21 @@ class Tower(nnx.Module):
         """
         config = self.config
         length = x_BTD.shape[1]
+        is_split = context.is_split(length)
+        bias_HTS = None if is_split else self._bias(length, length, 0)
+        table_NH = None if self.distances is None or not is_split else self.distances.get_value()
+        # Dropout draws for places as they lie: rows are left as they are for it.
+        folded = self.causal and context.can_fold(length) and not (config.dropout and key is not None)
+        if folded:
+            x_BTD, positions_BT, segments_BT = jax.tree.map(context.fold, (x_BTD, positions_BT, segments_BT))
         attend_any = functools.partial(
             attention.attend, scale=config.attention_scale, cap=config.attention_softcap, backend=backend
         )
 
-        def attending(rows, bias_HTS):
+        def attending(rows, shared):
+            bias_HTS, table_NH = shared
+            distances = None if table_NH is None else Distances(table_NH, config.relative_distance)
+
             def attend(q_BTHC, k_BTKC, v_BTKC, cache, everywhere):
                 out_BTHC = attend_any(
                     q_BTHC,
@@ -82,6 +92,8 @@ class Tower(nnx.Module):
                     causal=self.causal,
                     bias_HTS=bias_HTS,
                     everywhere=everywhere,
+                    distances=distances,
+                    folded=folded,
                 )
                 return out_BTHC, cache
 
@@ -89,7 +101,8 @@ class Tower(nnx.Module):
             return attend, functools.partial(attend_any, **segments, window=0, causal=False)
 
         rows = Rows(positions_BT, segments_BT, memory_BSD, source_segments_BS)
-        return self._run(x_BTD, rows, attending, self._bias(length, length, 0), key=key)[0]
+        x_BTD, _ = self._run(x_BTD, rows, attending, (bias_HTS, table_NH), key=key)
+        return context.unfold(x_BTD) if folded else x_BTD
 
     def extend(
         self,
@@ -115,7 +128,7 @@ class Tower(nnx.Module):
         def attend(q_BTHC, k_BTKC, v_BTKC, cache, everywhere):
             k_BSKC = jax.lax.dynamic_update_slice_in_dim(cache.k_BSKC, k_BTKC, index, axis=1)
             v_BSKC = jax.lax.dynamic_update_slice_in_dim(cache.v_BSKC, v_BTKC, index, axis=1)
-            near_TS = attention.near(slots_T[:, None] - slots_S[None, :], config.window, everywhere)
+            near_TS = near(slots_T[:, None] - slots_S[None, :], config.window, everywhere)
             seen_BTS = mask_BTS & near_TS[None]
             return attend_any(q_BTHC, k_BSKC, v_BSKC, seen_BTS, bias_HTS=bias_HTS), KeyValues(k_BSKC, v_BSKC)
 
@@ -174,17 +187,17 @@ class Tower(nnx.Module):
         x_BTD: jax.Array,
         rows: Rows,
         attending: Any,
-        bias_HTS: Any,
+        shared: Any,
         *,
         caches: Any = None,
         cross: Any = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Runs the layers; `attending` makes of rows and the bias what they attend with, Attend and AttendSource."""
+        """Runs the layers; of rows and what they share, `attending` makes what they attend with, themselves and a source."""
         config = self.config
 
-        def reading(rows, bias_HTS):
-            attend, attend_source = attending(rows, bias_HTS)
+        def reading(rows, shared):
+            attend, attend_source = attending(rows, shared)
             rotations = [rotation(rows.positions_BT, frequency_C) for frequency_C in self._kinds().values()]
             rotations = jax.tree.map(lambda *each: jnp.stack(each), *rotations) if rotations else None
 
@@ -212,7 +225,7 @@ class Tower(nnx.Module):
                     x_BTD,
                     reading,
                     rows,
-                    bias_HTS,
+                    shared,
                     beside=beside,
                     keys=keys,
                     remat=config.remat,
@@ -220,7 +233,7 @@ class Tower(nnx.Module):
                     rounds=config.pipeline_rounds,
                 )
             else:
-                apply = reading(rows, bias_HTS)
+                apply = reading(rows, shared)
                 x_BTD, caches = stack.run(
                     self.blocks, x_BTD, apply, caches=beside, keys=keys, remat=config.remat, scan=config.scan_layers
                 )
