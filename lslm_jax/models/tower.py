@@ -193,7 +193,7 @@ class Tower(nnx.Module):
         cross: Any = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Runs the layers; of rows and what they share, `attending` makes what they attend with, themselves and a source."""
+        """Runs the layers; `attending` makes Attend and AttendSource of rows and what all of them share."""
         config = self.config
 
         def reading(rows, shared):
