@@ -26,8 +26,8 @@ SOURCES_BS = np.stack([np.repeat([1, 2, 3], [5, 20, 7]), np.repeat([1, 2, 0], [2
 
 
 def mesh_of(**sizes: Any):
-    mesh = MeshConfig(**({"data": 1} | sizes))
-    return make_mesh(Config(mesh=mesh), jax.devices()[: math.prod(sizes.values())])
+    axes: dict[str, Any] = {"data": 1} | sizes
+    return make_mesh(Config(mesh=MeshConfig(**axes)), jax.devices()[: math.prod(sizes.values())])
 
 
 @pytest.fixture

@@ -174,6 +174,13 @@ def test_on_tpus_each_device_attends_from_its_positions_to_all(remat, expected):
     assert not re.search(rf"{length}x({length}|{length // 2})x(f32|bf16)", text)
 
 
+def test_on_gpus_split_rows_are_attended_to_block_by_block():
+    mesh, length = MeshConfig(data=-1, context=2, tensor=2), 1536
+    text = lowered(attention.XLA, "cuda", True, mesh, length)
+    assert "all_gather" in text
+    assert not re.search(rf"{length}x({length}|{length // 2})x(f32|bf16)", text)
+
+
 @pytest.mark.parametrize(("remat", "expected"), [("save_attention", 2), ("full", 3), ("dots", 3)])
 def test_on_tpus_only_save_attention_spares_the_second_forward_pass(remat, expected):
     assert len(kernels(lowered(Backend("splash", ""), "tpu", remat=remat))) == expected
