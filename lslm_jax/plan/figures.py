@@ -54,7 +54,7 @@ def figures(compiled: Compiled, topology: Topology | None, memory: int | None, p
     }
     if compiled.program is None:
         return found
-    measured = cost.measure(hlo.parse(compiled.program.as_text() or ""), network(mesh, topology, device), _seen(config))
+    measured = cost.measure(hlo.parse(compiled.program.as_text() or ""), network(mesh, device), _seen(config))
     found["per_device"] = {"flops": measured.flops, "bytes": measured.bytes, "cycles": measured.cycles}
     found["collectives"] = [each._asdict() for each in measured.collectives]
     found |= _time(measured, device, flops * tokens, tokens, mesh.size)
@@ -142,10 +142,10 @@ def local_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def network(mesh: Any, topology: Topology | None, device: Device | None) -> Network:
+def network(mesh: Any, device: Device | None) -> Network:
     """What joins the devices of a mesh: links inside a slice, or host of GPUs; a slower network between them."""
     flat = list(mesh.devices.flat)
-    key = "process_index" if topology is None and flat[0].platform == "gpu" else "slice_index"
+    key = "process_index" if flat[0].platform == "gpu" else "slice_index"  # a host has a process of its own
     domains = np.array([getattr(each, key, 0) or 0 for each in flat])
     if device is None or not device.link:
         return Network(mesh, domains, lambda group: 0.0, 0.0)
