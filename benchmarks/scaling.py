@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py [--only=NAME] [--write]
 
-Needs the compilers: pip install 'lslm_jax[tpu,plan-gpu]'. A case takes some minutes of one core, in a process of its own;
-each is kept in benchmarks/results/scaling.json, and done again only where --only names it. With --write, the table goes
+Needs the compilers: pip install 'lslm_jax[tpu,plan-gpu]'. A case takes some minutes of one core, in its own process.
+Each is kept in benchmarks/results/scaling.json, and done again only where --only names it. With --write, the table goes
 into benchmarks/scaling.md, between its two marks.
 """
 
