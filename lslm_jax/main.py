@@ -118,7 +118,8 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         topology.prepare(flags.topology)
     from lslm_jax import distributed, verbs  # not before the config is known to be sound: this imports jax
 
-    distributed.start(flags.coordinator, flags.processes, flags.process)
+    if flags.verb != "plan":  # for which one process is enough, whatever hardware it is for
+        distributed.start(flags.coordinator, flags.processes, flags.process)
     return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
 
 

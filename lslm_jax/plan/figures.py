@@ -54,10 +54,10 @@ def figures(compiled: Compiled, topology: Topology | None, memory: int | None, p
     }
     if compiled.program is None:
         return found
-    measured = cost.measure(hlo.parse(compiled.program.as_text() or ""), network(mesh, topology, device), _seen(config))
+    measured = cost.measure(hlo.parse(compiled.program.as_text() or ""), network(mesh, device), share_seen(config))
     found["per_device"] = {"flops": measured.flops, "bytes": measured.bytes, "cycles": measured.cycles}
     found["collectives"] = [each._asdict() for each in measured.collectives]
-    found |= _time(measured, device, flops * tokens, tokens, mesh.size)
+    found |= bounds(measured, device, flops * tokens, tokens, mesh.size)
     step = found["expected_step_seconds"] or found["bound"]["step_seconds"]
     return found | {"run": run(config.train.steps, tokens, step, mesh.size, price)}
 
@@ -67,7 +67,7 @@ def _flops_per_token(config: Config, predictions: int) -> float:
     return flops_per_token(config.model, data.seq_len, data.source_len, config.task.objective, predictions)
 
 
-def _seen(config: Config) -> float:
+def share_seen(config: Config) -> float:
     """Share of a row that its queries see on average; of an encoder-decoder that of its three attentions."""
     model, length = config.model, config.data.seq_len
     windows = [model.window if kind == "window" else 0 for kind in layer_types(model, model.num_layers)]
@@ -85,7 +85,7 @@ def parts(config: Config, model: Any) -> dict[str, int]:
             "adapters": "lora" in words,
             "norms": any(word.endswith("norm") for word in words),
             "attention": {"attention", "cross", "distances"} & set(words),
-            "mlp": "mlp" in words,
+            "mlp": "blocks" in words,  # what else a block has
             "embeddings": words[0] in ("embed", "positions", "types"),
         }
         counts[next((part for part, holds in of.items() if holds), "head")] += leaf.size
@@ -142,10 +142,10 @@ def local_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def network(mesh: Any, topology: Topology | None, device: Device | None) -> Network:
+def network(mesh: Any, device: Device | None) -> Network:
     """What joins the devices of a mesh: links inside a slice, or host of GPUs; a slower network between them."""
     flat = list(mesh.devices.flat)
-    key = "process_index" if topology is None and flat[0].platform == "gpu" else "slice_index"
+    key = "process_index" if flat[0].platform == "gpu" else "slice_index"  # a host has a process of its own
     domains = np.array([getattr(each, key, 0) or 0 for each in flat])
     if device is None or not device.link:
         return Network(mesh, domains, lambda group: 0.0, 0.0)
@@ -156,7 +156,7 @@ def network(mesh: Any, topology: Topology | None, device: Device | None) -> Netw
     return Network(mesh, domains, cost.tori(where, shape, device.link, device.ring), device.network)
 
 
-def _time(measured: cost.Cost, device: Device | None, flops: float, tokens: int, count: int) -> dict[str, Any]:
+def bounds(measured: cost.Cost, device: Device | None, flops: float, tokens: int, count: int) -> dict[str, Any]:
     """Seconds of a step that each resource needs at least, and what follows from the greatest of them."""
     if device is None or not device.bandwidth:
         unknown = dict.fromkeys(("compute", "memory", "network", "blocking", "compiler"))

@@ -133,7 +133,7 @@ def _runs(program: Program, name: str, times: int, fused: bool) -> Iterator[Run]
     among = program.computations[name]
     for instruction in among.values():
         yield Run(instruction, times, among, fused)
-        loops = trip_count(program, instruction) if instruction.opcode == "while" else 1
+        loops = trip_count(program, instruction, among) if instruction.opcode == "while" else 1
         if instruction.opcode in ("while", "call", "fusion", "conditional", "async-start"):
             inside = fused or instruction.opcode == "fusion"
             for called in called_by(instruction):
@@ -147,16 +147,44 @@ def called_by(instruction: Instruction) -> list[str]:
     return _CALLS.findall(instruction.attributes) + listed
 
 
-def trip_count(program: Program, loop: Instruction) -> int:
-    """How often a loop runs: as the compiler knows, or as its condition says of a counter that begins with 0."""
+def trip_count(program: Program, loop: Instruction, among: Computation) -> int:
+    """How often a loop runs: as the compiler knows, or as its counter says, from its start by its step to its bound."""
     if known := _KNOWN.search(loop.attributes):
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.$-]+)", loop.attributes)
-    body = program.computations[condition[1]] if condition else {}
-    bounds = [
-        int(i.operands[0]) for i in body.values() if i.opcode == "constant" and re.fullmatch(r"\d+", i.operands[0])
-    ]
-    return bounds[0] if len(bounds) == 1 else 1
+    condition, body = (program.computations[_named(loop, key)] for key in ("condition", "body"))
+    compared = next((i for i in condition.values() if i.root and i.opcode == "compare"), None)
+    if compared is None or "direction=LT" not in compared.attributes:
+        return 1
+    counter, bound = (condition[name] for name in compared.operands)
+    limit = _constant(condition, bound)
+    place = re.search(r"index=(\d+)", counter.attributes)
+    if limit is None or place is None:
+        return 1
+    begun = _part(among, among[loop.operands[0]], int(place[1]))
+    after = _part(body, next(i for i in body.values() if i.root), int(place[1]))
+    added = [_constant(body, body[name]) for name in after.operands if name in body] if after else []
+    step = next((n for n in added if n), 1)
+    start = (_constant(among, begun) if begun else 0) or 0
+    return max(0, -(-(limit - start) // step))
+
+
+def _named(instruction: Instruction, key: str) -> str:
+    match = re.search(rf"{key}=%?([\w.$-]+)", instruction.attributes)
+    assert match is not None, f"{instruction.name} has no {key}"
+    return match[1]
+
+
+def _part(among: Computation, instruction: Instruction, index: int) -> Instruction | None:
+    """What a tuple was made of, as far as that can be seen."""
+    return among.get(instruction.operands[index]) if instruction.opcode == "tuple" else None
+
+
+def _constant(among: Computation, instruction: Instruction) -> int | None:
+    """A whole number, or a copy of one; None for anything else."""
+    while instruction.opcode in ("copy", "bitcast") and instruction.operands[0] in among:
+        instruction = among[instruction.operands[0]]
+    value = instruction.operands[0] if instruction.opcode == "constant" else ""
+    return int(value) if re.fullmatch(r"-?\d+", value) else None
 
 
 def groups(attributes: str, size: int) -> np.ndarray:

@@ -83,6 +83,8 @@ def _try_mesh(task: tuple[Config, Topology | None, int | None, Settings]) -> lis
                 each = figures(compile_step(changed(base, settings), place), place, memory, None)
             except ConfigError:  # the rows of a part do not go round
                 return found
+            if _hopeless(each["memory"]):
+                return found
             if each["memory"]["fits"] is not False:
                 found.append(each | {"settings": dict(settings), "flags": flags(settings)})
                 break
@@ -90,3 +92,9 @@ def _try_mesh(task: tuple[Config, Topology | None, int | None, Settings]) -> lis
             return found
         parts *= 2
     return found
+
+
+def _hopeless(memory: dict[str, Any]) -> bool:
+    """Whether what must be there anyway is too much already."""
+    fixed = sum(memory[name] for name in ("parameters", "optimizer", "average", "gradients"))
+    return memory["limit"] is not None and fixed > memory["limit"]

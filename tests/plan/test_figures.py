@@ -8,7 +8,7 @@ from tiny_plans import CONFIG, CPU, compiled
 from lslm_jax.config import ModelConfig
 from lslm_jax.devices import DEVICES
 from lslm_jax.plan import cost, report
-from lslm_jax.plan.figures import _seen, _time, figures, run
+from lslm_jax.plan.figures import bounds, figures, run, share_seen
 
 
 def test_a_run_takes_its_steps_and_costs_its_hours():
@@ -32,7 +32,7 @@ def test_a_run_takes_its_steps_and_costs_its_hours():
 )
 def test_the_slowest_resource_binds(flops, size, sent, by, seconds):
     joined = [cost.Collective("all-gather", ("fsdp",), 8, 1, 1, sent, False, 0.0)]
-    found = _time(cost.Cost(flops, 0.0, int(size), 0, joined), DEVICES["H200"], 8 * 989e12, 1000, 8)
+    found = bounds(cost.Cost(flops, 0.0, int(size), 0, joined), DEVICES["H200"], 8 * 989e12, 1000, 8)
     assert found["bound"] == {
         "step_seconds": pytest.approx(seconds),
         "tokens_per_second": pytest.approx(1000 / seconds),
@@ -44,7 +44,7 @@ def test_the_slowest_resource_binds(flops, size, sent, by, seconds):
 def test_cycles_kernels_and_what_waits_add_up_to_what_a_tpu_is_expected_to_take():
     device = DEVICES["TPU v5"]
     joined = [cost.Collective("all-reduce", ("fsdp",), 64, 1, 1, 0.25, False, 0.25)]
-    found = _time(cost.Cost(459e12, 45.9e12, 0, int(1.75e9), joined), device, 459e12, 1, 1)
+    found = bounds(cost.Cost(459e12, 45.9e12, 0, int(1.75e9), joined), device, 459e12, 1, 1)
     assert found["expected_step_seconds"] == pytest.approx(1.0 + 0.1 + 0.25)
     assert found["expected_mfu"] == pytest.approx(1 / 1.35)
 
@@ -79,7 +79,7 @@ def test_fits_is_the_need_against_the_limit():
 
 
 def test_a_model_has_its_own_share_of_rows_in_sight():
-    seen = lambda **model: _seen(replace(CONFIG, model=ModelConfig(**model)))
+    seen = lambda **model: share_seen(replace(CONFIG, model=ModelConfig(**model)))
     assert seen(family="encoder") == 1.0
     assert seen() == pytest.approx(33 / 64)
     assert seen(window=1) == pytest.approx(1 / 32)

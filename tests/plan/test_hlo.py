@@ -69,6 +69,33 @@ def test_loops_inside_loops_are_multiplied_out(program):
     assert "sum" not in times  # what a reduction applies is no instruction of a step
 
 
+@pytest.mark.parametrize(("start", "step", "bound", "times"), [(0, 1, 5, 5), (1, 1, 5, 4), (0, 2, 5, 3), (4, 1, 4, 0)])
+def test_a_loop_runs_from_its_start_by_its_step_to_its_bound(start, step, bound, times):
+    text = f"""
+%cond (p: (s32[])) -> pred[] {{
+  %p = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %limit = s32[] constant({bound})
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}}
+%body (q: (s32[])) -> (s32[]) {{
+  %q = (s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %step = s32[] constant({step})
+  %next = s32[] add(%j, %step)
+  ROOT %back = (s32[]) tuple(%next)
+}}
+ENTRY %main () -> (s32[]) {{
+  %start = s32[] constant({start})
+  %copied = s32[] copy(%start)
+  %begin = (s32[]) tuple(%copied)
+  ROOT %loop = (s32[]) while(%begin), condition=%cond, body=%body
+}}
+"""
+    runs = {run.instruction.name: run.times for run in hlo.runs(hlo.parse(text))}
+    assert runs["loop"] == 1 and runs["next"] == times
+
+
 def test_what_is_in_a_fusion_is_told_from_the_fusion(program):
     fused = {run.instruction.name for run in hlo.runs(program) if run.fused}
     assert fused == {"w", "v", "dot.1"}
