@@ -13,6 +13,7 @@ from lslm_jax.config import ModelConfig
 from lslm_jax.models import attention, stack
 from lslm_jax.models.attention import Backend, KeyValues
 from lslm_jax.models.block import AttendSource, Block
+from lslm_jax.models.experts import Routing
 from lslm_jax.models.layers import INIT_STD, Norm, Rotation, normal, relative_bias, rotary_frequencies, rotation
 from lslm_jax.models.presets import layer_types
 
@@ -44,8 +45,8 @@ class Tower(nnx.Module):
         key: jax.Array | None,
         memory_BSD: jax.Array | None = None,
         source_segments_BS: jax.Array | None = None,
-    ) -> jax.Array:
-        """Reads whole rows: [B, T, D] to [B, T, D].
+    ) -> tuple[jax.Array, Routing | None]:
+        """Reads whole rows: [B, T, D] to [B, T, D]; and how each layer sent tokens to experts, where there are any.
 
         Args:
           x_BTD: from an embedding.
@@ -79,7 +80,17 @@ class Tower(nnx.Module):
         attend_source = functools.partial(
             attend_any, segments_BT=segments_BT, source_segments_BS=source_segments_BS, window=0, causal=False
         )
-        return self._run(x_BTD, positions_BT, attend, attend_source, memory_BSD=memory_BSD, key=key)[0]
+        x_BTD, _, routing = self._run(
+            x_BTD,
+            positions_BT,
+            attend,
+            attend_source,
+            memory_BSD=memory_BSD,
+            real_BT=None if segments_BT is None else segments_BT > 0,
+            capacity=config.expert_capacity,
+            key=key,
+        )
+        return x_BTD, routing
 
     def extend(
         self,
@@ -110,7 +121,7 @@ class Tower(nnx.Module):
             return attend_any(q_BTHC, k_BSKC, v_BSKC, seen_BTS, bias_HTS=bias_HTS), KeyValues(k_BSKC, v_BSKC)
 
         attend_source = functools.partial(attend_any, mask_BTS=cross_mask_BTS)
-        return self._run(x_BTD, positions_BT, attend, attend_source, caches=cache, cross=cross)
+        return self._run(x_BTD, positions_BT, attend, attend_source, caches=cache, cross=cross)[:2]
 
     def keys_values(self, memory_BSD: jax.Array) -> Any:
         """Every layer's cross-attention keys and values of what the encoder says, as `extend` takes them."""
@@ -173,14 +184,16 @@ class Tower(nnx.Module):
         caches: Any = None,
         cross: Any = None,
         memory_BSD: jax.Array | None = None,
+        real_BT: jax.Array | None = None,
+        capacity: float = 0.0,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Any, Routing | None]:
         config = self.config
         rotations, *differences = self._layers(positions_BT)
 
         def apply(block, x_BTD, given, key):
             cache, source, everywhere, rotary, is_first = given
-            return block(
+            x_BTD, cache, routing = block(
                 x_BTD,
                 jax.tree.map(lambda each: each[0 if rotary is None else rotary], rotations),
                 functools.partial(attend, everywhere=everywhere),
@@ -188,11 +201,14 @@ class Tower(nnx.Module):
                 is_first=is_first,
                 source=memory_BSD if source is None else source,
                 attend_source=attend_source,
+                real_BT=real_BT,
+                capacity=capacity,
                 key=key,
             )
+            return x_BTD, (cache, routing)
 
         with jax.named_scope("blocks"):
-            x_BTD, caches = stack.run(
+            x_BTD, kept = stack.run(
                 self.blocks,
                 x_BTD,
                 apply,
@@ -201,4 +217,5 @@ class Tower(nnx.Module):
                 remat=config.remat,
                 scan=config.scan_layers,
             )
-        return x_BTD if self.norm is None else self.norm(x_BTD), caches
+        caches, routing = map(list, zip(*kept, strict=True)) if isinstance(kept, list) else kept
+        return x_BTD if self.norm is None else self.norm(x_BTD), caches, routing
