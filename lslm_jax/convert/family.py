@@ -146,6 +146,8 @@ def _normal(model: ModelConfig) -> ModelConfig:
         unused |= {name: getattr(blank, name) for name in ("head_activation", "head_norm")}
     if model.bias:
         unused["qkv_bias"] = False
+    if not model.num_experts:
+        unused |= {name: getattr(blank, name) for name in ("experts_per_token", "expert_normalize")}
     if model.attention_scale == model.head_dim**-0.5:
         unused["attention_scale"] = 0.0
     if "window" not in kinds:

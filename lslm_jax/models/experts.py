@@ -103,25 +103,36 @@ def route(
     E = logits_BTE.shape[-1]
     real_BT = jnp.ones(logits_BTE.shape[:2], bool) if real_BT is None else real_BT
     probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    weight_BTK, expert_BTK = jax.lax.top_k(probability_BTE, k)
+    expert_BTK = _likeliest(probability_BTE, k)
+    choice_BTKE = jax.nn.one_hot(expert_BTK, E)
+    weight_BTK = jnp.sum(choice_BTKE * probability_BTE[:, :, None], axis=-1)
     if normalize:
         weight_BTK = weight_BTK / jnp.sum(weight_BTK, axis=-1, keepdims=True)
-    expert_BTK = jnp.where(real_BT[..., None], expert_BTK, E)
-    choice_BTE = jnp.sum(jax.nn.one_hot(expert_BTK, E), axis=2)  # of padding all 0
+    choice_BTKE = jnp.where(real_BT[..., None, None], choice_BTKE, 0.0)
 
     tokens_B = jnp.maximum(jnp.sum(real_BT, axis=1), 1).astype(jnp.float32)
-    real_BT1 = real_BT[..., None]
-    probability_BE = jnp.sum(jnp.where(real_BT1, probability_BTE, 0.0), axis=1)
+    probability_BE = jnp.sum(jnp.where(real_BT[..., None], probability_BTE, 0.0), axis=1)
+    choice_BTE = jnp.sum(choice_BTKE, axis=2)
     balance_B = E / k * jnp.sum(jnp.sum(choice_BTE, axis=1) * probability_BE, axis=-1) / jnp.square(tokens_B)
     normalizer_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
     router_z_B = jnp.sum(jnp.where(real_BT, jnp.square(normalizer_BT), 0.0), axis=1) / tokens_B
     load_E = jnp.sum(choice_BTE, axis=(0, 1))
-    dropped = jnp.zeros(())
     if most:
-        excess_BTE = (jnp.cumsum(choice_BTE, axis=1) > most) & (choice_BTE > 0)
-        is_over_BTK = jnp.any((jax.nn.one_hot(expert_BTK, E) > 0) & excess_BTE[:, :, None], axis=-1)
-        expert_BTK, dropped = jnp.where(is_over_BTK, E, expert_BTK), jnp.sum(excess_BTE, dtype=jnp.float32)
-    return expert_BTK, weight_BTK, Routing(balance_B, router_z_B, load_E, dropped)
+        fits_BTE = jnp.cumsum(choice_BTE, axis=1) <= most
+        choice_BTKE = jnp.where(fits_BTE[:, :, None], choice_BTKE, 0.0)
+    is_taken_BTK = jnp.sum(choice_BTKE, axis=-1) > 0
+    routing = Routing(balance_B, router_z_B, load_E, jnp.sum(load_E) - jnp.sum(is_taken_BTK))
+    return jnp.where(is_taken_BTK, expert_BTK, E), jnp.where(is_taken_BTK, weight_BTK, 0.0), routing
+
+
+def _likeliest(probability_BTE: jax.Array, k: int) -> jax.Array:
+    """The k likeliest, the first of equals; `jax.lax.top_k` would bring the whole batch to every device."""
+    found = []
+    for _ in range(k):
+        found.append(jnp.argmax(probability_BTE, axis=-1))
+        is_found_BTE = found[-1][..., None] == jnp.arange(probability_BTE.shape[-1])[None, None]
+        probability_BTE = jnp.where(is_found_BTE, -1.0, probability_BTE)
+    return jnp.stack(found, axis=-1).astype(jnp.int32)
 
 
 def _mix(
