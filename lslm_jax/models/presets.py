@@ -48,6 +48,20 @@ llama_8b = replace(
 )
 """Llama 3, 8B parameters."""
 
+mixtral_8x7b = replace(
+    LLAMA,
+    num_layers=32,
+    d_model=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    d_ff=14_336,
+    num_experts=8,
+    vocab_size=32_000,
+    max_length=32_768,
+    rope_theta=1e6,
+)
+"""Mixtral 8x7B, 46.7B parameters, of which a token meets 12.9B (Jiang et al. 2024)."""
+
 BERT = ModelConfig(
     family="encoder",
     norm_place="after",

@@ -45,8 +45,8 @@ def lowered(backend, platform, packed=False, mesh=None, **model):
     config = replace(CONFIG, model=replace(CONFIG.model, **model), mesh=mesh or CONFIG.mesh)
     mesh = make_mesh(config, jax.devices() if config.mesh.data == -1 else jax.devices()[:1])
     optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
-    ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=batch_sharding(mesh))
-    weights_BT = jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=batch_sharding(mesh))
+    ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=batch_sharding(mesh, (B, T)))
+    weights_BT = jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=batch_sharding(mesh, (B, T)))
     batch = Batch(ids_BT, ids_BT, weights_BT, *((ids_BT, ids_BT) if packed else ()))
     train_step = jax.jit(step.make_train_step(config, optimizer, backend), donate_argnums=0)
     unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (FORWARD, BACKWARD)]
@@ -61,7 +61,7 @@ def lowered_features(backend, platform, family, mesh=None, **model):
     config = replace(CONFIG, mesh=mesh or CONFIG.mesh)
     config = replace(config, model=replace(CONFIG.model, family=family, **model))
     mesh = make_mesh(config, jax.devices() if config.mesh.data == -1 else jax.devices()[:1])
-    ids_BT, ids_BS = (jax.ShapeDtypeStruct((B, n), jnp.int32, sharding=batch_sharding(mesh)) for n in (T, S))
+    ids_BT, ids_BS = (jax.ShapeDtypeStruct((B, n), jnp.int32, sharding=batch_sharding(mesh, (B, n))) for n in (T, S))
     segments = {"segments_BT": ids_BT} if backend.max_segments else {}
     batch = Batch(ids_BT, ids_BT, None, **segments)
     if family == "encoder_decoder":
@@ -172,3 +172,12 @@ def test_on_tpus_only_save_attention_spares_the_second_forward_pass(remat, expec
 def kernels(text):
     """Types of the operands of each Pallas kernel."""
     return re.findall(r"@tpu_custom_call\(.*\) \{.*\} : \((.*?)\) ->", text)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=-1, expert=4)], ids=["one", "mesh"])
+def test_experts_are_grouped_products_on_tpus_and_loops_elsewhere(mesh):
+    text = lowered(Backend("xla", ""), "tpu", mesh=mesh, num_experts=4, d_ff=640)
+    assert text.count("ragged_dot") >= 6  # up and down, forward, and each twice backward
+    text = lowered(Backend("xla", ""), "cuda", mesh=mesh, num_experts=4, d_ff=640)
+    assert "ragged_dot" not in text
+    assert not re.search(r"x4x640xbf16|tensor<4x\d{4,}x", text)  # no rows of all experts side by side

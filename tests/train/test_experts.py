@@ -5,13 +5,13 @@ import math
 import jax
 import numpy as np
 import pytest
-from test_step import B, CONFIG, T, Run, batch, batch_of, changed, distance, host
+from test_step import B, Run, batch, batch_of, changed, distance, host
 
 from lslm_jax.config_checks import validate
-from lslm_jax.train import losses, optim, step
-from lslm_jax.train.state import abstract_state, divide, init_state
 from lslm_jax.models import attention, presets
 from lslm_jax.sharding import make_mesh
+from lslm_jax.train import optim, step
+from lslm_jax.train.state import divide, init_state
 
 MIXTRAL = validate(
     changed(
@@ -26,12 +26,14 @@ NAMES = ("balance_loss", "router_z_loss", "expert_load", "dropped")
 def test_a_step_tells_how_it_sent_its_tokens():
     run = Run(WITH_BIAS)
     model, rows = run.state.model, batch()
-    _, routing = model.features_and_routing(rows, backend=attention.XLA)
+    find = jax.jit(lambda model, rows: model.features_and_routing(rows, backend=attention.XLA)[1])
+    routing = host(find(model, rows))
     metrics = run.step(rows)
     row_B = rows.weights_BT.sum(axis=1)
     for name, of_row_LB in [("balance_loss", routing.balance_B), ("router_z_loss", routing.router_z_B)]:
-        assert metrics[name] == pytest.approx(np.sum(row_B * np.mean(of_row_LB, axis=0)) / row_B.sum(), rel=1e-5)
-    assert metrics["dropped"] == pytest.approx(routing.dropped.sum() / (2 * 2 * 13 * B))
+        expected = np.sum(row_B * np.mean(of_row_LB, axis=0)) / row_B.sum()
+        assert metrics[name] == pytest.approx(float(expected), rel=1e-5)
+    assert metrics["dropped"] == pytest.approx(float(np.sum(routing.dropped)) / (2 * 2 * 13 * B))
     assert 0 < metrics["dropped"] < 0.5 and 1 < metrics["expert_load"] < 4
 
 
@@ -84,11 +86,9 @@ def test_no_device_holds_all_experts_nor_their_moments():
 
 
 def test_balance_pulls_the_load_together():
-    crowded = changed(MIXTRAL, train={"balance_loss": 1.0, "steps": 40})
-    run = Run(crowded)
-    blocks = run.state.model.blocks
-    w_LDE = blocks.mlp.router.w
+    run = Run(changed(MIXTRAL, train={"balance_loss": 1.0}))
+    w_LDE = run.state.model.blocks.mlp.router.w
     w_LDE.set_value(w_LDE.get_value() * 30.0)
-    rows = [run.step(batch(i)) for i in range(40)]
-    assert rows[0]["balance_loss"] > 1.2 and rows[-1]["balance_loss"] < 0.9 * rows[0]["balance_loss"]
-    assert rows[-1]["expert_load"] < rows[0]["expert_load"]
+    first, *_, last = [run.step(batch(i)) for i in range(20)]
+    assert last["balance_loss"] - 1.0 < 0.5 * (first["balance_loss"] - 1.0)
+    assert last["expert_load"] < first["expert_load"]
