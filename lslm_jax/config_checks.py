@@ -76,9 +76,9 @@ _POSITIVE = (
     "model.num_layers model.d_model model.num_heads model.max_length model.rope_theta model.rope_fraction "
     "model.rope_factor model.rope_low_factor model.rope_high_factor model.rope_original_length model.norm_eps "
     "model.relative_buckets model.relative_distance data.seq_len task.span_length task.stride task.max_answer "
-    "data.shard_tokens model.experts_per_token tokenizer.vocab_size tokenizer.sample_bytes train.steps train.batch_size train.accumulate "
+    "data.shard_tokens tokenizer.vocab_size tokenizer.sample_bytes train.steps train.batch_size train.accumulate "
     "model.lora_alpha optimizer.learning_rate optimizer.eps checkpoint.every checkpoint.keep log.every "
-    "generate.max_tokens generate.repetition_penalty generate.beams"
+    "model.experts_per_token generate.max_tokens generate.repetition_penalty generate.beams"
 ).split()
 _NOT_NEGATIVE = (
     "seed model.num_kv_heads model.head_dim model.d_ff model.num_decoder_layers model.vocab_size model.num_labels "

@@ -248,7 +248,9 @@ def beside_weights(function: Callable[..., jax.Array], rows: Sequence[jax.Array]
 
 def _names(places: Iterable[str | tuple[str, ...] | None]) -> list[str]:
     """Mesh axes that are named in parts of a PartitionSpec, each once."""
-    return list(dict.fromkeys(name for place in places for name in ((place,) if isinstance(place, str) else place or ())))
+    return list(
+        dict.fromkeys(name for place in places for name in ((place,) if isinstance(place, str) else place or ()))
+    )
 
 
 def shardings_of(tree: Any, mesh: Mesh, *, moments: bool = False) -> Any:

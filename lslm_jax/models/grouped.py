@@ -5,7 +5,7 @@ of a group is filled up with zeros, and as many blocks are worked on as are in u
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,6 @@ def lay_out(group_N: jax.Array, groups: int, most: int, block: int) -> Layout:
     return Layout(row_R, place_N, ends_G)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_dot(x_RD: jax.Array, w_GDF: jax.Array, ends_G: jax.Array, block: int) -> jax.Array:
     """Each row times the matrix of its group: [R, F]; places in blocks behind the last group hold anything.
 
@@ -66,26 +65,34 @@ def grouped_dot(x_RD: jax.Array, w_GDF: jax.Array, ends_G: jax.Array, block: int
       ends_G: of the Layout.
       block: rows of a block.
     """
+    y_RF: Any = _grouped_dot(x_RD, w_GDF, ends_G, block)
+    return y_RF
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped_dot(x_RD, w_GDF, ends_G, block):
     return jax.lax.platform_dependent(
         x_RD, w_GDF, ends_G, tpu=functools.partial(_ragged, block), default=functools.partial(_products, block, 0)
     )
 
 
 def _forward(x_RD, w_GDF, ends_G, block):
-    return grouped_dot(x_RD, w_GDF, ends_G, block), (x_RD, w_GDF, ends_G)
+    return _grouped_dot(x_RD, w_GDF, ends_G, block), (x_RD, w_GDF, ends_G)
 
 
 def _backward(block, saved, dy_RF):
     dx_RD, dw_GDF = jax.lax.platform_dependent(
         *saved,
         dy_RF,
-        tpu=lambda x_RD, w_GDF, ends_G, dy_RF: jax.vjp(lambda x, w: _ragged(block, x, w, ends_G), x_RD, w_GDF)[1](dy_RF),
+        tpu=lambda x_RD, w_GDF, ends_G, dy_RF: jax.vjp(lambda x, w: _ragged(block, x, w, ends_G), x_RD, w_GDF)[1](
+            dy_RF
+        ),
         default=functools.partial(_gradients, block),
     )
     return dx_RD, dw_GDF, None
 
 
-grouped_dot.defvjp(_forward, _backward)
+_grouped_dot.defvjp(_forward, _backward)
 
 
 def _ragged(block, x_RD, w_GDF, ends_G):
@@ -111,9 +118,11 @@ def _gradients(block, x_RD, w_GDF, ends_G, dy_RF):
             x_MD, dy_MF = _block(x_RD, i, block), _block(dy_RF, i, block)
             return dw_DF + jnp.einsum("md,mf->df", x_MD, dy_MF, preferred_element_type=jnp.float32)
 
-        return jax.lax.fori_loop(*bounds, body, jnp.zeros(w_GDF.shape[1:], jnp.float32)).astype(w_GDF.dtype)
+        start, end = bounds
+        return jax.lax.fori_loop(start, end, body, jnp.zeros(w_GDF.shape[1:], jnp.float32)).astype(w_GDF.dtype)
 
-    return _products(block, 1, dy_RF, w_GDF, ends_G), jax.lax.map(of_group, (jnp.roll(ends_G, 1).at[0].set(0), ends_G))
+    starts_G = jnp.concatenate([jnp.zeros(1, ends_G.dtype), ends_G[:-1]])
+    return _products(block, 1, dy_RF, w_GDF, ends_G), jax.lax.map(of_group, (starts_G, ends_G))
 
 
 def _block(x_RD, i, block):

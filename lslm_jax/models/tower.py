@@ -217,5 +217,6 @@ class Tower(nnx.Module):
                 remat=config.remat,
                 scan=config.scan_layers,
             )
-        caches, routing = map(list, zip(*kept, strict=True)) if isinstance(kept, list) else kept
+        both: Any = map(list, zip(*kept, strict=True)) if isinstance(kept, list) else kept
+        caches, routing = both
         return x_BTD if self.norm is None else self.norm(x_BTD), caches, routing

@@ -218,7 +218,9 @@ def test_packed_documents_equal_documents_alone(config):
     model = drawn(jax.eval_shape(lambda: presets.build(config, jax.random.key(0))))
     ids_T = jax.random.randint(jax.random.key(2), (T,), 0, 61)
     segments_T = jnp.where(jnp.arange(T) < 5, 1, jnp.where(jnp.arange(T) < 10, 2, 0))
-    packed = read(model, ids_T[None], jnp.where(segments_T == 2, jnp.arange(T) - 5, jnp.arange(T))[None], segments_T[None])
+    packed = read(
+        model, ids_T[None], jnp.where(segments_T == 2, jnp.arange(T) - 5, jnp.arange(T))[None], segments_T[None]
+    )
     for first, last in ((0, 5), (5, 10)):
         np.testing.assert_allclose(packed[:, first:last], read(model, ids_T[None, first:last]), atol=1e-4)
 

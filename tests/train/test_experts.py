@@ -19,7 +19,9 @@ MIXTRAL = validate(
         train={"steps": 20, "router_z_loss": 1e-2, "balance_loss": 0.1},
     )
 )
-WITH_BIAS = validate(changed(MIXTRAL, model={"gated": False, "bias": True, "shared_experts": 1, "expert_capacity": 1.0}))
+WITH_BIAS = validate(
+    changed(MIXTRAL, model={"gated": False, "bias": True, "shared_experts": 1, "expert_capacity": 1.0})
+)
 NAMES = ("balance_loss", "router_z_loss", "expert_load", "dropped")
 
 
