@@ -46,6 +46,7 @@ def problems(config: Config) -> Iterator[str]:
         ("model.num_kv_heads", model.num_kv_heads, "tensor"),
         ("model.d_ff", model.d_ff, "tensor"),
         ("model.d_model", model.d_model, "fsdp"),
+        ("model.num_experts", model.num_experts, "expert"),
         ("data.seq_len", config.data.seq_len, "context"),
         ("data.source_len", config.data.source_len, "context"),
     ]

@@ -38,6 +38,12 @@ def weight_std(config: ModelConfig, inputs: int) -> float:
     return inputs**-0.5 if config.init == "fan_in" else INIT_STD
 
 
+def residual_std(config: ModelConfig, inputs: int, sublayers: int) -> float:
+    """Initial size of a projection into the residual stream, `sublayers` of which each layer adds (GPT-2)."""
+    std = weight_std(config, inputs)
+    return std / math.sqrt(sublayers * config.num_layers) if config.init == "residual" else std
+
+
 class Linear(nnx.Module):
     """y = x w + b, from the last axes of x to new ones: D -> (H, C) and (H, C) -> D as well as D -> F."""
 

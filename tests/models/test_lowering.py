@@ -189,3 +189,10 @@ def test_on_tpus_only_save_attention_spares_the_second_forward_pass(remat, expec
 def kernels(text):
     """Types of the operands of each Pallas kernel."""
     return re.findall(r"@tpu_custom_call\(.*\) \{.*\} : \((.*?)\) ->", text)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=-1, expert=4)], ids=["one", "mesh"])
+def test_experts_are_grouped_products_on_tpus_and_loops_elsewhere(mesh):
+    texts = {name: lowered(Backend("xla", ""), name, mesh=mesh, num_experts=4) for name in ("tpu", "cuda")}
+    counts = {name: text.count('composite "chlo.ragged_dot') for name, text in texts.items()}
+    assert counts == {"tpu": 6, "cuda": 0}  # up and down, forward, and each twice backward
