@@ -114,7 +114,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     # That service would swallow SIGTERM; here, signals are agreed upon by the loop (`Agreement`).
     jax.config.update("jax_enable_preemption_service", False)
     host = (cluster.coordinator or "").rpartition(":")[0]
-    local = {"coordinator_bind_address": cluster.coordinator} if host in ("localhost", "127.0.0.1") else {}
+    address = cluster.coordinator if host in ("localhost", "127.0.0.1") else None
     try:
         jax.distributed.initialize(
             coordinator_address=cluster.coordinator,
@@ -124,7 +124,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
             cluster_detection_method="deactivate" if cluster.kind == "flags" else None,
             initialization_timeout=int(WAIT_SECONDS),
             shutdown_timeout_seconds=int(_LEAVE_SECONDS),
-            **local,
+            coordinator_bind_address=address,
         )
     except (ValueError, RuntimeError) as error:
         raise PeerLost(f"cannot join the other processes ({cluster.kind}): {_first_line(error)}") from error

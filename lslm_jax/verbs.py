@@ -1,6 +1,7 @@
 """What each verb of the command line does: opens the rooms, puts them together, returns the JSON that it ends with."""
 
 import argparse
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from lslm_jax.observe import json_values
 from lslm_jax.plan.verb import plan as plan
 from lslm_jax.progress import say
 from lslm_jax.sharding import local_rows, make_mesh, make_rules, use
-from lslm_jax.train import checkpoint, identity
+from lslm_jax.train import checkpoint, identity, lock, manifest
 from lslm_jax.train.exports import Exports
 from lslm_jax.train.loop import train as train_loop
 from lslm_jax.train.state import abstract_model
@@ -55,9 +56,16 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         say(f"{workdir} is complete: all {config.train.steps} steps are done (raise train.steps to go on)")
         return finished
 
-    data_dir = _data_dir(config, workdir)
     if config.checkpoint.export_every:
         family_of(config.model, config.task.objective)  # before anything slow: there may be none
+    with contextlib.ExitStack() as stack:
+        distributed.by_primary("lock", lambda: stack.enter_context(lock.hold(workdir)))
+        return _train(config, workdir, mesh)
+
+
+def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+    """Does it in a directory that is this run's alone."""
+    data_dir = _data_dir(config, workdir)
     _prepare(config, data_dir)
     config, facts = _resolve(config, data_dir)
     if distributed.is_primary():
@@ -72,6 +80,8 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         setting = _setting(config, facts, data_dir, mesh, [data, *held_out.values()])
         exporter = _exporter(setting) if config.checkpoint.export_every else None
         made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh)
+        saved = workdir / "checkpoints"
+        distributed.by_primary("checkpoints", lambda: manifest.set_aside_damaged(saved, say))
         summary = train_loop(
             config,
             workdir,
@@ -85,7 +95,7 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         )
         summary = json_values(summary | tasks.gzip_baseline(setting, held_out))
     if distributed.is_primary():
-        atomic.write(result, json.dumps(summary).encode() + b"\n")
+        atomic.write(workdir / "result.json", json.dumps(summary).encode() + b"\n")
     return summary
 
 
