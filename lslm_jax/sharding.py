@@ -89,7 +89,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config.mesh, len(devices))
-    sizes = dict(zip(MESH_AXES, shape, strict=True))
+    sizes: dict[str, int] = dict(zip(MESH_AXES, shape, strict=True))
     split = [name for name in make_rules(config.mesh)["batch"] if name in ("data", "fsdp") or sizes[name] > 1]
     rows = math.prod(sizes[name] for name in split)
     step_rows = config.train.batch_size // config.train.accumulate
