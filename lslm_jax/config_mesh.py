@@ -46,6 +46,7 @@ def problems(config: Config) -> Iterator[str]:
         ("model.num_kv_heads", model.num_kv_heads, "tensor"),
         ("model.d_ff", model.d_ff, "tensor"),
         ("model.d_model", model.d_model, "fsdp"),
+        ("model.num_experts", model.num_experts, "expert"),
         ("data.seq_len", config.data.seq_len, "context"),
         ("data.source_len", config.data.source_len, "context"),
     ]
@@ -53,6 +54,12 @@ def problems(config: Config) -> Iterator[str]:
         over = axes[axis] * slices(mesh)[axis]
         if over > 0 and size % over:
             yield f"{key}={size} is not divisible by mesh.{axis}={over}: use {multiples(size, over)}"
+    over, length = axes["context"] * slices(mesh)["context"], config.data.seq_len
+    if over > 1 and model.family != "encoder" and length % (2 * over):
+        yield (
+            f"data.seq_len={length} is not divisible by 2 * mesh.context={2 * over}, the chunks that balance causal "
+            f"attention: use {multiples(length, 2 * over)}"
+        )
     yield from _stage_problems(config, axes["stage"] * slices(mesh)["stage"])
 
 

@@ -22,6 +22,7 @@ VERBS = {
     "generate": "continue, translate, classify or answer prompts, as the model was trained to",
     "export": "write a checkpoint as a Hugging Face directory",
     "import": "read a pretrained model whole, compare it with its origin, make a run of it",
+    "plan": "compile the train step for hardware that need not be there; tell what it needs and how fast it can be",
 }
 
 
@@ -63,11 +64,19 @@ def parser() -> argparse.ArgumentParser:
     written.add_argument("--to", metavar="DIR", help="where to write it")
     types = ("float32", "bfloat16", "float16")
     written.add_argument("--adapter", action="store_true", help="write what LoRA trained alone, in PEFT's format")
-    written.add_argument("--dtype", choices=types, default="float32", help="of the weights in the files")
+    written.add_argument(
+        "--dtype", choices=types, help="of the weights: in the files, or as evaluate, generate hold them"
+    )
     taken = flags.add_argument_group("import")
     taken.add_argument("--check", action="store_true", help="compare it with transformers, layer by layer")
     taken.add_argument("--reference", metavar="FILE", help="compare it with what this safetensors file says")
     taken.add_argument("--tolerance", type=float, default=1e-3, metavar="X", help="of logits, and of hidden states")
+    planned = flags.add_argument_group("plan")
+    planned.add_argument("--topology", metavar="NAME", help="v5p:4x4x4, 2xv5p:4x4x4, h200:8, h200:4x8, cpu:8, ...")
+    planned.add_argument("--memory", type=int, metavar="BYTES", help="of a device that a program may take")
+    planned.add_argument("--price", type=float, metavar="USD", help="of a device for an hour")
+    planned.add_argument("--search", action="store_true", help="try meshes, remat and parts of a batch; rank what fits")
+    planned.add_argument("--picture", metavar="FILE.html", help="draw which axis splits what, and a device's memory")
     several = flags.add_argument_group("many processes, where no scheduler tells")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, and a free port there")
     several.add_argument("--processes", type=int, metavar="N", help="how many there are")
@@ -103,9 +112,14 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
     flags = parser().parse_args([flag for flag in argv if flag not in settings])
     config = _load(flags, settings)
 
+    if flags.verb == "plan":
+        from lslm_jax.plan import topology
+
+        topology.prepare(flags.topology)
     from lslm_jax import distributed, verbs  # not before the config is known to be sound: this imports jax
 
-    distributed.start(flags.coordinator, flags.processes, flags.process)
+    if flags.verb != "plan":  # for which one process is enough, whatever hardware it is for
+        distributed.start(flags.coordinator, flags.processes, flags.process)
     return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
 
 
@@ -129,8 +143,9 @@ def _base(flags: argparse.Namespace) -> Config:
     if flags.verb == "import" and not flags.pretrained:
         raise ConfigError("import needs --pretrained=DIR, the model to read")
     harnessed = flags.verb == "evaluate" and flags.harness is not None
-    needs_run = not flags.pretrained or not (flags.verb in ("generate", "import") or harnessed)
-    reads = flags.verb != "import" or bool(flags.workdir)
+    planned = flags.verb == "plan"
+    needs_run = not (planned or (flags.pretrained and (flags.verb in ("generate", "import") or harnessed)))
+    reads = not planned and (flags.verb != "import" or bool(flags.workdir))
     if flags.pretrained:
         from lslm_jax.convert import pretrained
 
@@ -140,13 +155,13 @@ def _base(flags: argparse.Namespace) -> Config:
     if not flags.workdir and needs_run:
         raise ConfigError("--workdir=DIR is missing: where the run lives")
     if not flags.config:
-        if flags.verb in ("train", "prepare") or flags.pretrained:
+        if flags.verb in ("train", "prepare") or flags.pretrained or not flags.workdir:
             raise ConfigError("--config=FILE is missing, as --config=configs/quickstart.py")
         flags.config = f"{flags.workdir}/config.json"
     config = config_loading.load(flags.config)
     if not flags.pretrained:
         return config
-    return pretrained.configure(config, source, reads=reads, trains=flags.verb == "train")
+    return pretrained.configure(config, source, reads=reads, trains=flags.verb in ("train", "plan"))
 
 
 if __name__ == "__main__":

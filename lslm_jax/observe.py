@@ -13,36 +13,11 @@ from typing import Any, Self
 import jax
 from etils import epath
 
-from lslm_jax import atomic
+from lslm_jax import atomic, devices
 from lslm_jax.config import LogConfig
 from lslm_jax.errors import ConfigError
 from lslm_jax.imports import import_tensorflow
 from lslm_jax.progress import say
-
-PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "TPU7x": 1153.5e12,
-}
-"""Dense bfloat16 FLOP/s of one jax device, from the makers' data sheets; the first key found in its device_kind holds.
-
-A jax device is a chip, but one of a chip's two cores on TPU v2, v3 and 7x. "TPU v5" without a letter is v5p. Chips
-without bfloat16 arithmetic (V100, T4) are left out on purpose.
-"""
-
 
 FLUSH_SECONDS = 5.0  # after which TensorBoard is shown what is new
 
@@ -230,8 +205,8 @@ def mfu(tokens_per_second: float, flops_per_token: float, num_devices: int, devi
     Returns:
       0 to 1, or None where the peak is unknown, as on CPUs.
     """
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_kind), None)
-    return None if peak is None else tokens_per_second * flops_per_token / (num_devices * peak)
+    device = devices.find(device_kind)
+    return None if device is None else tokens_per_second * flops_per_token / (num_devices * device.flops)
 
 
 def device_memory() -> dict[str, int]:

@@ -10,21 +10,21 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import adopt, atomic, config_checks, config_loading, distributed, respond
+from lslm_jax import adopt, atomic, config_loading, distributed, respond
 from lslm_jax.config import Config
 from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of
 from lslm_jax.convert.export import export as write_pretrained
 from lslm_jax.convert.export import export_adapter as write_adapter
-from lslm_jax.data import chat, pipeline, records, templates, tokenizer
+from lslm_jax.data import chat, pipeline, records, special, synthetic, templates, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
-from lslm_jax.data.special import special_ids
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
 from lslm_jax.evaluate import harness, tasks
 from lslm_jax.evaluate.evaluator import Report, Setting, choose_backend
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import json_values
+from lslm_jax.plan.verb import plan as plan
 from lslm_jax.progress import say
 from lslm_jax.sharding import local_rows, make_mesh, make_rules, use
 from lslm_jax.train import checkpoint, identity
@@ -40,8 +40,7 @@ def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     return _prepare(config, _data_dir(config, _workdir(flags)))
 
 
-def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:
-    """What the primary prepares; the other processes find it there."""
+def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:  # by the primary; the others find it there
     return distributed.primary_first("prepare", lambda: prepare_data(config, data_dir, say))
 
 
@@ -187,7 +186,7 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         to = epath.Path(flags.to).expanduser().absolute()
         if flags.adapter:
             return {"step": step} | write_adapter(to, model, config)
-        return {"step": step} | write_pretrained(to, model, _exporter(setting, flags.dtype), measured)
+        return {"step": step} | write_pretrained(to, model, _exporter(setting, flags.dtype or "float32"), measured)
 
 
 def _exporter(setting: Setting, dtype: str = "float32") -> Exporter:
@@ -269,18 +268,13 @@ def _resolve_pretrained(config: Config) -> tuple[Config, dict[str, Any]]:
     """A config with the vocabulary and labels that it names itself, and what a manifest would say of them."""
     path = epath.Path(config.tokenizer.path)
     facts = {"tokenizer": tokenizer.load(path).facts() | {"file": str(path)}, "labels": list(config.data.labels)}
-    return _with_vocabulary(config, facts)
+    return special.resolve(config, facts)
 
 
 def _resolve(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any]]:
     """The config with the vocabulary and labels of the prepared data, and that data's manifest with its sha256."""
     if config.data.source == "synthetic" and not config.data.mixture:
-        size = config.tokenizer.vocab_size
-        facts = {
-            "tokenizer": {"vocab_size": size, "sha256": "", "bos_id": 0, "eos_id": 0},
-            "sha256": "",
-            "labels": ["0", "1"],
-        }
+        facts = synthetic.facts(config)
     else:
         path = data_dir / "manifest.json"
         if not path.exists():
@@ -288,15 +282,7 @@ def _resolve(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, An
         facts = atomic.read_json(path)
         facts["sha256"] = records.content_sha256(facts)
     facts.setdefault("labels", [])  # written by earlier versions
-    return _with_vocabulary(config, facts)
-
-
-def _with_vocabulary(config: Config, facts: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
-    special = special_ids(facts["tokenizer"], config.model.family, config.model.vocab_size)
-    model = config_checks.resolve_vocabulary(config.model, special.size)
-    if config.task.objective in ("classification", "tagging"):
-        model = config_checks.resolve_labels(model, len(facts["labels"]))
-    return replace(config, model=model), facts | {"special": special}
+    return special.resolve(config, facts)
 
 
 def _setting(
@@ -312,9 +298,10 @@ def _setting(
 
 def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[Any, int]:
     """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step."""
+    abstract = abstract_model(config, mesh, None if flags.verb == "export" else flags.dtype)
     if flags.pretrained:
         source = pretrained.describe(flags.pretrained)
-        return pretrained.load(source, config.task.objective, abstract_model(config, mesh)).model, 0
+        return pretrained.load(source, config.task.objective, abstract).model, 0
     directory = _workdir(flags) / "checkpoints"
     if flags.step is not None:
         step = flags.step
@@ -326,4 +313,4 @@ def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[
         step = checkpoint.best_step(directory, config.checkpoint.best)
     else:
         step = checkpoint.latest_step(directory)
-    return checkpoint.load_model(directory, abstract_model(config, mesh), step), step
+    return checkpoint.load_model(directory, abstract, step), step

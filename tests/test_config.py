@@ -227,6 +227,18 @@ def test_a_missing_file_is_a_missing_input():
             "rotary positions need an even head width, got 63 (model.head_dim)",
         ),
         ("model.attention=cudnn", "model.attention=cudnn needs model.dtype=bfloat16"),
+        (
+            "model.num_experts=4 model.experts_per_token=5",
+            "model.experts_per_token=5 is more than model.num_experts=4: use at most 4",
+        ),
+        ("model.shared_experts=1", "model.shared_experts=1 needs model.num_experts"),
+        ("model.expert_capacity=1.5", "model.expert_capacity=1.5 needs model.num_experts"),
+        ("model.num_experts=6 mesh.expert=4", "model.num_experts=6 is not divisible by mesh.expert=4: use 4 or 8"),
+        (
+            "model.num_experts=4 model.lora_rank=8 model.lora_targets=mlp.up",
+            "model.lora_targets=mlp.up names no projection: "
+            "there are attention.q, attention.k, attention.v, attention.o",
+        ),
         ("data.files=", "data: source=files needs files"),
         ("data.source=tfds", "data: source=tfds needs tfds, the data set's name"),
         (
@@ -291,6 +303,11 @@ def test_a_missing_file_is_a_missing_input():
         (
             "model.num_kv_heads=2 mesh.tensor=4",
             "model.num_kv_heads=2 is not divisible by mesh.tensor=4: use 4",
+        ),
+        (
+            "data.seq_len=1004 mesh.context=4",
+            "data.seq_len=1004 is not divisible by 2 * mesh.context=8, the chunks that balance causal attention: use "
+            "1000 or 1008",
         ),
         ("mesh.fsdp=5", "model.d_model=768 is not divisible by mesh.fsdp=5: use 765 or 770"),
         ("mesh.stage=-1", "mesh.stage cannot be -1: say into how many stages the layers are split"),

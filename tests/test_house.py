@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lslm_jax"
 # Each row may import from the rows above it, and a room from itself. Rooms that share a row are strangers.
 ROWS = [
     ["config", "batch", "errors"],
-    ["config_loading", "config_mesh", "progress", "atomic", "imports"],
+    ["config_loading", "config_mesh", "devices", "progress", "atomic", "imports"],
     ["config_checks"],
     ["sharding", "distributed", "observe", "trees"],
     ["data", "models"],
@@ -29,12 +29,13 @@ ROWS = [
         "train.step",
         "train.preemption",
         "train.manifest",
+        "train.lock",
     ],
-    ["evaluate", "train.preemption", "train.manifest"],
+    ["evaluate"],
     ["train.identity", "train.checkpoint", "train.begin", "train.exports", "train.loop", "plan"],
     ["respond", "adopt"],
     ["verbs"],
-    ["main"],
+    ["main", "supervise"],
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 

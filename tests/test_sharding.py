@@ -20,10 +20,13 @@ from lslm_jax.sharding import (
     batch_sharding,
     constrain,
     make_mesh,
+    make_rules,
     num_shards,
+    platform,
     resolve,
     shardings_of,
     to_global,
+    use,
 )
 
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=61, max_length=16))
@@ -196,3 +199,11 @@ def test_a_batch_is_spread_over_rows_and_missing_parts_stay_missing():
     assert {shard.data.shape for shard in placed.tokens_BT.addressable_shards} == {(2, 4)}
     np.testing.assert_array_equal(placed.tokens_BT, rows)
     np.testing.assert_array_equal(placed.targets_BT, rows + 1)
+
+
+def test_the_platform_is_that_of_the_mesh_in_use_whatever_this_machine_has(monkeypatch):
+    mesh = make_mesh(Config(mesh=MeshConfig(data=-1)))
+    with use(mesh, make_rules(MeshConfig())):
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        assert platform() == "cpu"
+    assert platform() == "gpu"

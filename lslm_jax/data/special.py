@@ -1,7 +1,11 @@
 """Ids that are no text: those that begin and end one, the mask, and T5's sentinels."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
+
+from lslm_jax import config_checks
+from lslm_jax.config import Config
 
 _NUM_SENTINELS = 100
 
@@ -44,3 +48,16 @@ def special_ids(tokenizer: Mapping[str, Any], family: str, limit: int = 0) -> Sp
         sentinel_ids = tuple(range(size, size + _NUM_SENTINELS))
     ids = (tokenizer["bos_id"], tokenizer["eos_id"], -1 if mask_id is None else mask_id, *sentinel_ids)
     return Special(tokenizer["bos_id"], tokenizer["eos_id"], mask_id, sentinel_ids, max(size, 1 + max(ids)))
+
+
+def resolve(config: Config, facts: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """A config with the vocabulary and labels of its data, whose manifest `facts` are; these with their `special`.
+
+    Raises:
+      ConfigError: the config names fewer.
+    """
+    special = special_ids(facts["tokenizer"], config.model.family, config.model.vocab_size)
+    model = config_checks.resolve_vocabulary(config.model, special.size)
+    if config.task.objective in ("classification", "tagging"):
+        model = config_checks.resolve_labels(model, len(facts["labels"]))
+    return replace(config, model=model), facts | {"special": special}

@@ -1,5 +1,7 @@
 """Random batches of every kind for benchmarks: full rows, nothing to read, no end."""
 
+from typing import Any
+
 import numpy as np
 
 from lslm_jax.batch import Batch
@@ -8,6 +10,12 @@ from lslm_jax.data import order
 from lslm_jax.data.masking import num_predictions
 
 _DOCUMENTS = 8  # at most, in a row
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """What the manifest of random tokens would say."""
+    words = {"vocab_size": config.tokenizer.vocab_size, "sha256": "", "bos_id": 0, "eos_id": 0}
+    return {"tokenizer": words, "sha256": "", "labels": ["0", "1"]}
 
 
 class SyntheticInput:

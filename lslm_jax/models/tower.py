@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.models import attention, pipeline, stack
-from lslm_jax.models.attention import Backend, KeyValues
+from lslm_jax.models import attention, context, experts, pipeline, stack
+from lslm_jax.models.attention import Backend, Distances, KeyValues
 from lslm_jax.models.block import Block
-from lslm_jax.models.layers import INIT_STD, Norm, normal, relative_bias, rotary_frequencies, rotation
+from lslm_jax.models.experts import Routing
+from lslm_jax.models.layers import INIT_STD, Norm, near, normal, relative_bias, rotary_frequencies, rotation
 from lslm_jax.models.presets import layer_types
 
 
@@ -53,8 +54,8 @@ class Tower(nnx.Module):
         key: jax.Array | None,
         memory_BSD: jax.Array | None = None,
         source_segments_BS: jax.Array | None = None,
-    ) -> jax.Array:
-        """Reads whole rows: [B, T, D] to [B, T, D].
+    ) -> tuple[jax.Array, Routing | None]:
+        """Reads whole rows: [B, T, D] to [B, T, D]; and how each layer sent tokens to experts, where there are any.
 
         Args:
           x_BTD: from an embedding.
@@ -67,11 +68,22 @@ class Tower(nnx.Module):
         """
         config = self.config
         length = x_BTD.shape[1]
+        is_split = context.is_split(length)
+        bias_HTS = None if is_split else self._bias(length, length, 0)
+        table_NH = None if self.distances is None or not is_split else self.distances.get_value()
+        # Dropout draws for places as they lie, and experts that get full take tokens in their order: fold for neither.
+        in_order = config.expert_capacity or (config.dropout and key is not None)
+        folded = self.causal and context.can_fold(length) and not in_order
+        if folded:
+            x_BTD, positions_BT, segments_BT = jax.tree.map(context.fold, (x_BTD, positions_BT, segments_BT))
         attend_any = functools.partial(
             attention.attend, scale=config.attention_scale, cap=config.attention_softcap, backend=backend
         )
 
-        def attending(rows, bias_HTS):
+        def attending(rows, shared):
+            bias_HTS, table_NH = shared
+            distances = None if table_NH is None else Distances(table_NH, config.relative_distance)
+
             def attend(q_BTHC, k_BTKC, v_BTKC, cache, everywhere):
                 out_BTHC = attend_any(
                     q_BTHC,
@@ -82,6 +94,8 @@ class Tower(nnx.Module):
                     causal=self.causal,
                     bias_HTS=bias_HTS,
                     everywhere=everywhere,
+                    distances=distances,
+                    folded=folded,
                 )
                 return out_BTHC, cache
 
@@ -89,7 +103,9 @@ class Tower(nnx.Module):
             return attend, functools.partial(attend_any, **segments, window=0, causal=False)
 
         rows = Rows(positions_BT, segments_BT, memory_BSD, source_segments_BS)
-        return self._run(x_BTD, rows, attending, self._bias(length, length, 0), key=key)[0]
+        capacity = config.expert_capacity
+        x_BTD, _, routing = self._run(x_BTD, rows, attending, (bias_HTS, table_NH), capacity=capacity, key=key)
+        return context.unfold(x_BTD) if folded else x_BTD, routing
 
     def extend(
         self,
@@ -115,12 +131,12 @@ class Tower(nnx.Module):
         def attend(q_BTHC, k_BTKC, v_BTKC, cache, everywhere):
             k_BSKC = jax.lax.dynamic_update_slice_in_dim(cache.k_BSKC, k_BTKC, index, axis=1)
             v_BSKC = jax.lax.dynamic_update_slice_in_dim(cache.v_BSKC, v_BTKC, index, axis=1)
-            near_TS = attention.near(slots_T[:, None] - slots_S[None, :], config.window, everywhere)
+            near_TS = near(slots_T[:, None] - slots_S[None, :], config.window, everywhere)
             seen_BTS = mask_BTS & near_TS[None]
             return attend_any(q_BTHC, k_BSKC, v_BSKC, seen_BTS, bias_HTS=bias_HTS), KeyValues(k_BSKC, v_BSKC)
 
         attend_both = attend, functools.partial(attend_any, mask_BTS=cross_mask_BTS)
-        return self._run(x_BTD, Rows(positions_BT), lambda *_: attend_both, None, caches=cache, cross=cross)
+        return self._run(x_BTD, Rows(positions_BT), lambda *_: attend_both, None, caches=cache, cross=cross)[:2]
 
     def keys_values(self, memory_BSD: jax.Array) -> Any:
         """Every layer's cross-attention keys and values of what the encoder says, as `extend` takes them."""
@@ -174,23 +190,24 @@ class Tower(nnx.Module):
         x_BTD: jax.Array,
         rows: Rows,
         attending: Any,
-        bias_HTS: Any,
+        shared: Any,
         *,
         caches: Any = None,
         cross: Any = None,
+        capacity: float = 0.0,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """Runs the layers; `attending` makes of rows and the bias what they attend with, Attend and AttendSource."""
+    ) -> tuple[jax.Array, Any, Routing | None]:
+        """Runs the layers; `attending` makes Attend and AttendSource of rows and what all of them share."""
         config = self.config
 
-        def reading(rows, bias_HTS):
-            attend, attend_source = attending(rows, bias_HTS)
+        def reading(rows, shared):
+            attend, attend_source = attending(rows, shared)
             rotations = [rotation(rows.positions_BT, frequency_C) for frequency_C in self._kinds().values()]
             rotations = jax.tree.map(lambda *each: jnp.stack(each), *rotations) if rotations else None
 
             def apply(block, x_BTD, given, key):
                 cache, source, everywhere, rotary, is_first = given
-                return block(
+                x_BTD, cache, routing = block(
                     x_BTD,
                     jax.tree.map(lambda each: each[0 if rotary is None else rotary], rotations),
                     functools.partial(attend, everywhere=everywhere),
@@ -198,8 +215,11 @@ class Tower(nnx.Module):
                     is_first=is_first,
                     source=rows.memory_BSD if source is None else source,
                     attend_source=attend_source,
+                    real_BT=None if rows.segments_BT is None else rows.segments_BT > 0,
+                    capacity=capacity,
                     key=key,
                 )
+                return x_BTD, (cache, routing)
 
             return apply
 
@@ -207,21 +227,24 @@ class Tower(nnx.Module):
         keys = None if key is None or not config.dropout else jax.random.split(key, config.num_layers)
         with jax.named_scope("blocks"):
             if caches is None and pipeline.splits(config.num_layers, config.pipeline_rounds):
-                x_BTD, _ = pipeline.run(
+                x_BTD, (caches, routing) = pipeline.run(
                     self.blocks,
                     x_BTD,
                     reading,
                     rows,
-                    bias_HTS,
+                    shared,
                     beside=beside,
                     keys=keys,
                     remat=config.remat,
                     parts=config.microbatches,
                     rounds=config.pipeline_rounds,
                 )
+                routing = routing and experts.of_parts(routing)
             else:
-                apply = reading(rows, bias_HTS)
-                x_BTD, caches = stack.run(
+                apply = reading(rows, shared)
+                x_BTD, kept = stack.run(
                     self.blocks, x_BTD, apply, caches=beside, keys=keys, remat=config.remat, scan=config.scan_layers
                 )
-        return x_BTD if self.norm is None else self.norm(x_BTD), caches
+                both: Any = map(list, zip(*kept, strict=True)) if isinstance(kept, list) else kept
+                caches, routing = both
+        return x_BTD if self.norm is None else self.norm(x_BTD), caches, routing

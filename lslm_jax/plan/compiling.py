@@ -1,0 +1,94 @@
+"""The real train step with the real shardings, compiled for hardware by name; no array is made, no data are read."""
+
+import re
+import time
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lslm_jax.batch import Batch
+from lslm_jax.config import Config
+from lslm_jax.data import special, synthetic, tokenizer
+from lslm_jax.evaluate.evaluator import choose_backend
+from lslm_jax.models.attention import Backend
+from lslm_jax.plan import topology as topologies
+from lslm_jax.plan.topology import Topology
+from lslm_jax.sharding import make_mesh, make_rules, use
+from lslm_jax.train.optim import make_optimizer
+from lslm_jax.train.state import State, abstract_state
+from lslm_jax.train.step import lower, whole_batch
+
+
+class Compiled(NamedTuple):
+    """A step for one config on one topology.
+
+    Attributes:
+      config: resolved.
+      mesh: of devices that may not be there.
+      backend: attention kernel in the program.
+      state: shapes and shardings of what is donated to the step.
+      batch: shapes and shardings of a whole batch.
+      program: what XLA made; None where its compiler refused for want of memory.
+      needed: bytes that it would have wanted then.
+      lower_seconds, compile_seconds: what it took.
+    """
+
+    config: Config
+    mesh: Mesh
+    backend: Backend
+    state: State
+    batch: Batch
+    program: jax.stages.Compiled | None
+    needed: int
+    lower_seconds: float
+    compile_seconds: float
+
+
+def resolve(config: Config) -> Config:
+    """The config with the vocabulary and labels that it names itself: planning needs no data, only their shapes."""
+    config = replace(config, data=replace(config.data, source="synthetic", mixture=()))
+    facts = synthetic.facts(config)
+    if config.tokenizer.kind == "bytes":
+        facts |= {"tokenizer": tokenizer.Bytes().facts()}
+    elif config.tokenizer.path and not config.model.vocab_size:
+        facts |= {"tokenizer": tokenizer.load(config.tokenizer.path).facts()}
+    if config.data.labels:
+        facts |= {"labels": config.data.labels}
+    return special.resolve(config, facts)[0]
+
+
+def compile_step(config: Config, topology: Topology | None) -> Compiled:
+    """Compiles the train step of a resolved config for a topology; None: for the devices that are there.
+
+    Raises:
+      ConfigError: the config does not go with so many devices.
+    """
+    mesh = make_mesh(config, topologies.devices(topology))
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    with use(mesh, make_rules(config.mesh)), topologies.as_if_there(topology):
+        data = synthetic.SyntheticInput(config, config.model.vocab_size, np.arange(1))
+        backend, row = choose_backend(config, mesh, [data]), data.batch(0)
+        begun = time.monotonic()
+        lowered = lower(config, optimizer, backend, row, mesh)
+        lowered_at = time.monotonic()
+        program, needed = _compile(lowered)
+        seconds = lowered_at - begun, time.monotonic() - lowered_at
+        batch = whole_batch(config, row, mesh)
+        return Compiled(
+            config, mesh, backend, abstract_state(config, optimizer, mesh), batch, program, needed, *seconds
+        )
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[Any, int]:
+    """The program, or None and the bytes that it lacks memory for."""
+    try:
+        return lowered.compile(), 0
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" not in message:
+            raise
+        used = re.search(r"Used ([\d.]+)([KMGT])", message) or re.search(r"\(([\d.]+)([KMGT])\) exceeds", message)
+        return None, int(float(used[1]) * 1024 ** " KMGT".index(used[2])) if used else 0

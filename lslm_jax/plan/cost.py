@@ -1,0 +1,311 @@
+"""What a compiled step costs one device: operations, bytes of its memory, bytes to other devices; loops multiplied out.
+
+All are counted in the program that XLA made, so that what it computes twice, copies or sends needlessly counts too.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lslm_jax.plan import hlo
+from lslm_jax.plan.hlo import Computation, Instruction, Program, Run
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"),
+    *("partition-id", "replica-id", "iota", "optimization-barrier", "async-start", "async-update", "async-done"),
+}
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+class Collective(NamedTuple):
+    """One kind of exchange over the same axes, all of a step together.
+
+    Attributes:
+      kind: one of COLLECTIVES.
+      axes: of the mesh, along which its groups lie.
+      group: devices in one.
+      count: how often a step runs it.
+      bytes: that a device sends in a step.
+      seconds: that this takes at least.
+      network: whether it leaves the slice, or the host.
+      blocking: of the seconds, those in which nothing else can run.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: int
+    count: int
+    bytes: int
+    seconds: float
+    network: bool
+    blocking: float
+
+
+class Cost(NamedTuple):
+    """Of one step, on one device.
+
+    Attributes:
+      flops: of matrix products and attention kernels.
+      kernel_flops: those of attention kernels among them.
+      bytes: read from and written to its memory.
+      cycles: that the TPU compiler expects of all but collectives and kernels; 0 elsewhere.
+      collectives: those of a step, most bytes first.
+    """
+
+    flops: float
+    kernel_flops: float
+    bytes: int
+    cycles: int
+    collectives: list[Collective]
+
+
+def measure(program: Program, network: "Network", seen: float) -> Cost:
+    """Adds up a step.
+
+    Args:
+      program: from `hlo.parse`.
+      network: that its devices are joined by.
+      seen: share of a row that a query sees on average, of which attention kernels make use.
+    """
+    flops, kernel, moved, cycles = 0.0, 0.0, 0, 0
+    joined: dict[tuple, list[float]] = {}
+    for run in hlo.runs(program):
+        instruction, times = run.instruction, run.times
+        flops += times * _flops(run)
+        kernel += times * seen * _kernel_flops(run)
+        if not run.fused:
+            moved += times * _moved(program, run)
+            cycles += times * sum(map(int, _CYCLES.findall(instruction.attributes)))
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            sent = network.send(kind, _operand_bytes(run), instruction.attributes)
+            blocking = not (run.fused or instruction.opcode.endswith("-start"))
+            totals = joined.setdefault((kind, sent.axes, sent.group, sent.network), [0, 0, 0.0, 0.0])
+            for i, more in enumerate((1, sent.bytes, sent.seconds, sent.seconds * blocking)):
+                totals[i] += times * more
+    found = [
+        Collective(kind, axes, group, int(count), int(size), seconds, outside, blocking)
+        for (kind, axes, group, outside), (count, size, seconds, blocking) in joined.items()
+    ]
+    return Cost(flops + kernel, kernel, moved, cycles, sorted(found, key=lambda each: -each.bytes))
+
+
+class Sent(NamedTuple):
+    """What one collective sends: see `Collective`."""
+
+    axes: tuple[str, ...]
+    group: int
+    bytes: float
+    seconds: float
+    network: bool
+
+
+class Network:
+    """The mesh and the links between its devices."""
+
+    def __init__(self, mesh: Any, domains: np.ndarray, link: Callable[[np.ndarray], float], slow: float):
+        """Takes what is known of them.
+
+        Args:
+          mesh: the jax mesh.
+          domains: number of the slice or host of each of its devices, laid end to end.
+          link: bytes/s one way that a device has to these others of its domain, given by their places; 0: unknown.
+          slow: bytes/s one way of a device to other domains.
+        """
+        self._names, self._shape = mesh.axis_names, mesh.devices.shape
+        self._domains, self._link, self._slow = domains, link, slow
+        self._groups: dict[str, tuple[np.ndarray, tuple[str, ...]]] = {}
+
+    def send(self, kind: str, operand: int, attributes: str) -> Sent:
+        """What a device sends in one collective.
+
+        Rings, inside a domain and between domains: of g devices, each passes on g - 1 parts. The time is that of the
+        slower of the two, both used as well as can be; so it is a bound.
+
+        Args:
+          kind: one of COLLECTIVES.
+          operand: bytes that a device puts in.
+          attributes: of the instruction.
+        """
+        groups, axes = self._joined(attributes)
+        if groups.size == 0:
+            return Sent((), 1, 0.0, 0.0, False)
+        one = groups[0]
+        g = len(one)
+        many = max(
+            len(np.unique(self._domains[group])) for group in (groups if kind == "collective-permute" else [one])
+        )
+        near = g / many
+        if kind == "collective-permute":
+            inside, outside = (0, operand) if many > 1 else (operand, 0)
+        elif kind == "all-to-all":
+            inside, outside = operand * (near - 1) / g, operand * (many - 1) / many
+        else:
+            whole = operand * {"all-gather": g, "reduce-scatter": 1, "all-reduce": 2}[kind]
+            inside, outside = whole * (near - 1) / near, whole * (many - 1) / many / near
+        link = self._link(one[self._domains[one] == self._domains[one[0]]])
+        seconds = max(inside / link if link else 0.0, outside / self._slow if self._slow else 0.0)
+        return Sent(axes, g, inside + outside, seconds, many > 1)
+
+    def _joined(self, attributes: str) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Groups of a collective, and the axes of the mesh along which their devices differ."""
+        key = re.sub(r".*?((?:replica_groups|source_target_pairs)=.*)", r"\1", attributes, flags=re.DOTALL)[:4096]
+        if key not in self._groups:
+            groups = hlo.groups(attributes, int(np.prod(self._shape)))
+            places = np.stack(np.unravel_index(groups, self._shape))  # [axes, groups, devices of each]
+            differ = (places != places[:, :, :1]).any(axis=(1, 2)) if groups.size else np.zeros(len(self._shape), bool)
+            axes = tuple(name for name, varies in zip(self._names, differ, strict=True) if varies)
+            self._groups[key] = groups, axes
+        return self._groups[key]
+
+
+def _operand_bytes(run: Run) -> int:
+    return sum(run.among[name].size for name in run.instruction.operands if name in run.among)
+
+
+def _flops(run: Run) -> float:
+    """Of a matrix product, in whichever of the compiler's forms."""
+    instruction = run.instruction
+    if instruction.opcode == "dot":
+        return _product(run, re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes))
+    if instruction.opcode == "convolution":
+        return _convolution(run)
+    if instruction.opcode == "custom-call" and re.search(r"gemm|matmul", instruction.attributes):
+        return _product(run, re.search(r'"lhs_contracting_dimensions":\[([\d",]*)\]', instruction.attributes))
+    return 0.0
+
+
+def _product(run: Run, contracted: re.Match | None) -> float:
+    if contracted is None:
+        return 0.0
+    left = run.among[run.instruction.operands[0]].arrays[0].dims
+    inner = np.prod([left[int(i)] for i in re.findall(r"\d+", contracted[1])])
+    return 2.0 * float(np.prod(run.instruction.arrays[0].dims)) * float(inner)
+
+
+def _convolution(run: Run) -> float:
+    """TPUs know matrix products as convolutions, batches as their spatial dimensions: most of those fall on padding."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", run.instruction.attributes)
+    if labels is None:
+        return 0.0
+    left, right = (run.among[name].arrays[0].dims for name in run.instruction.operands[:2])
+    out = run.instruction.arrays[0].dims
+    of = lambda part, label, dims: dims[labels[part].index(label)]
+    total = 2.0 * of(3, "b", out) * of(3, "f", out) * of(2, "i", right)
+    window = dict(
+        re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", run.instruction.attributes) or "  ")[1])
+    )
+    for i, label in enumerate(sorted(filter(str.isdigit, labels[1]))):
+        each = lambda key, default, i=i: window[key].split("x")[i] if key in window else default
+        k = np.arange(of(2, label, right))[None]
+        o = np.arange(of(3, label, out))[:, None]
+        place = o * int(each("stride", "1")) + k * int(each("rhs_dilate", "1")) - int(each("pad", "0_0").split("_")[0])
+        spread = int(each("lhs_dilate", "1"))
+        inside = (place >= 0) & (place < (of(1, label, left) - 1) * spread + 1) & (place % spread == 0)
+        total *= float(inside.sum())
+    return total
+
+
+def _kernel_flops(run: Run) -> float:
+    """Of an attention kernel over whole rows: two products forward, five backward."""
+    instruction = run.instruction
+    target = re.search(r'custom_call_target="(__cudnn\$fmha|tpu_custom_call)', instruction.attributes)
+    if instruction.opcode != "custom-call" or target is None:
+        return 0.0
+    read = [array.dims for name in instruction.operands for array in run.among[name].arrays if array.dtype == "bf16"]
+    q, k = [dims for dims in read if len(dims) >= 3][:2]
+    keys = k[-2] if target[1] == "tpu_custom_call" else k[1]  # cuDNN has [B, S, K, C], a TPU's kernel [..., K, S, C]
+    backward = re.search(r"dkv|bwd", instruction.name)
+    return (10.0 if backward else 4.0) * float(np.prod(q)) * keys
+
+
+def _moved(program: Program, run: Run) -> int:
+    """Bytes of the device's memory that an instruction reads and writes; of slices, only what they are of."""
+    instruction, among = run.instruction, run.among
+    opcode = instruction.opcode
+    if opcode in _FREE or (opcode.endswith("-start") and not _is_collective(opcode)):
+        return 0
+    written = _outside(instruction)
+    if opcode in ("copy-done", "dynamic-slice", "slice", "gather"):
+        return 2 * written
+    if opcode.endswith("-done"):
+        return 0
+    if opcode == "dynamic-update-slice":
+        return 2 * _outside(among[instruction.operands[1]])
+    if opcode == "fusion" and (called := hlo.called_by(instruction)):
+        return _fusion(program.computations[called[0]], instruction, among)
+    read = sum(_outside(among[name]) for name in instruction.operands if name in among)
+    return read + (0 if _is_collective(opcode) else written)
+
+
+def _is_collective(opcode: str) -> bool:
+    return opcode.removesuffix("-start") in COLLECTIVES
+
+
+def _outside(instruction: Instruction) -> int:
+    return sum(array.size for array in instruction.arrays if not array.local)
+
+
+def _fusion(inside: Computation, fusion: Instruction, among: Computation) -> int:
+    parameters = {int(i.operands[0]): i for i in inside.values() if i.opcode == "parameter"}
+    total = 0
+    for number, name in enumerate(fusion.operands):
+        if name in among and number in parameters and _outside(among[name]):
+            total += min(_outside(among[name]), _read(inside, parameters[number]))
+    root = next(i for i in inside.values() if i.root)
+    results = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    for array, result in zip(fusion.arrays, results, strict=False):
+        update = _behind(inside, result)
+        changed = inside[update.operands[1]].size if update.opcode == "dynamic-update-slice" else array.size
+        total += 0 if array.local else changed
+    return total
+
+
+def _behind(inside: Computation, instruction: Instruction) -> Instruction:
+    while instruction.opcode in ("bitcast", "convert", "copy") and instruction.operands[0] in inside:
+        instruction = inside[instruction.operands[0]]
+    return instruction
+
+
+def _read(inside: Computation, parameter: Instruction) -> int:
+    """Bytes of an operand that a fusion reads."""
+    total = 0
+    for user in inside.values():
+        if parameter.name not in user.operands or user.opcode == "parameter":
+            continue
+        if user.opcode in ("dynamic-slice", "slice", "gather"):
+            total += user.size
+        elif user.opcode == "bitcast":
+            total += _read(inside, user)
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != parameter.name:
+            return parameter.size
+    return total
+
+
+def tori(coordinates: np.ndarray, shape: tuple[int, ...], link: float, ring: int) -> Callable[[np.ndarray], float]:
+    """Bytes/s of a TPU to others of its slice: both directions of each dimension they differ in, if it is a ring.
+
+    Args:
+      coordinates: of each device of the mesh in its slice.
+      shape: of a slice.
+      link: bytes/s one way of one link.
+      ring: dimensions that are multiples of this are rings.
+    """
+    ways = np.array([2 if size % ring == 0 else 1 for size in shape])
+
+    def speed(group: np.ndarray) -> float:
+        where = coordinates[group]
+        return link * float(ways[(where != where[:1]).any(axis=0)].sum())
+
+    return speed
+
+
+def kinds(collectives: list[Collective]) -> Iterator[tuple[str, int, int]]:
+    """Name, count and bytes of each kind, all axes together."""
+    for kind in COLLECTIVES:
+        of_kind = [each for each in collectives if each.kind == kind]
+        if of_kind:
+            yield kind, sum(each.count for each in of_kind), sum(each.bytes for each in of_kind)

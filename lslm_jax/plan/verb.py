@@ -1,0 +1,48 @@
+"""`plan`: what a run needs, and how fast it can be, on hardware that need not be there."""
+
+import argparse
+import json
+from typing import Any
+
+from lslm_jax.config import Config
+from lslm_jax.errors import ConfigError
+from lslm_jax.observe import json_values
+from lslm_jax.plan import picture, report, search, topology
+from lslm_jax.plan.advice import advise
+from lslm_jax.plan.compiling import compile_step, resolve
+from lslm_jax.plan.figures import figures
+from lslm_jax.plan.topology import Topology
+from lslm_jax.progress import say
+
+
+def plan(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
+    """`plan`: compiles the train step for a topology, and tells all that follows from it.
+
+    Raises:
+      ConfigError: it does not fit into memory; the JSON that says by how much is printed all the same.
+    """
+    picture.check(flags.picture)
+    place = None if flags.topology is None else topology.parse(flags.topology)
+    config = resolve(config)
+    if flags.search:
+        return _search(config, place, flags)
+    compiled = compile_step(config, place)
+    found = figures(compiled, place, flags.memory, flags.price)
+    say(report.text(found))
+    if flags.picture:
+        picture.draw(flags.picture, compiled, found)
+    result = {"topology": flags.topology, **found}
+    if found["memory"]["fits"] is not False:
+        return json_values(result)
+    advice = advise(config, place, flags.memory, found)
+    print(json.dumps(json_values(result | {"advice": advice})))
+    what = f"use {advice['flags']}, which fits" if advice else "nothing that was tried makes it fit: use more devices"
+    raise ConfigError(f"{report.verdict(found['memory'])} on each device: {what}")
+
+
+def _search(config: Config, place: Topology | None, flags: argparse.Namespace) -> dict[str, Any]:
+    found = search.search(config, place, flags.memory)
+    if not found:
+        raise ConfigError("no mesh, remat and train.accumulate that were tried make it fit: use more devices")
+    say(report.ranking(found))
+    return json_values({"topology": flags.topology, "found": found})

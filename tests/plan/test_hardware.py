@@ -1,0 +1,68 @@
+"""The step for TPUs and GPUs that are not there, where their compilers are installed."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny_plans import CONFIG
+
+from lslm_jax import config_loading
+
+pytestmark = pytest.mark.slow
+tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu: pip install 'lslm_jax[tpu]'")
+gpu = pytest.mark.skipif(
+    not importlib.util.find_spec("jax_cuda13_plugin"), reason="no GPU compiler: pip install 'lslm_jax[plan-gpu]'"
+)
+LLAMA = {
+    **{"positions": "rotary", "norm": "rmsnorm", "activation": "silu", "gated": "true", "dtype": "bfloat16"},
+    **{"d_model": "1024", "num_heads": "8", "max_length": "1024", "scan_layers": "false", "vocab_size": "8192"},
+}
+
+
+def plan(tmp_path, topology, *flags):
+    """The JSON of a plan in a process of its own, as jax reads its environment when it starts."""
+    (tmp_path / "config.json").write_text(config_loading.to_json(CONFIG))
+    settings = [f"--config.model.{key}={value}" for key, value in LLAMA.items()]
+    settings += ["--config.data.seq_len=1024", "--config.tokenizer.vocab_size=8192"]
+    command = [sys.executable, "-m", "lslm_jax.main", "plan", f"--config={tmp_path}/config.json"]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run(
+        [*command, f"--topology={topology}", *settings, *flags], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("topology", "kernel", "count"),
+    [
+        pytest.param("v5e:2x2", "splash", 4, marks=tpu),
+        pytest.param("2xv5e:2x2", "splash", 8, marks=tpu),
+        pytest.param("h200:8", "cudnn", 8, marks=gpu),
+        pytest.param("h200:2x4", "cudnn", 8, marks=gpu),
+    ],
+)
+def test_a_step_is_compiled_with_the_platforms_own_kernel_and_counts_as_the_formula(topology, kernel, count, tmp_path):
+    several = topology[0] == "2" or "2x4" in topology
+    found = plan(tmp_path, topology, *["--config.mesh.dcn_data=2"] * several)
+    assert found["attention"] == kernel and found["devices"] == count
+    assert found["memory"]["fits"] and found["bound"]["mfu"] > 0
+    predicted = found["flops_per_step"] / count
+    assert found["per_device"]["flops"] == pytest.approx(predicted, rel=0.05)
+    memory = found["memory"]
+    assert memory["arguments"] == pytest.approx(memory["parameters"] + memory["optimizer"] + memory["batch"], rel=0.05)
+    across = [each for each in found["collectives"] if "data" in each["axes"]]
+    assert bool(across) == several and all(each["network"] for each in across)
+    assert not any(each["network"] for each in found["collectives"] if each["axes"] == ["fsdp"])
+
+
+@tpu
+def test_hardware_that_nobody_builds_is_told_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(config_loading.to_json(CONFIG))
+    command = [sys.executable, "-m", "lslm_jax.main", "plan", f"--config={tmp_path}/config.json"]
+    done = subprocess.run([*command, "--topology=v5p:3x3x3"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("lslm: no v5p is built as 3x3x3")
