@@ -181,6 +181,16 @@ def test_on_gpus_split_rows_are_attended_to_block_by_block():
     assert not re.search(rf"{length}x({length}|{length // 2})x(f32|bf16)", text)
 
 
+def test_on_tpus_a_stage_of_a_pipeline_runs_the_same_kernel_on_a_part_of_its_rows():
+    mesh, sizes = MeshConfig(data=-1, stage=2, tensor=2), {"num_layers": 4, "microbatches": 2}
+    text = lowered(Backend("splash", "", max_segments=16), "tpu", True, mesh, **sizes)
+    assert len(kernels(text)) == 2
+    for operands in kernels(text):
+        assert f"tensor<2x2x{T}x64xbf16>" in operands
+        assert f"tensor<2x1x{T}x64xbf16>" in operands
+    assert "collective_permute" in text and not re.search(rf"{T}x{T}x(f32|bf16)", text)
+
+
 @pytest.mark.parametrize(("remat", "expected"), [("save_attention", 2), ("full", 3), ("dots", 3)])
 def test_on_tpus_only_save_attention_spares_the_second_forward_pass(remat, expected):
     assert len(kernels(lowered(Backend("splash", ""), "tpu", remat=remat))) == expected
