@@ -28,7 +28,7 @@ class ModelConfig:
     head_dim: int = 0
     """Width of one head, C. 0: d_model / num_heads."""
     d_ff: int = 0
-    """Width of the MLP, F. 0: 4 * d_model."""
+    """Width of the MLP, F, or of each expert. 0: 4 * d_model."""
     vocab_size: int = 0
     """Tokens of the vocabulary, V. 0: as many as the tokenizer has."""
     num_labels: int = 0
@@ -79,6 +79,16 @@ class ModelConfig:
     """Non-linearity of the MLP; `gelu` is the tanh approximation, `relu2` the squared ReLU."""
     gated: bool = False
     """Whether the MLP multiplies the activation with a second projection (SwiGLU is silu, gated)."""
+    num_experts: int = 0
+    """MLPs of a block, E, of which each token goes through a few (mixture of experts). 0: one, for all tokens."""
+    experts_per_token: int = 2
+    """How many experts a token goes through: the likeliest of a softmax over all."""
+    expert_normalize: bool = True
+    """Whether their probabilities are made to add up to 1 (Mixtral)."""
+    shared_experts: int = 0
+    """Experts that all tokens go through besides (DeepSeek), as one MLP of width shared_experts * d_ff."""
+    expert_capacity: float = 0.0
+    """Most tokens of a row that one takes, relative to its even share; the rest pass it by (Switch). 0: no limit."""
     bias: bool = True
     """Whether projections and LayerNorm have biases."""
     qkv_bias: bool = False
@@ -127,6 +137,10 @@ class ModelConfig:
     """Whether one compiled block is scanned over the layers; False unrolls them: slower to compile, at times faster."""
     remat: Literal["none", "full", "dots", "save_attention"] = "none"
     """What the backward pass recomputes: nothing, blocks, all but matrix products, or all but these and attention."""
+    microbatches: int = 0
+    """Parts of a batch that flow through the stages of mesh.stage. 0: 4 a stage, or as many below as divide rows."""
+    pipeline_rounds: int = 1
+    """How often each part passes through all stages: more leave them less idle, but layers then move at each step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +296,10 @@ class TrainConfig:
     """Tokens whose logits exist at once on a device. 0: 512 on CPU, 8192 elsewhere."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser in the loss (PaLM uses 1e-4)."""
+    balance_loss: float = 0.01
+    """Weight of how unevenly tokens go to experts, 1 where evenly, in the loss (Switch, DeepSeek-V3: of each row)."""
+    router_z_loss: float = 0.0
+    """Weight of the squared log-normaliser of the experts' router in the loss (ST-MoE uses 1e-3)."""
     label_smoothing: float = 0.0
     """Probability spread evenly over the vocabulary in the targets."""
     ema: float = 0.0

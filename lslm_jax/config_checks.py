@@ -37,7 +37,8 @@ def projections(model: ModelConfig) -> list[str]:
     """Names of what `model.lora_targets` may name: the projections of a block."""
     parts = [f"attention.{name}" for name in "qkvo"]
     parts += [f"cross.{name}" for name in "qkvo"] if model.family == "encoder_decoder" else []
-    return [*parts, "mlp.up", *["mlp.gate"] * model.gated, "mlp.down"]
+    mlp = ["shared"] * (model.shared_experts > 0) if model.num_experts else ["mlp"]
+    return [*parts, *(f"{name}.{part}" for name in mlp for part in ("up", *["gate"] * model.gated, "down"))]
 
 
 def resolve_vocabulary(model: ModelConfig, tokens: int) -> ModelConfig:
@@ -77,12 +78,13 @@ _POSITIVE = (
     "model.relative_buckets model.relative_distance data.seq_len task.span_length task.stride task.max_answer "
     "data.shard_tokens tokenizer.vocab_size tokenizer.sample_bytes train.steps train.batch_size train.accumulate "
     "model.lora_alpha optimizer.learning_rate optimizer.eps checkpoint.every checkpoint.keep log.every "
-    "generate.max_tokens generate.repetition_penalty generate.beams"
+    "model.experts_per_token model.pipeline_rounds generate.max_tokens generate.repetition_penalty generate.beams"
 ).split()
 _NOT_NEGATIVE = (
     "seed model.num_kv_heads model.head_dim model.d_ff model.num_decoder_layers model.vocab_size model.num_labels "
     "model.token_types model.lora_rank model.window model.position_offset model.rope_local_theta model.attention_scale "
-    "model.attention_softcap model.logit_softcap data.source_len "
+    "model.attention_softcap model.logit_softcap model.num_experts model.shared_experts model.expert_capacity "
+    "model.microbatches data.source_len train.balance_loss train.router_z_loss "
     "data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss optimizer.warmup_steps "
     "optimizer.weight_decay optimizer.clip checkpoint.keep_every checkpoint.export_every eval.every eval.batches "
     "generate.temperature generate.top_k"
@@ -121,6 +123,7 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
     if full.attention == "cudnn" and full.dtype != "bfloat16":
         yield "model.attention=cudnn needs model.dtype=bfloat16"
     yield from _layer_problems(full)
+    yield from _expert_problems(full)
     if full.positions == "relative" and full.relative_buckets < 4:
         yield f"model.relative_buckets={full.relative_buckets} tells too little apart: use 4 or more"
     if full.positions == "relative" and 2 * full.relative_distance <= full.relative_buckets:
@@ -159,6 +162,17 @@ def _layer_problems(model: ModelConfig) -> Iterator[str]:
         yield f"model.position_offset={model.position_offset} needs model.positions=learned, not {model.positions}"
     if model.parallel and (model.norm_place != "before" or model.family == "encoder_decoder"):
         yield "model.parallel needs model.norm_place=before and a model without cross-attention"
+
+
+def _expert_problems(model: ModelConfig) -> Iterator[str]:
+    if 0 < model.num_experts < model.experts_per_token:
+        yield (
+            f"model.experts_per_token={model.experts_per_token} is more than model.num_experts={model.num_experts}: "
+            f"use at most {model.num_experts}"
+        )
+    for key in ("shared_experts", "expert_capacity"):
+        if getattr(model, key) and not model.num_experts:
+            yield f"model.{key}={getattr(model, key)} needs model.num_experts"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:

@@ -46,6 +46,7 @@ def problems(config: Config) -> Iterator[str]:
         ("model.num_kv_heads", model.num_kv_heads, "tensor"),
         ("model.d_ff", model.d_ff, "tensor"),
         ("model.d_model", model.d_model, "fsdp"),
+        ("model.num_experts", model.num_experts, "expert"),
         ("data.seq_len", config.data.seq_len, "context"),
         ("data.source_len", config.data.source_len, "context"),
     ]
@@ -53,6 +54,33 @@ def problems(config: Config) -> Iterator[str]:
         over = axes[axis] * slices(mesh)[axis]
         if over > 0 and size % over:
             yield f"{key}={size} is not divisible by mesh.{axis}={over}: use {multiples(size, over)}"
+    over, length = axes["context"] * slices(mesh)["context"], config.data.seq_len
+    if over > 1 and model.family != "encoder" and length % (2 * over):
+        yield (
+            f"data.seq_len={length} is not divisible by 2 * mesh.context={2 * over}, the chunks that balance causal "
+            f"attention: use {multiples(length, 2 * over)}"
+        )
+    yield from _stage_problems(config, axes["stage"] * slices(mesh)["stage"])
+
+
+def _stage_problems(config: Config, stages: int) -> Iterator[str]:
+    model, rounds, parts = config.model, config.model.pipeline_rounds, config.model.microbatches
+    if stages < 0:
+        yield "mesh.stage cannot be -1: say into how many stages the layers are split"
+    if stages <= 1 or rounds < 1:
+        return
+    if not model.scan_layers:
+        yield f"mesh.stage={stages} needs model.scan_layers=true"
+    groups = stages * rounds
+    named = f"mesh.stage={stages}" if rounds == 1 else f"mesh.stage * model.pipeline_rounds={groups}"
+    for key in ("num_layers", "num_decoder_layers"):
+        if (size := getattr(model, key)) % groups:
+            yield f"model.{key}={size} is not divisible by {named}: use {multiples(size, groups)}"
+    if rounds > 1 and parts % stages:
+        yield (
+            f"model.microbatches={parts} is not divisible by mesh.stage={stages}, as model.pipeline_rounds={rounds} "
+            f"needs: use {multiples(parts, stages)}"
+        )
 
 
 def multiples(size: int, divisor: int, times: int = 1) -> str:

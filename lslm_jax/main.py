@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     written.add_argument("--to", metavar="DIR", help="where to write it")
     types = ("float32", "bfloat16", "float16")
     written.add_argument("--adapter", action="store_true", help="write what LoRA trained alone, in PEFT's format")
-    written.add_argument("--dtype", choices=types, default="float32", help="of the weights in the files")
+    written.add_argument(
+        "--dtype", choices=types, help="of the weights: in the files, or as evaluate, generate hold them"
+    )
     taken = flags.add_argument_group("import")
     taken.add_argument("--check", action="store_true", help="compare it with transformers, layer by layer")
     taken.add_argument("--reference", metavar="FILE", help="compare it with what this safetensors file says")

@@ -7,7 +7,7 @@ them by `constrain`. To shard differently, change RULES, or `mesh.rules` of one 
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,12 +37,14 @@ RULES: Rules = {
     "types": (),
     "buckets": (),
     "labels": (),
+    "routes": (),
     "rank": (),
     "layers": ("stage",),
     # Activations only; "width" also for norms and biases.
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
-    "tokens": ("data", "fsdp", "expert", "context"),
+    "rows": ("data", "fsdp", "expert", "stage"),  # of the loss, which stages share
+    "tokens": ("data", "fsdp", "expert", "stage", "context"),
     "width": (),
     # Moments only: they need not be whole where parameters are.
     "moments": ("fsdp", "expert", "context", "data"),
@@ -104,6 +106,12 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         suggestion = multiples(step_rows, rows, config.train.accumulate)
         raise ConfigError(
             f"{part}={step_rows} is not divisible by {'*'.join(split)}={rows}: use train.batch_size={suggestion}"
+        )
+    parts = config.model.microbatches
+    if sizes["stage"] > 1 and parts and step_rows // rows % parts:
+        raise ConfigError(
+            f"model.microbatches={parts} does not divide the {step_rows // rows} rows of a device: "
+            f"use train.batch_size={multiples(step_rows, rows * parts, config.train.accumulate)}"
         )
     slow = tuple(slices(config.mesh).values())
     fast = tuple(size // many for size, many in zip(shape, slow, strict=True))
@@ -208,10 +216,64 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, resolve(axes, x.shape, mesh))
 
 
-def num_shards(axis: str) -> int:
-    """Into how many parts the mesh in use splits a logical axis; 1 without one."""
+def num_shards(axis: str, size: int | None = None, mesh: Any = None) -> int:
+    """Into how many parts a mesh, by default the one in use, splits a logical axis, or one of that size; else 1."""
+    mesh = mesh or jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    place = _rules.get()[axis]
+    return _size(place if size is None else _dividing(place, size, mesh), mesh)
+
+
+def axes_of(axis: str, size: int) -> tuple[str, ...]:
+    """The axes of the mesh in use that split a dimension of this logical axis and size; none without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else _size(_rules.get()[axis], mesh)
+    return () if mesh.empty else _dividing(_rules.get()[axis], size, mesh)
+
+
+def beside_weights(function: Callable[..., jax.Array], rows: Sequence[jax.Array], weights: Any) -> jax.Array:
+    """What `function(weights, *rows)` says in sum over the parts that weights are in, each on the devices that hold it.
+
+    Rows are brought to the weights: those that a device shares its parts with others for are gathered, and what they
+    add up to is scattered back. Of tokens that each go to k experts on other devices, all that is ever needed is one
+    copy there, and nothing is to be known of how many go where; shapes stay static, nothing is dropped, and it runs on
+    every kind of device. What it moves does not grow with k.
+
+    Args:
+      function: [B, T, ...] each to [B, T, D]; linear in the parts: with all weights it says the sum.
+      rows: split as "batch" and "length" are.
+      weights: nnx.Variables with their axes, of which "embed" is gathered before.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(weights, *rows)
+
+    def place(leaf: nnx.Variable) -> PartitionSpec:
+        x = leaf.get_value()
+        axes = leaf.get_metadata("axes")[-x.ndim :]  # one layer has no more "layers"
+        return resolve([None if name == "embed" else name for name in axes], x.shape, mesh)
+
+    specs = jax.tree.map(place, weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    row_specs = [resolve(("batch", "length", *[None] * (x.ndim - 2)), x.shape, mesh) for x in rows]
+    parted = _names(axis for spec in jax.tree.leaves(specs) for axis in spec)
+    shared = [(dim, name) for dim in (0, 1) for name in _names([row_specs[0][dim]]) if name in parted]
+
+    def shard(weights: Any, *rows: jax.Array) -> jax.Array:
+        for dim, name in reversed(shared):
+            rows = tuple(jax.lax.all_gather(x, name, axis=dim, tiled=True) for x in rows)
+        out = function(weights, *rows)
+        for dim, name in shared:
+            out = jax.lax.psum_scatter(out, name, scatter_dimension=dim, tiled=True)
+        return jax.lax.psum(out, [name for name in parted if name not in {name for _, name in shared}])
+
+    return jax.shard_map(shard, in_specs=(specs, *row_specs), out_specs=row_specs[0], check_vma=False)(weights, *rows)
+
+
+def _names(places: Iterable[str | tuple[str, ...] | None]) -> list[str]:
+    """Mesh axes that are named in parts of a PartitionSpec, each once."""
+    return list(
+        dict.fromkeys(name for place in places for name in ((place,) if isinstance(place, str) else place or ()))
+    )
 
 
 def shardings_of(tree: Any, mesh: Mesh, *, moments: bool = False) -> Any:

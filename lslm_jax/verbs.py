@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -41,8 +40,7 @@ def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     return _prepare(config, _data_dir(config, _workdir(flags)))
 
 
-def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:
-    """What the primary prepares; the other processes find it there."""
+def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:  # by the primary; the others find it there
     return distributed.primary_first("prepare", lambda: prepare_data(config, data_dir, say))
 
 
@@ -188,7 +186,7 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         to = epath.Path(flags.to).expanduser().absolute()
         if flags.adapter:
             return {"step": step} | write_adapter(to, model, config)
-        return {"step": step} | write_pretrained(to, model, _exporter(setting, flags.dtype), measured)
+        return {"step": step} | write_pretrained(to, model, _exporter(setting, flags.dtype or "float32"), measured)
 
 
 def _exporter(setting: Setting, dtype: str = "float32") -> Exporter:
@@ -230,7 +228,7 @@ def import_(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 def _mesh_without_batch(config: Config) -> Mesh:
     """The mesh of a command for which train.batch_size, and whether it divides over the devices, is nothing."""
-    return make_mesh(replace(config, train=replace(config.train, batch_size=len(jax.devices()), accumulate=1)))
+    return make_mesh(replace(config, train=replace(config.train, batch_size=0)))  # which all divide
 
 
 def _require_words(setting: Setting, data_dir: epath.Path) -> None:
@@ -300,9 +298,10 @@ def _setting(
 
 def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[Any, int]:
     """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step."""
+    abstract = abstract_model(config, mesh, None if flags.verb == "export" else flags.dtype)
     if flags.pretrained:
         source = pretrained.describe(flags.pretrained)
-        return pretrained.load(source, config.task.objective, abstract_model(config, mesh)).model, 0
+        return pretrained.load(source, config.task.objective, abstract).model, 0
     directory = _workdir(flags) / "checkpoints"
     if flags.step is not None:
         step = flags.step
@@ -314,4 +313,4 @@ def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[
         step = checkpoint.best_step(directory, config.checkpoint.best)
     else:
         step = checkpoint.latest_step(directory)
-    return checkpoint.load_model(directory, abstract_model(config, mesh), step), step
+    return checkpoint.load_model(directory, abstract, step), step

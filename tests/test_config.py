@@ -227,6 +227,18 @@ def test_a_missing_file_is_a_missing_input():
             "rotary positions need an even head width, got 63 (model.head_dim)",
         ),
         ("model.attention=cudnn", "model.attention=cudnn needs model.dtype=bfloat16"),
+        (
+            "model.num_experts=4 model.experts_per_token=5",
+            "model.experts_per_token=5 is more than model.num_experts=4: use at most 4",
+        ),
+        ("model.shared_experts=1", "model.shared_experts=1 needs model.num_experts"),
+        ("model.expert_capacity=1.5", "model.expert_capacity=1.5 needs model.num_experts"),
+        ("model.num_experts=6 mesh.expert=4", "model.num_experts=6 is not divisible by mesh.expert=4: use 4 or 8"),
+        (
+            "model.num_experts=4 model.lora_rank=8 model.lora_targets=mlp.up",
+            "model.lora_targets=mlp.up names no projection: "
+            "there are attention.q, attention.k, attention.v, attention.o",
+        ),
         ("data.files=", "data: source=files needs files"),
         ("data.source=tfds", "data: source=tfds needs tfds, the data set's name"),
         (
@@ -292,7 +304,23 @@ def test_a_missing_file_is_a_missing_input():
             "model.num_kv_heads=2 mesh.tensor=4",
             "model.num_kv_heads=2 is not divisible by mesh.tensor=4: use 4",
         ),
+        (
+            "data.seq_len=1004 mesh.context=4",
+            "data.seq_len=1004 is not divisible by 2 * mesh.context=8, the chunks that balance causal attention: use "
+            "1000 or 1008",
+        ),
         ("mesh.fsdp=5", "model.d_model=768 is not divisible by mesh.fsdp=5: use 765 or 770"),
+        ("mesh.stage=-1", "mesh.stage cannot be -1: say into how many stages the layers are split"),
+        ("mesh.stage=5", "model.num_layers=12 is not divisible by mesh.stage=5: use 10 or 15"),
+        (
+            "mesh.stage=4 model.pipeline_rounds=2",
+            "model.num_layers=12 is not divisible by mesh.stage * model.pipeline_rounds=8: use 8 or 16",
+        ),
+        ("mesh.stage=2 model.scan_layers=false", "mesh.stage=2 needs model.scan_layers=true"),
+        (
+            "mesh.stage=2 model.pipeline_rounds=2 model.microbatches=5",
+            "model.microbatches=5 is not divisible by mesh.stage=2, as model.pipeline_rounds=2 needs: use 4 or 6",
+        ),
     ],
 )
 def test_an_impossible_setting_is_one_line_that_names_its_keys(changes, message):

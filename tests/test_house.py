@@ -29,12 +29,13 @@ ROWS = [
         "train.step",
         "train.preemption",
         "train.manifest",
+        "train.lock",
     ],
-    ["evaluate", "train.preemption", "train.manifest"],
+    ["evaluate"],
     ["train.identity", "train.checkpoint", "train.begin", "train.exports", "train.loop", "plan"],
     ["respond", "adopt"],
     ["verbs"],
-    ["main"],
+    ["main", "supervise"],
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 

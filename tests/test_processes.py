@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CONFIG = """
 from lslm_jax.config import *
@@ -90,7 +90,7 @@ class Job:
     def end(self):
         """Exit codes, stdouts and stderrs."""
         try:
-            texts = [part.communicate(timeout=240) for part in self.parts]
+            texts = [part.communicate(timeout=400) for part in self.parts]
         finally:
             for part in self.parts:
                 part.kill()
@@ -153,7 +153,7 @@ def test_batches_hold_the_same_rows_for_any_number_of_processes(corpus, alone, t
 def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(corpus, alone, tmp_path):
     job = lslm(corpus, 2, tmp_path / "2", "--config.train.steps=2000")
     metrics = tmp_path / "2" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert time.monotonic() < deadline and job.parts[0].poll() is None
         time.sleep(0.05)

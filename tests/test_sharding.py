@@ -163,6 +163,17 @@ def test_a_mesh_that_cannot_work_is_refused_in_one_line(mesh, train, message):
     assert str(error.value) == message
 
 
+def test_the_rows_of_a_device_must_fall_into_equal_microbatches():
+    config = Config(
+        model=ModelConfig(microbatches=8), train=TrainConfig(batch_size=32, accumulate=2), mesh=MeshConfig(stage=2)
+    )
+    with pytest.raises(ConfigError) as error:
+        make_mesh(config)
+    message = "model.microbatches=8 does not divide the 4 rows of a device: use train.batch_size=64"
+    assert str(error.value) == message
+    make_mesh(replace(config, train=TrainConfig(batch_size=64, accumulate=2)))
+
+
 def test_constrain_and_num_shards_do_nothing_without_a_mesh():
     x = jnp.ones((8, 4))
     assert constrain(x, ("batch", "length")) is x

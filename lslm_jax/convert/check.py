@@ -197,7 +197,7 @@ def _states(stack: str, model: Any, tower: Any, rows: tuple[Any, Any, Any], sour
 def _read(layer: Any, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, source: Any) -> jax.Array:
     memory_BSD, segments_BS = source or (None, None)
     given = {"memory_BSD": memory_BSD, "source_segments_BS": segments_BS}
-    return layer.read(x_BTD, positions_BT, segments_BT, backend=attention.XLA, key=None, **given)
+    return layer.read(x_BTD, positions_BT, segments_BT, backend=attention.XLA, key=None, **given)[0]
 
 
 # Rows to compare on.

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lslm_jax.convert.family import LAYER, Family, Part, Setting
+from lslm_jax.convert.family import EXPERT, LAYER, Family, Part, Setting
 from lslm_jax.convert.settings import (
     activation,
     layers_without_rope,
@@ -110,6 +110,12 @@ _LLAMA_MODULES: dict[str, str | Part] = {
     "blocks.mlp.up": f"{_LLAMA_LAYER}.mlp.up_proj",
     "blocks.mlp.down": f"{_LLAMA_LAYER}.mlp.down_proj",
 }
+_MIXTRAL_MODULES = {name: place for name, place in _LLAMA_MODULES.items() if ".mlp." not in name} | {
+    "blocks.mlp.router": f"{_LLAMA_LAYER}.block_sparse_moe.gate",
+    "blocks.mlp.gate": f"{_LLAMA_LAYER}.block_sparse_moe.experts.{EXPERT}.w1",
+    "blocks.mlp.down": f"{_LLAMA_LAYER}.block_sparse_moe.experts.{EXPERT}.w2",
+    "blocks.mlp.up": f"{_LLAMA_LAYER}.block_sparse_moe.experts.{EXPERT}.w3",
+}
 _GEMMA_MODULES = _LLAMA_MODULES | {
     "blocks.attention_output_norm": f"{_LLAMA_LAYER}.post_attention_layernorm",
     "blocks.mlp_norm": f"{_LLAMA_LAYER}.pre_feedforward_layernorm",
@@ -183,6 +189,20 @@ _SOFTCAPS = Setting(
 _GELU = activation("hidden_activation", "gelu_pytorch_tanh")
 
 LLAMA = _like_llama("llama", "Llama", rope(10_000.0), demands=_NO_BIAS)
+MIXTRAL = _like_llama(
+    "mixtral",
+    "Mixtral",
+    rope(1_000_000.0),
+    window(),
+    modules=_MIXTRAL_MODULES,
+    length=131_072,
+    demands={"router_jitter_noise": 0.0},
+    fields={
+        "num_experts": ("num_local_experts", 8),
+        "experts_per_token": ("num_experts_per_tok", 2),
+        "norm_eps": ("rms_norm_eps", 1e-5),
+    },
+)
 MISTRAL = _like_llama("mistral", "Mistral", rope(10_000.0), window(), length=131_072, demands={})
 QWEN2 = _like_llama(
     "qwen2", "Qwen2", rope(10_000.0), used_window(), length=32_768, fixed={"qkv_bias": True}, demands={}

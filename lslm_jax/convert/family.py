@@ -16,8 +16,10 @@ from lslm_jax.models.presets import layer_types
 
 Settings = Mapping[str, Any]  # of a config.json
 LAYER = "{i}"  # stands for a layer's number in a name of theirs
+EXPERT = "{e}"  # and this for an expert's
 # Are chosen by whoever runs a model.
-RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "init", "lora_rank", "lora_alpha", "lora_targets")
+RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "microbatches", "pipeline_rounds", "init")
+RUN_KEYS += ("lora_rank", "lora_alpha", "lora_targets")
 _OF_A_RUN = {*RUN_KEYS, "dropout", "pool"}  # change how it is trained or run, not what it computes
 
 
@@ -52,7 +54,8 @@ class Family:
       model_type: as config.json names it.
       classes: by objective of ours, the class of transformers with that head.
       prefix: of the names in the body; a model saved without a head may lack it.
-      modules: names of the body, ours to theirs, without `.weight` and `.bias`; `blocks.` and LAYER for each layer.
+      modules: names of the body, ours to theirs, without `.weight` and `.bias`; `blocks.` and LAYER for each layer,
+        EXPERT for each expert.
       heads: the same of what only models for one objective have.
       ignored: patterns of names that hold nothing to learn: masks, tables of waves, copies of tied weights.
       stand_ins: by name of a tensor that may be missing, the one that is meant then.
@@ -146,6 +149,8 @@ def _normal(model: ModelConfig) -> ModelConfig:
         unused |= {name: getattr(blank, name) for name in ("head_activation", "head_norm")}
     if model.bias:
         unused["qkv_bias"] = False
+    if not model.num_experts:
+        unused |= {name: getattr(blank, name) for name in ("experts_per_token", "expert_normalize")}
     if model.attention_scale == model.head_dim**-0.5:
         unused["attention_scale"] = 0.0
     if "window" not in kinds:

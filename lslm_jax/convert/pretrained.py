@@ -23,6 +23,7 @@ FAMILIES = (
     decoders.GPT2,
     decoders.LLAMA,
     decoders.MISTRAL,
+    decoders.MIXTRAL,
     decoders.QWEN2,
     decoders.QWEN3,
     decoders.GEMMA2,

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.convert.family import LAYER, Family, Layout, Part, layout
+from lslm_jax.convert.family import EXPERT, LAYER, Family, Layout, Part, layout
 from lslm_jax.convert.safetensors import Source, Stored
 from lslm_jax.errors import ConfigError, DataError
 from lslm_jax.trees import flatten, unflatten
@@ -26,10 +26,10 @@ _VOCAB = ("embed", "head", "output_bias")  # have a row a token, and ours rows o
 
 
 class _Use(NamedTuple):
-    """Where a part of one of their tensors goes: to which parameter of ours, to which layer of it."""
+    """Where a part of one of their tensors goes: to which parameter of ours, to which layer, and expert, of it."""
 
     ours: str
-    layer: int | None
+    at: tuple[int, ...]
     index: int
     layout: Layout
 
@@ -122,7 +122,7 @@ def _read(
             _check(name, tensor, use, config)
     for name, tensor in sorted(present.items(), key=lambda item: (str(item[1].path), item[1].begin)):
         for use in uses[name]:
-            if use.ours not in arrays and use.layer is not None:
+            if use.ours not in arrays and use.at:
                 leaf = wanted[use.ours]
                 arrays[use.ours] = _blank(leaf.shape, leaf.dtype, leaf.sharding, use.ours)
         _take(tensor.read(), uses[name], wanted, arrays)  # and let go of it before the next is read
@@ -133,12 +133,12 @@ def _take(theirs: np.ndarray, uses: list[_Use], wanted: Mapping[str, Any], array
     """Puts one of their tensors into the arrays that it is a part of."""
     for use in uses:
         leaf, ours = wanted[use.ours], use.layout.ours(theirs, use.index)
-        if use.layer is None:
+        if not use.at:
             arrays[use.ours] = _place(ours, leaf.shape, leaf.dtype, leaf.sharding)
         else:
-            spec = PartitionSpec(*leaf.sharding.spec[1:])
-            one = _place(ours, leaf.shape[1:], leaf.dtype, NamedSharding(leaf.sharding.mesh, spec))
-            arrays[use.ours] = _put(arrays[use.ours], one, use.layer)
+            spec = PartitionSpec(*leaf.sharding.spec[len(use.at) :])
+            one = _place(ours, leaf.shape[len(use.at) :], leaf.dtype, NamedSharding(leaf.sharding.mesh, spec))
+            arrays[use.ours] = _put(arrays[use.ours], one, use.at)
     jax.block_until_ready([arrays[use.ours] for use in uses])  # or what waits for its turn would pile up
 
 
@@ -163,8 +163,9 @@ def _blank(shape: tuple[int, ...], dtype: Any, sharding: Any, name: str) -> jax.
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(whole: jax.Array, one: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(whole, one, layer, 0)
+def _put(whole: jax.Array, one: jax.Array, at: tuple[int, ...]) -> jax.Array:
+    start = (*at, *[0] * one.ndim)
+    return jax.lax.dynamic_update_slice(whole, one.reshape(*[1] * len(at), *one.shape), start)
 
 
 def sources(
@@ -194,25 +195,25 @@ def sources(
 
 def _fetch(arrays: Mapping[str, jax.Array], use: _Use, config: ModelConfig) -> np.ndarray:
     """One layer of a parameter, or all of it, on the host: with what an adapter adds, without rows of padding."""
-    found = fetch(arrays[use.ours], use.layer)[: config.vocab_size if use.ours in _VOCAB else None]
+    found = fetch(arrays[use.ours], *use.at)[: config.vocab_size if use.ours in _VOCAB else None]
     a, b = (f"{use.ours.removesuffix('.w')}.lora.{letter}" for letter in "ab")
     if a not in arrays:
         return found
     scale = config.lora_alpha / config.lora_rank
-    return found + scale * np.tensordot(fetch(arrays[a], use.layer), fetch(arrays[b], use.layer), 1)
+    return found + scale * np.tensordot(fetch(arrays[a], *use.at), fetch(arrays[b], *use.at), 1)
 
 
-def fetch(array: jax.Array, layer: int | None) -> np.ndarray:
-    """An array, or one layer of it, on the host; every process of a run over several hosts must take part."""
+def fetch(array: jax.Array, *at: int) -> np.ndarray:
+    """An array, or one layer, or expert, of it, on the host; every process of a run over several must take part."""
     sharding = array.sharding
     whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    return np.asarray(_gather(layer is not None, whole)(array, layer or 0).addressable_data(0))
+    return np.asarray(_gather(whole)(array, at).addressable_data(0))
 
 
 @functools.cache
-def _gather(is_layered: bool, whole: NamedSharding | None) -> Any:
+def _gather(whole: NamedSharding | None) -> Any:
     """Brings an array, or one layer of it, whole to every device: one program for all layers."""
-    return jax.jit(lambda array, layer: array[layer] if is_layered else array, out_shardings=whole)
+    return jax.jit(lambda array, at: array[at], out_shardings=whole)
 
 
 def _uses(
@@ -229,16 +230,18 @@ def _uses(
         if place is None:
             raise ConfigError(f"{family.model_type} has no place for {name}")
         theirs, index = (place.name, place.index) if isinstance(place, Part) else (place, 0)
-        is_layered = LAYER in theirs
-        shape = leaf.shape[1:] if is_layered else leaf.shape
+        axes = [key for key in (LAYER, EXPERT) if key in theirs]
+        shape = leaf.shape[len(axes) :]
         if name in _VOCAB:
             shape = (config.vocab_size, *shape[1:])
         form = layout(name, shape, place, transposed=family.transposed)
-        for i in range(leaf.shape[0]) if is_layered else [None]:
-            if i == 0 and not config.first_norm and module == "blocks.attention_norm":
+        for at in np.ndindex(leaf.shape[: len(axes)]):
+            if at == (0,) and not config.first_norm and module == "blocks.attention_norm":
                 continue
-            full = theirs.replace(LAYER, str(i)) + suffix
-            uses.setdefault(full.removeprefix(family.prefix) if bare else full, []).append(_Use(name, i, index, form))
+            full = theirs + suffix
+            for key, number in zip(axes, at, strict=True):
+                full = full.replace(key, str(number))
+            uses.setdefault(full.removeprefix(family.prefix) if bare else full, []).append(_Use(name, at, index, form))
     return uses
 
 

@@ -13,6 +13,7 @@ from lslm_jax.data.special import Special
 from lslm_jax.data.templates import Template
 from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
+from lslm_jax.sharding import num_shards
 
 
 class Report(NamedTuple):
@@ -77,6 +78,7 @@ def choose_backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend
         max_segments=max_segments,
         source_length=config.data.source_len,
         extra=attention.demands(config.model),
+        devices=num_shards("length", mesh=mesh),
     )
 
 

@@ -5,6 +5,7 @@ sequence (cross-attention). `choose` picks the fastest back end that does so for
 (segment 0) attend among themselves and are never read.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import kernels
-from lslm_jax.models.layers import softcap
+from lslm_jax.models import blockwise, context, kernels
+from lslm_jax.models.layers import near, softcap
 
 
 class KeyValues(NamedTuple):
@@ -37,6 +38,13 @@ class Backend(NamedTuple):
     name: str
     reason: str
     max_segments: int = 0
+
+
+class Distances(NamedTuple):
+    """A learnt number for each bucket of distances and each head, and the distance from which on all share one."""
+
+    table_NH: jax.Array
+    farthest: int
 
 
 XLA = Backend("xla", "the reference")
@@ -86,6 +94,7 @@ def choose(
     max_segments: int,
     source_length: int = 0,
     extra: Demands = PLAIN,
+    devices: int = 1,
 ) -> Backend:
     """Picks the kernel for training on rows of `length` tokens with up to `max_segments` documents each (0: unmasked).
 
@@ -95,14 +104,15 @@ def choose(
       compute_capability: of an NVIDIA GPU (9.0 is Hopper), 0 elsewhere.
       source_length: tokens of the row that an encoder-decoder's encoder reads, 0 where there is none.
       extra: from `demands`.
+      devices: over which the positions of a row are split.
 
     Raises:
       ConfigError: the named back end cannot compute this case correctly.
     """
     lengths = {"data.seq_len": length} | ({"data.source_len": source_length} if source_length else {})
     obstacles = {
-        "cudnn": _cudnn_obstacle(platform, compute_capability, dtype, head_dim, lengths, max_segments, extra),
-        "splash": _splash_obstacle(platform, head_dim, lengths, extra),
+        "cudnn": _cudnn_obstacle(platform, compute_capability, dtype, head_dim, lengths, max_segments, extra, devices),
+        "splash": _splash_obstacle(platform, head_dim, lengths, extra, devices),
         "xla": None,
     }
     if name == "auto":
@@ -123,6 +133,7 @@ def _cudnn_obstacle(
     lengths: dict[str, int],
     max_segments: int,
     extra: Demands,
+    devices: int,
 ) -> str | None:
     if platform != "gpu":
         return f"it needs an NVIDIA GPU, not {platform}"
@@ -140,15 +151,20 @@ def _cudnn_obstacle(
             return f"it needs an even {key}, not {length}"
     if extra.window:
         return f"its window looks back only, and model.window={extra.window} looks both ways here"
+    if devices > 1:
+        return f"it sees whole rows only, and mesh.context={devices} splits them"
     return _neither_can(extra)
 
 
-def _splash_obstacle(platform: str, head_dim: int, lengths: dict[str, int], extra: Demands) -> str | None:
+def _splash_obstacle(platform: str, head_dim: int, lengths: dict[str, int], extra: Demands, devices: int) -> str | None:
     if platform != "tpu":
         return f"it needs a TPU, not {platform}"
     for key, length in lengths.items():
-        if length % 128:
-            return f"it needs {key} to be a multiple of 128, not {length}"
+        looks_back = key == "data.seq_len" and (not extra.bidirectional or len(lengths) > 1)
+        multiple = 128 * devices * (2 if devices > 1 and looks_back else 1)  # such rows are folded
+        if length % multiple:
+            where = f" on mesh.context={devices}" if devices > 1 else ""
+            return f"it needs {key} to be a multiple of {multiple}{where}, not {length}"
     if head_dim % 64:
         return f"it needs a head width that is a multiple of 64, not {head_dim}"
     return _neither_can(extra)
@@ -178,6 +194,8 @@ def attend(
     scale: float = 0.0,
     cap: float = 0.0,
     everywhere: jax.Array | None = None,
+    distances: Distances | None = None,
+    folded: bool = False,
 ) -> jax.Array:
     """Attention within segments: [B, T, H, C].
 
@@ -194,19 +212,29 @@ def attend(
       scale: what the products are multiplied with. 0: 1 / sqrt(C).
       cap: the products are squashed into (-cap, cap). 0: they are not.
       everywhere: a boolean: whether this layer ignores the window.
+      distances: what bias_HTS is made of, in its place where the mesh splits rows: it would be too large.
+      folded: whether positions are, by `context.fold`.
     """
     if source_segments_BS is not None and segments_BT is None:
         segments_BT = jnp.ones(q_BTHC.shape[:2], source_segments_BS.dtype)
+    lengths = q_BTHC.shape[1], k_BSKC.shape[1]
+    is_split = context.is_split(*lengths)
+    if backend.name != "xla":
+        cannot = backend.name == "cudnn" and (is_split or (window and not causal))
+        if bias_HTS is not None or distances is not None or everywhere is not None or cap or cannot:
+            raise ConfigError(f"model.attention={backend.name} cannot compute this attention; use auto or xla")
     segments = segments_BT, source_segments_BS
-    if backend.name == "xla":
-        lengths = q_BTHC.shape[1], k_BSKC.shape[1]
+    if backend.name == "xla" and not is_split:
         mask_BTS = visible(*lengths, *segments, causal=causal, window=window, everywhere=everywhere)
         out_BTHC = attend_masked(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_HTS=bias_HTS, scale=scale, cap=cap)
         return checkpoint_name(out_BTHC, kernels.SAVED)
-    both_ways = backend.name == "cudnn" and window and not causal
-    if bias_HTS is not None or everywhere is not None or cap or both_ways:
-        raise ConfigError(f"model.attention={backend.name} cannot compute this attention; use auto or xla")
-    options = {"causal": causal, "window": window, "scale": scale or q_BTHC.shape[-1] ** -0.5}
+    scale = scale or q_BTHC.shape[-1] ** -0.5
+    if is_split:
+        table_NH, farthest = distances or (None, 0)
+        options = blockwise.Options(causal, window, cap, farthest)
+        attend_split = functools.partial(context.attend, backend.name, options, folded=folded)
+        return attend_split(q_BTHC * scale, k_BSKC, v_BSKC, *segments, everywhere=everywhere, table_NH=table_NH)
+    options = {"causal": causal, "window": window, "scale": scale}
     if backend.name == "cudnn":
         return kernels.cudnn(q_BTHC, k_BSKC, v_BSKC, *segments, **options, max_segments=backend.max_segments)
     return kernels.splash(q_BTHC, k_BSKC, v_BSKC, *segments, **options)
@@ -234,14 +262,6 @@ def visible(
     mask_BTS = near_TS[None] & (segments_BT[:, :, None] == source_segments_BS[:, None, :])
     # Padding of queries where there is none of keys sees all: a softmax over nothing would be NaN.
     return mask_BTS | ~jnp.any(mask_BTS, axis=-1, keepdims=True)
-
-
-def near(distance_TS: jax.Array, window: int, everywhere: jax.Array | bool | None) -> jax.Array:
-    """Which distances, of either sign, the window takes in; all where there is none or it is ignored."""
-    if not window:
-        return jnp.full(distance_TS.shape, True)
-    near_TS = jnp.abs(distance_TS) < window
-    return near_TS if everywhere is None else near_TS | everywhere
 
 
 def attend_masked(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,7 +12,17 @@ from flax import nnx
 from lslm_jax.config import ModelConfig
 from lslm_jax.models import lora
 from lslm_jax.models.attention import KeyValues
-from lslm_jax.models.layers import ACTIVATIONS, Linear, Norm, Rotation, dropout, rotate, weight_std
+from lslm_jax.models.experts import Experts, Routing
+from lslm_jax.models.layers import (
+    ACTIVATIONS,
+    Linear,
+    Norm,
+    Rotation,
+    dropout,
+    residual_std,
+    rotate,
+    weight_std,
+)
 from lslm_jax.sharding import constrain
 
 # Attends from queries to keys and values; also returns the cache it wrote to, or None. The model that owns the layers
@@ -19,12 +30,6 @@ from lslm_jax.sharding import constrain
 Attend = Callable[[jax.Array, jax.Array, jax.Array, KeyValues | None], tuple[jax.Array, KeyValues | None]]
 # The same from queries to keys and values of another sequence, which stay what they are.
 AttendSource = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def residual_std(config: ModelConfig, inputs: int, sublayers: int) -> float:
-    """Initial size of a projection into the residual stream, `sublayers` of which each layer adds (GPT-2)."""
-    std = weight_std(config, inputs)
-    return std / math.sqrt(sublayers * config.num_layers) if config.init == "residual" else std
 
 
 class Attention(nnx.Module):
@@ -117,7 +122,10 @@ class Block(nnx.Module):
         cross_key = jax.random.fold_in(attention_key, 1)
         self.cross = Attention(config, cross_key, sublayers=sublayers) if cross else None
         self.mlp_norm, self.mlp_output_norm = self._norms()
-        self.mlp = Mlp(config, mlp_key, sublayers=sublayers)
+        self.mlp = (Experts if config.num_experts else Mlp)(config, mlp_key, sublayers=sublayers)
+        always = replace(config, d_ff=config.shared_experts * config.d_ff)
+        shared_key = jax.random.fold_in(mlp_key, 1)
+        self.shared = Mlp(always, shared_key, sublayers=sublayers) if config.shared_experts else None
         if config.lora_rank:
             lora.adapt(self, config, jax.random.fold_in(key, 1))
 
@@ -131,9 +139,11 @@ class Block(nnx.Module):
         is_first: jax.Array | bool | None = None,
         source: Any = None,
         attend_source: Any = None,
+        real_BT: jax.Array | None = None,
+        capacity: float = 0.0,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KeyValues | None]:
-        """One layer: [B, T, D] to [B, T, D].
+    ) -> tuple[jax.Array, KeyValues | None, Routing | None]:
+        """One layer: [B, T, D] to [B, T, D], the cache, and how tokens were sent to experts, where there are any.
 
         Args:
           x_BTD: the residual stream.
@@ -143,6 +153,8 @@ class Block(nnx.Module):
           is_first: whether attention reads x as it is. None: no.
           source: what the encoder says, [B, S, D], or the KeyValues that `cross.keys_values` makes of that.
           attend_source: AttendSource, attention to it.
+          real_BT: which tokens are not padding, for experts. None: all.
+          capacity: of an expert.
           key: this layer's dropout key, or None.
         """
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 2 if self.cross is None else 3))
@@ -156,9 +168,16 @@ class Block(nnx.Module):
             seen = source if isinstance(source, KeyValues) else self.cross.keys_values(source)
             out_BTD = self.cross.cross(self._read(x_BTD, self.cross_norm), seen, attend_source)
             x_BTD = self._add(x_BTD, out_BTD, self.cross_norm, self.cross_output_norm, keys[2])
-        out_BTD = self.mlp(self._read(before_BTD if self.config.parallel else x_BTD, self.mlp_norm))
+        read_BTD = self._read(before_BTD if self.config.parallel else x_BTD, self.mlp_norm)
+        out_BTD, routing = self._mlp(read_BTD, real_BT, capacity)
         x_BTD = self._add(x_BTD, out_BTD, self.mlp_norm, self.mlp_output_norm, keys[1])
-        return constrain(x_BTD, ("batch", "length", "width")), cache
+        return constrain(x_BTD, ("batch", "length", "width")), cache, routing
+
+    def _mlp(self, x_BTD: jax.Array, real_BT: jax.Array | None, capacity: float) -> tuple[jax.Array, Routing | None]:
+        if isinstance(self.mlp, Mlp):
+            return self.mlp(x_BTD), None
+        out_BTD, routing = self.mlp(x_BTD, real_BT, capacity)
+        return out_BTD if self.shared is None else out_BTD + self.shared(x_BTD), routing
 
     def _norms(self) -> tuple[Norm, Norm | None]:
         """A sub-layer's norm, and a second one where both what it reads and what it says are normalised."""

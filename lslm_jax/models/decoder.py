@@ -10,6 +10,7 @@ from lslm_jax.config import ModelConfig
 from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.embedding import Embedding, places
+from lslm_jax.models.experts import Routing
 from lslm_jax.models.tower import Tower
 
 
@@ -40,15 +41,19 @@ class Decoder(Embedding, Tower):
           backend: attention kernel, from `attention.choose`.
           key: dropout key. None: no dropout.
         """
-        embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
-        positions_BT = places(tokens_BT, positions_BT)
-        x_BTD = self.look_up(tokens_BT, positions_BT, key=embed_key)
-        return self.finish(self.read(x_BTD, positions_BT, segments_BT, backend=backend, key=layer_key))
+        batch = Batch(tokens_BT, None, None, positions_BT, segments_BT)
+        return self.features(batch, backend=backend, key=key)
 
-    def features(self, batch: Batch, *, backend: Backend, key: jax.Array | None = None) -> jax.Array:
-        """What the output layer reads for each target of a batch, [B, P, D]."""
-        x_BTD = self(batch.tokens_BT, batch.positions_BT, batch.segments_BT, backend=backend, key=key)
-        return x_BTD if batch.places_BP is None else jnp.take_along_axis(x_BTD, batch.places_BP[:, :, None], axis=1)
+    def features_and_routing(
+        self, batch: Batch, *, backend: Backend, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
+        embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
+        positions_BT = places(batch.tokens_BT, batch.positions_BT)
+        x_BTD = self.look_up(batch.tokens_BT, positions_BT, key=embed_key)
+        x_BTD, routing = self.read(x_BTD, positions_BT, batch.segments_BT, backend=backend, key=layer_key)
+        if batch.places_BP is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, batch.places_BP[:, :, None], axis=1)
+        return self.finish(x_BTD), routing
 
     def with_cache(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Any, index: jax.Array, mask_BTS: jax.Array

@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lslm_jax.batch import Batch
 from lslm_jax.config import ModelConfig
+from lslm_jax.models.attention import Backend
+from lslm_jax.models.experts import Routing
 from lslm_jax.models.layers import INIT_STD, Norm, constant, dropout, normal, sinusoids, softcap
 from lslm_jax.sharding import constrain
 
@@ -69,6 +72,16 @@ class Embedding(nnx.Module):
                 x_BTD = self.embed_norm(x_BTD)
             x_BTD = constrain(x_BTD.astype(config.dtype), ("batch", "length", "width"))
             return dropout(x_BTD, config.dropout, key)
+
+    def features(self, batch: Batch, *, backend: Backend, key: jax.Array | None = None) -> jax.Array:
+        """What the output layer reads for each target of a batch, [B, P, D]."""
+        return self.features_and_routing(batch, backend=backend, key=key)[0]
+
+    def features_and_routing(
+        self, batch: Batch, *, backend: Backend, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
+        """The same, and how each layer, of the encoder first, sent tokens to experts, where there are any."""
+        raise NotImplementedError
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """The final hidden state as the output layer reads it."""

@@ -1,5 +1,7 @@
 """The encoder-only Transformer: BERT, RoBERTa and their modern kin are configs of it."""
 
+from typing import Any
+
 import jax
 
 from lslm_jax.batch import Batch
@@ -7,6 +9,7 @@ from lslm_jax.config import ModelConfig
 from lslm_jax.models import attention, heads
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.embedding import Embedding, places
+from lslm_jax.models.experts import Routing
 from lslm_jax.models.tower import Tower
 
 
@@ -40,23 +43,24 @@ class Encoder(Embedding, Tower):
           backend: attention kernel, from `attention.choose`.
           key: dropout key. None: no dropout.
         """
+        return self._read(tokens_BT, positions_BT, segments_BT, types_BT, backend, key)[0]
+
+    def _read(
+        self, tokens_BT: Any, positions_BT: Any, segments_BT: Any, types_BT: Any, backend: Backend, key: Any
+    ) -> tuple[jax.Array, Routing | None]:
         embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
         positions_BT = places(tokens_BT, positions_BT)
         x_BTD = self.look_up(tokens_BT, positions_BT, types_BT, embed_key)
         return self.read(x_BTD, positions_BT, segments_BT, backend=backend, key=layer_key)
 
-    def features(self, batch: Batch, *, backend: Backend, key: jax.Array | None = None) -> jax.Array:
-        """What the output layer reads for each target of a batch, [B, P, D]."""
+    def features_and_routing(
+        self, batch: Batch, *, backend: Backend, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
         body_key, top_key = (None, None) if key is None else jax.random.split(key)
-        x_BTD = self(
-            batch.tokens_BT,
-            batch.positions_BT,
-            batch.segments_BT,
-            batch.types_BT,
-            backend=backend,
-            key=body_key,
+        x_BTD, routing = self._read(
+            batch.tokens_BT, batch.positions_BT, batch.segments_BT, batch.types_BT, backend, body_key
         )
-        return self.finish(self.top(x_BTD, batch, top_key))
+        return self.finish(self.top(x_BTD, batch, top_key)), routing
 
     def output(self) -> tuple[jax.Array, jax.Array | None]:
         """The output layer: weights [V, D] and bias [V] or None, float32; V are tokens or the labels of a head."""

@@ -6,10 +6,12 @@ returns has no gradient.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lslm_jax.sharding import resolve
 
@@ -39,6 +41,28 @@ def cudnn(
 
     `source_segments_BS` are those of the keys; None where segments_BT are theirs as well. A window is causal.
     """
+    run = functools.partial(_cudnn, causal=causal, window=window, scale=scale, max_segments=max_segments)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.manual_axes:  # a stage of a pipeline, where the compiler cannot split this call
+        place = lambda x, *names: resolve(("batch", None, *names), x.shape, mesh)
+        q_spec, kv_spec = place(q_BTHC, "heads", "head_dim"), place(k_BSKC, "kv_heads", "head_dim")
+        specs = (q_spec, kv_spec, kv_spec, *[resolve(("batch",), q_BTHC.shape[:1], mesh)] * 2)
+        run = jax.shard_map(run, in_specs=specs, out_specs=q_spec, check_vma=False)
+    return run(q_BTHC, k_BSKC, v_BSKC, segments_BT, source_segments_BS)
+
+
+def _cudnn(
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    segments_BT: jax.Array | None,
+    source_segments_BS: jax.Array | None,
+    *,
+    causal: bool,
+    window: int,
+    scale: float,
+    max_segments: int,
+) -> jax.Array:
     # The public jax.nn.dot_product_attention has no offsets, without which cuDNN cannot tell packed documents apart.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
@@ -144,23 +168,40 @@ def splash(
     if segments_BT is not None:
         segments = (segments_BT, segments_BT if source_segments_BS is None else source_segments_BS)
     specs = (q_spec, kv_spec, kv_spec, *[resolve(("batch", "length"))] * len(segments))
-    run = functools.partial(_splash_shard, causal=causal, window=window)
+
+    def run(q_BTHC, k_BSKC, v_BSKC, *segments):
+        kernel = splash_kernel(q_BTHC.shape[1], k_BSKC.shape[1], causal, window)
+        return run_splash(kernel, q_BTHC, k_BSKC, v_BSKC, segments)
+
     sharded = jax.shard_map(run, in_specs=specs, out_specs=q_spec, check_vma=False)
     return sharded(q_BTHC * scale, k_BSKC, v_BSKC, *segments)
 
 
-def _splash_shard(
-    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, *segments: jax.Array, causal: bool, window: int
-) -> jax.Array:
+def splash_kernel(
+    length: int, source_length: int, causal: bool, window: int, devices: int = 1, places_T: np.ndarray | None = None
+) -> Any:
+    """The kernel of one mask, the same for all heads.
+
+    Args:
+      length: of queries, T.
+      source_length: of keys, S.
+      causal: whether a query sees only what is before it.
+      window: how far it sees, 0: all the way.
+      devices: over which queries are split, in one stretch or two each.
+      places_T: the place of each query in the row, where it sees not all. None: 0..T-1.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    T, H, S = q_BTHC.shape[1], q_BTHC.shape[2], k_BSKC.shape[1]
+    shape = length, source_length
+    mask: Any
     if window:
-        one = masks.LocalMask((T, S), (window - 1, 0 if causal else window - 1), 0)
+        mask = masks.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
     else:
-        one = masks.CausalMask((T, S)) if causal else masks.FullMask((T, S))
-    block, source_block = math.gcd(T, 512), math.gcd(S, 512)
+        mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
+    if places_T is not None:
+        mask.q_sequence = places_T
+    block, source_block = math.gcd(length // (2 * devices if devices > 1 else 1), 512), math.gcd(source_length, 512)
     sizes = kernels.BlockSizes(
         block_q=block,
         block_kv=source_block,
@@ -170,13 +211,21 @@ def _splash_shard(
         block_kv_dkv_compute=source_block,
         use_fused_bwd_kernel=True,
     )
-    kernel = kernels.make_splash_mha(
-        mask=masks.MultiHeadMask([one] * H),
+    return kernels.make_splash_mha(
+        mask=masks.MultiHeadMask([mask]),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=devices,
         block_sizes=sizes,
         residual_checkpoint_name=SAVED,
     )
+
+
+def run_splash(
+    kernel: Any, q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, segments: Sequence[jax.Array]
+) -> jax.Array:
+    """What the kernel says of one device's rows and heads: [B, T, H, C]. Segments of queries and keys, or none."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHC, k_BSKC, v_BSKC))
     out_BHTC: Any
     if segments:

@@ -38,6 +38,12 @@ def weight_std(config: ModelConfig, inputs: int) -> float:
     return inputs**-0.5 if config.init == "fan_in" else INIT_STD
 
 
+def residual_std(config: ModelConfig, inputs: int, sublayers: int) -> float:
+    """Initial size of a projection into the residual stream, `sublayers` of which each layer adds (GPT-2)."""
+    std = weight_std(config, inputs)
+    return std / math.sqrt(sublayers * config.num_layers) if config.init == "residual" else std
+
+
 class Linear(nnx.Module):
     """y = x w + b, from the last axes of x to new ones: D -> (H, C) and (H, C) -> D as well as D -> F."""
 
@@ -204,6 +210,14 @@ def relative_bias(
     )
     moved_HN = rows_HTN.reshape(bias_HN.shape[0], -1)[:, : length * after_N.size]
     return moved_HN.reshape(-1, length, after_N.size)[:, :, length - 1 :]
+
+
+def near(distance_TS: jax.Array, window: int, everywhere: jax.Array | bool | None) -> jax.Array:
+    """Which distances, of either sign, the window takes in; all where there is none or it is ignored."""
+    if not window:
+        return jnp.full(distance_TS.shape, True)
+    near_TS = jnp.abs(distance_TS) < window
+    return near_TS if everywhere is None else near_TS | everywhere
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

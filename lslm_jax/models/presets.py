@@ -48,6 +48,20 @@ llama_8b = replace(
 )
 """Llama 3, 8B parameters."""
 
+mixtral_8x7b = replace(
+    LLAMA,
+    num_layers=32,
+    d_model=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    d_ff=14_336,
+    num_experts=8,
+    vocab_size=32_000,
+    max_length=32_768,
+    rope_theta=1e6,
+)
+"""Mixtral 8x7B, 46.7B parameters, of which a token meets 12.9B (Jiang et al. 2024)."""
+
 BERT = ModelConfig(
     family="encoder",
     norm_place="after",
@@ -169,7 +183,7 @@ def flops_per_token(
     """Floating-point operations of one training step per token of its rows, forward and backward.
 
     The rows are those of `tokens_BT`: of an encoder-decoder, targets; what their sources take is spread over them.
-    Padding counts as any token.
+    Padding counts as any token, and of experts count those that one goes through.
 
     Counted from the structure: each weight of a matrix product is multiplied and added once forward and twice
     backward (6 a weight); attention multiplies queries with keys and weights with values over the tokens a query sees,
@@ -205,6 +219,8 @@ def _tower(config: ModelConfig, num_layers: int, length: int, *, causal: bool) -
     D, F, C = config.d_model, config.d_ff, config.head_dim
     projections = D * C * (2 * config.num_heads + 2 * config.num_kv_heads)
     mlp = D * F * (3 if config.gated else 2)
+    if config.num_experts:
+        mlp = (config.experts_per_token + config.shared_experts) * mlp + D * config.num_experts
     windows = [config.window if kind == "window" else 0 for kind in layer_types(config, num_layers)]
     seen = sum(keys_seen(length, window, causal) for window in windows)
     return num_layers * (projections + mlp) + 2 * config.num_heads * C * seen

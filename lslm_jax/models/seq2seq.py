@@ -5,11 +5,13 @@ from dataclasses import replace
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 
 from lslm_jax.batch import Array, Batch
 from lslm_jax.config import ModelConfig
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.embedding import Embedding, places
+from lslm_jax.models.experts import Routing
 from lslm_jax.models.layers import dropout
 from lslm_jax.models.tower import Tower
 
@@ -28,14 +30,15 @@ class Seq2Seq(Embedding):
         decoder = replace(config, num_layers=config.num_decoder_layers)
         self.decoder = Tower(decoder, keys[3], causal=True, cross=True)
 
-    def features(self, batch: Batch, *, backend: Backend, key: jax.Array | None = None) -> jax.Array:
-        """What the output layer reads for each target of a batch, [B, T, D]."""
+    def features_and_routing(
+        self, batch: Batch, *, backend: Backend, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
         encoder_key, *keys = [None] * 4 if key is None else jax.random.split(key, 4)
-        memory_BSD = self.encode(
-            batch.source_BS, batch.source_positions_BS, batch.source_segments_BS, backend=backend, key=encoder_key
+        memory_BSD, source_routing = self._encode(
+            batch.source_BS, batch.source_positions_BS, batch.source_segments_BS, backend, encoder_key
         )
         positions_BT = places(batch.tokens_BT, batch.positions_BT)
-        x_BTD = self.decoder.read(
+        x_BTD, routing = self.decoder.read(
             self.look_up(batch.tokens_BT, positions_BT, key=keys[0]),
             positions_BT,
             batch.segments_BT,
@@ -44,7 +47,8 @@ class Seq2Seq(Embedding):
             memory_BSD=memory_BSD,
             source_segments_BS=batch.source_segments_BS,
         )
-        return self.finish(self._dropped(x_BTD, keys[2]))
+        both = jax.tree.map(lambda *parts: jnp.concatenate(parts), source_routing, routing)
+        return self.finish(self._dropped(x_BTD, keys[2])), both
 
     def encode(
         self,
@@ -56,10 +60,16 @@ class Seq2Seq(Embedding):
         key: jax.Array | None = None,
     ) -> jax.Array:
         """What the encoder says of a source, [B, S, D]. Arguments as those of `Tower.read`; positions None: 0..S-1."""
+        return self._encode(source_BS, positions_BS, segments_BS, backend, key)[0]
+
+    def _encode(
+        self, source_BS: Array, positions_BS: Any, segments_BS: Any, backend: Backend, key: Any
+    ) -> tuple[jax.Array, Routing | None]:
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         positions_BS = places(source_BS, positions_BS)
         x_BSD = self.look_up(source_BS, positions_BS, key=keys[0])
-        return self._dropped(self.encoder.read(x_BSD, positions_BS, segments_BS, backend=backend, key=keys[1]), keys[2])
+        x_BSD, routing = self.encoder.read(x_BSD, positions_BS, segments_BS, backend=backend, key=keys[1])
+        return self._dropped(x_BSD, keys[2]), routing
 
     def cross(self, memory_BSD: jax.Array) -> Any:
         """Keys and values of what the encoder says: KeyValues [L, B, S, K, C]; of an `unstacked` model a list of L."""

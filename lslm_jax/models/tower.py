@@ -3,18 +3,28 @@
 import copy
 import functools
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.models import attention, stack
-from lslm_jax.models.attention import Backend, KeyValues
-from lslm_jax.models.block import AttendSource, Block
-from lslm_jax.models.layers import INIT_STD, Norm, Rotation, normal, relative_bias, rotary_frequencies, rotation
+from lslm_jax.models import attention, context, experts, pipeline, stack
+from lslm_jax.models.attention import Backend, Distances, KeyValues
+from lslm_jax.models.block import Block
+from lslm_jax.models.experts import Routing
+from lslm_jax.models.layers import INIT_STD, Norm, near, normal, relative_bias, rotary_frequencies, rotation
 from lslm_jax.models.presets import layer_types
+
+
+class Rows(NamedTuple):
+    """What a stack is told of the rows that it reads, besides x; see `Tower.read`."""
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None = None
+    memory_BSD: jax.Array | None = None
+    source_segments_BS: jax.Array | None = None
 
 
 class Tower(nnx.Module):
@@ -44,8 +54,8 @@ class Tower(nnx.Module):
         key: jax.Array | None,
         memory_BSD: jax.Array | None = None,
         source_segments_BS: jax.Array | None = None,
-    ) -> jax.Array:
-        """Reads whole rows: [B, T, D] to [B, T, D].
+    ) -> tuple[jax.Array, Routing | None]:
+        """Reads whole rows: [B, T, D] to [B, T, D]; and how each layer sent tokens to experts, where there are any.
 
         Args:
           x_BTD: from an embedding.
@@ -58,28 +68,44 @@ class Tower(nnx.Module):
         """
         config = self.config
         length = x_BTD.shape[1]
-        bias_HTS = self._bias(length, length, 0)
+        is_split = context.is_split(length)
+        bias_HTS = None if is_split else self._bias(length, length, 0)
+        table_NH = None if self.distances is None or not is_split else self.distances.get_value()
+        # Dropout draws for places as they lie, and experts that get full take tokens in their order: fold for neither.
+        in_order = config.expert_capacity or (config.dropout and key is not None)
+        folded = self.causal and context.can_fold(length) and not in_order
+        if folded:
+            x_BTD, positions_BT, segments_BT = jax.tree.map(context.fold, (x_BTD, positions_BT, segments_BT))
         attend_any = functools.partial(
             attention.attend, scale=config.attention_scale, cap=config.attention_softcap, backend=backend
         )
 
-        def attend(q_BTHC, k_BTKC, v_BTKC, cache, everywhere):
-            out_BTHC = attend_any(
-                q_BTHC,
-                k_BTKC,
-                v_BTKC,
-                segments_BT=segments_BT,
-                window=config.window,
-                causal=self.causal,
-                bias_HTS=bias_HTS,
-                everywhere=everywhere,
-            )
-            return out_BTHC, cache
+        def attending(rows, shared):
+            bias_HTS, table_NH = shared
+            distances = None if table_NH is None else Distances(table_NH, config.relative_distance)
 
-        attend_source = functools.partial(
-            attend_any, segments_BT=segments_BT, source_segments_BS=source_segments_BS, window=0, causal=False
-        )
-        return self._run(x_BTD, positions_BT, attend, attend_source, memory_BSD=memory_BSD, key=key)[0]
+            def attend(q_BTHC, k_BTKC, v_BTKC, cache, everywhere):
+                out_BTHC = attend_any(
+                    q_BTHC,
+                    k_BTKC,
+                    v_BTKC,
+                    segments_BT=rows.segments_BT,
+                    window=config.window,
+                    causal=self.causal,
+                    bias_HTS=bias_HTS,
+                    everywhere=everywhere,
+                    distances=distances,
+                    folded=folded,
+                )
+                return out_BTHC, cache
+
+            segments = {"segments_BT": rows.segments_BT, "source_segments_BS": rows.source_segments_BS}
+            return attend, functools.partial(attend_any, **segments, window=0, causal=False)
+
+        rows = Rows(positions_BT, segments_BT, memory_BSD, source_segments_BS)
+        capacity = config.expert_capacity
+        x_BTD, _, routing = self._run(x_BTD, rows, attending, (bias_HTS, table_NH), capacity=capacity, key=key)
+        return context.unfold(x_BTD) if folded else x_BTD, routing
 
     def extend(
         self,
@@ -105,12 +131,12 @@ class Tower(nnx.Module):
         def attend(q_BTHC, k_BTKC, v_BTKC, cache, everywhere):
             k_BSKC = jax.lax.dynamic_update_slice_in_dim(cache.k_BSKC, k_BTKC, index, axis=1)
             v_BSKC = jax.lax.dynamic_update_slice_in_dim(cache.v_BSKC, v_BTKC, index, axis=1)
-            near_TS = attention.near(slots_T[:, None] - slots_S[None, :], config.window, everywhere)
+            near_TS = near(slots_T[:, None] - slots_S[None, :], config.window, everywhere)
             seen_BTS = mask_BTS & near_TS[None]
             return attend_any(q_BTHC, k_BSKC, v_BSKC, seen_BTS, bias_HTS=bias_HTS), KeyValues(k_BSKC, v_BSKC)
 
-        attend_source = functools.partial(attend_any, mask_BTS=cross_mask_BTS)
-        return self._run(x_BTD, positions_BT, attend, attend_source, caches=cache, cross=cross)
+        attend_both = attend, functools.partial(attend_any, mask_BTS=cross_mask_BTS)
+        return self._run(x_BTD, Rows(positions_BT), lambda *_: attend_both, None, caches=cache, cross=cross)[:2]
 
     def keys_values(self, memory_BSD: jax.Array) -> Any:
         """Every layer's cross-attention keys and values of what the encoder says, as `extend` takes them."""
@@ -139,66 +165,86 @@ class Tower(nnx.Module):
             self.distances.get_value(), length, source_length, start, causal=self.causal, farthest=farthest
         )
 
-    def _layers(self, positions_BT: jax.Array) -> tuple[Rotation | None, Any, Any, Any]:
-        """Rotations of all kinds of layers, [N, B, T, C]; and, where layers differ, what tells them apart.
+    def _kinds(self) -> dict[str, Any]:
+        """How far each kind of layer turns a token, in radians; empty without rotary positions."""
+        config = self.config
+        kinds = layer_types(config, config.num_layers) if config.positions == "rotary" else ()
+        return {kind: rotary_frequencies(config, kind) for kind in kinds}
 
-        Returns:
-          The rotations, or None. Of each layer: whether it ignores the window, which rotation is its own, whether it
-          is the first; each None where that is no question.
+    def _differences(self) -> tuple[Any, Any, Any]:
+        """Of each layer: whether it ignores the window, which of `_kinds` it is, whether it is the first.
+
+        Each is None where that is no question.
         """
         config = self.config
         kinds = layer_types(config, config.num_layers)
+        spread = functools.partial(stack.spread, self.blocks)
         mixed = config.window and set(kinds) - {"window"}
-        everywhere = stack.spread(self.blocks, [kind != "window" for kind in kinds]) if mixed else None
-        is_first = None if config.first_norm else stack.spread(self.blocks, [i == 0 for i in range(len(kinds))])
-        if config.positions != "rotary":
-            return None, everywhere, None, is_first
-        frequencies = {kind: rotary_frequencies(config, kind) for kind in kinds}
-        rotations = [rotation(positions_BT, frequency_C) for frequency_C in frequencies.values()]
-        which = stack.spread(self.blocks, [list(frequencies).index(kind) for kind in kinds])
-        return (
-            jax.tree.map(lambda *each: jnp.stack(each), *rotations),
-            everywhere,
-            which if len(rotations) > 1 else None,
-            is_first,
-        )
+        everywhere = spread([kind != "window" for kind in kinds]) if mixed else None
+        is_first = None if config.first_norm else spread([i == 0 for i in range(len(kinds))])
+        turns = list(self._kinds())
+        return everywhere, spread([turns.index(kind) for kind in kinds]) if len(turns) > 1 else None, is_first
 
     def _run(
         self,
         x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        attend: Any,
-        attend_source: AttendSource,
+        rows: Rows,
+        attending: Any,
+        shared: Any,
         *,
         caches: Any = None,
         cross: Any = None,
-        memory_BSD: jax.Array | None = None,
+        capacity: float = 0.0,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Any, Routing | None]:
+        """Runs the layers; `attending` makes Attend and AttendSource of rows and what all of them share."""
         config = self.config
-        rotations, *differences = self._layers(positions_BT)
 
-        def apply(block, x_BTD, given, key):
-            cache, source, everywhere, rotary, is_first = given
-            return block(
-                x_BTD,
-                jax.tree.map(lambda each: each[0 if rotary is None else rotary], rotations),
-                functools.partial(attend, everywhere=everywhere),
-                cache=cache,
-                is_first=is_first,
-                source=memory_BSD if source is None else source,
-                attend_source=attend_source,
-                key=key,
-            )
+        def reading(rows, shared):
+            attend, attend_source = attending(rows, shared)
+            rotations = [rotation(rows.positions_BT, frequency_C) for frequency_C in self._kinds().values()]
+            rotations = jax.tree.map(lambda *each: jnp.stack(each), *rotations) if rotations else None
 
+            def apply(block, x_BTD, given, key):
+                cache, source, everywhere, rotary, is_first = given
+                x_BTD, cache, routing = block(
+                    x_BTD,
+                    jax.tree.map(lambda each: each[0 if rotary is None else rotary], rotations),
+                    functools.partial(attend, everywhere=everywhere),
+                    cache=cache,
+                    is_first=is_first,
+                    source=rows.memory_BSD if source is None else source,
+                    attend_source=attend_source,
+                    real_BT=None if rows.segments_BT is None else rows.segments_BT > 0,
+                    capacity=capacity,
+                    key=key,
+                )
+                return x_BTD, (cache, routing)
+
+            return apply
+
+        beside = stack.beside(self.blocks, caches, cross, *self._differences())
+        keys = None if key is None or not config.dropout else jax.random.split(key, config.num_layers)
         with jax.named_scope("blocks"):
-            x_BTD, caches = stack.run(
-                self.blocks,
-                x_BTD,
-                apply,
-                caches=stack.beside(self.blocks, caches, cross, *differences),
-                keys=None if key is None or not config.dropout else jax.random.split(key, config.num_layers),
-                remat=config.remat,
-                scan=config.scan_layers,
-            )
-        return x_BTD if self.norm is None else self.norm(x_BTD), caches
+            if caches is None and pipeline.splits(config.num_layers, config.pipeline_rounds):
+                x_BTD, (caches, routing) = pipeline.run(
+                    self.blocks,
+                    x_BTD,
+                    reading,
+                    rows,
+                    shared,
+                    beside=beside,
+                    keys=keys,
+                    remat=config.remat,
+                    parts=config.microbatches,
+                    rounds=config.pipeline_rounds,
+                )
+                routing = routing and experts.of_parts(routing)
+            else:
+                apply = reading(rows, shared)
+                x_BTD, kept = stack.run(
+                    self.blocks, x_BTD, apply, caches=beside, keys=keys, remat=config.remat, scan=config.scan_layers
+                )
+                both: Any = map(list, zip(*kept, strict=True)) if isinstance(kept, list) else kept
+                caches, routing = both
+        return x_BTD if self.norm is None else self.norm(x_BTD), caches, routing

@@ -100,16 +100,17 @@ class Checkpoints:
           CheckpointRefused: the other run had another tokenizer, or its body another shape.
         """
         directory = epath.Path(source).resolve() / str(latest_step(source))
-        _check(directory)
-        made_by: Any = ocp.checkpointables_metadata(directory).custom_metadata
+        part = "ema" if (directory / "ema").is_dir() else "model"
+        _check(directory, part, "metrics")
+        found: Any = ocp.metadata(directory, part)
+        made_by, stored = found.custom_metadata, found.metadata
         theirs, mine = made_by["tokenizer_sha256"], self.identity["tokenizer_sha256"]
         if theirs != mine:
             raise CheckpointRefused(
                 f"{directory} was made with another tokenizer ({theirs[:12]}, now {mine[:12]}): its embeddings mean "
                 f"other tokens; set tokenizer.path to that run's"
             )
-        part = "ema" if (directory / "ema").is_dir() else "model"
-        stored, wanted = ocp.checkpointables_metadata(directory).metadata[part], flatten(model)
+        wanted = flatten(model)
         if lost := [name for name in stored if ".lora." in name and name not in wanted]:
             raise CheckpointRefused(
                 f"{directory} has adapters that this run lacks ({lost[0]}): set model.lora_rank as it was, or export "
@@ -186,15 +187,15 @@ def best_step(directory: epath.Path, metric: str) -> int:
 
 
 def load_model(directory: epath.Path, abstract: Any, step: int) -> Any:
-    """Reads only the weights that evaluation uses, the average where there is one, for the mesh of `abstract`.
+    """Reads only the weights that evaluation uses, the average where there is one, for the mesh and type of `abstract`.
 
     Raises:
       CheckpointRefused: the checkpoint is damaged, or its weights have other names or shapes.
     """
     path = epath.Path(directory).resolve() / str(step)
-    _check(path)
     name = "ema" if (path / "ema").is_dir() else "model"
-    return unflatten(abstract, _load(path, {name: flatten(abstract)})[name])
+    _check(path, name, "metrics")
+    return unflatten(abstract, _load(path, {name: flatten(abstract)}, cast=True)[name])
 
 
 def _open(directory: epath.Path, **options: Any) -> ocp.training.Checkpointer:
@@ -207,9 +208,9 @@ def _open(directory: epath.Path, **options: Any) -> ocp.training.Checkpointer:
         raise CheckpointRefused(f"{directory} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _check(directory: epath.Path) -> None:
-    """Compares a checkpoint with its manifest; of several processes one reads it all, for each of them."""
-    distributed.by_primary(f"check {directory.name}", lambda: check_manifest(directory))
+def _check(directory: epath.Path, *parts: str) -> None:
+    """Compares a checkpoint, or parts of it, with its manifest; of several processes one does so for all."""
+    distributed.by_primary(f"check {directory.name}", lambda: check_manifest(directory, parts))
 
 
 def _parts(state: State) -> dict[str, Any]:
@@ -218,17 +219,19 @@ def _parts(state: State) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None} | {"counters": counters}
 
 
-def _load(directory: epath.Path, parts: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> Mapping[str, Any]:
+def _load(
+    directory: epath.Path, parts: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]], *, cast: bool = False
+) -> Mapping[str, Any]:
     """Reads arrays after comparing names and shapes; Orbax's own complaint would be a page long."""
-    stored = ocp.checkpointables_metadata(directory).metadata
     for part, wanted in parts.items():
-        if part not in stored:
-            raise CheckpointRefused(f"{directory} has no {part}; it has {', '.join(sorted(stored))}")
-        _compare(f"{directory}: {part}", stored[part], wanted)
+        if not (directory / part).is_dir():
+            there = sorted(path.name for path in directory.iterdir() if path.is_dir())
+            raise CheckpointRefused(f"{directory} has no {part}; it has {', '.join(there)}")
+        _compare(f"{directory}: {part}", ocp.metadata(directory, part).metadata, wanted, cast=cast)
     return ocp.load_checkpointables(directory, dict(parts))
 
 
-def _compare(where: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _compare(where: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], *, cast: bool = False) -> None:
     missing, extra = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     if missing or extra:
         raise CheckpointRefused(
@@ -236,7 +239,7 @@ def _compare(where: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -
             f"{len(extra)} unexpected ({', '.join(extra[:3])})"
         )
     for name, leaf in wanted.items():
-        if tuple(stored[name].shape) != leaf.shape or stored[name].dtype != leaf.dtype:
+        if tuple(stored[name].shape) != leaf.shape or not (cast or stored[name].dtype == leaf.dtype):
             raise CheckpointRefused(
                 f"{where} has {name} as {stored[name].dtype}{list(stored[name].shape)}, "
                 f"the config wants {leaf.dtype}{list(leaf.shape)}"

@@ -32,7 +32,10 @@ FIXED = (
     "optimizer.name",
     "optimizer.moment_dtype",
 )
-FREE = ("model.attention", "model.scan_layers", "model.remat", "model.dtype", "model.dropout")
+FREE = tuple(
+    f"model.{name}"
+    for name in ("attention", "scan_layers", "remat", "microbatches", "pipeline_rounds", "dtype", "dropout")
+)
 
 
 def make(config: Config, tokenizer_sha256: str, data_sha256: str, mesh: Mesh) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from lslm_jax.train.step import lower
 
 MAX_SKIPPED = 5  # non-finite steps in a row that end the run
 _SHOWN = 12  # figures of an evaluation that a person is shown; metrics.jsonl has them all
-METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "skipped")  # of the train step, in this order on the record
+METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "skipped")  # of any train step, in this order on the record
 
 Sample = Callable[[Any], str]
 
@@ -109,7 +109,7 @@ def train(
             nonlocal last
             values = jax.device_get(metrics)
             timer.step()
-            last = {name: values[name].item() for name in METRICS}
+            last = {name: values[name].item() for name in (*METRICS, *sorted(values.keys() - set(METRICS)))}
             if skipped := int(last["skipped"]):
                 progress.message(f"step {step}: loss or gradient is not finite, update skipped ({skipped} in a row)")
             if step % config.log.every == 0 or step == steps or skipped:

@@ -1,4 +1,7 @@
-"""What training minimises: cross-entropy over large vocabularies, squared error, answer spans. All are sums."""
+"""What training minimises: cross-entropy over large vocabularies, squared error, answer spans, balance of experts.
+
+All are sums.
+"""
 
 import functools
 from typing import NamedTuple
@@ -6,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lslm_jax.models.experts import Routing
 from lslm_jax.sharding import constrain, num_shards
 
 
@@ -23,6 +27,22 @@ class Sums(NamedTuple):
     nll: jax.Array
     correct: jax.Array
     weight: jax.Array
+
+
+class RoutingSums(NamedTuple):
+    """How a batch was sent to experts: totals, float32.
+
+    Attributes:
+      balance: `Routing.balance_B`, mean over layers, of each row as often as it has targets.
+      router_z: the same of `Routing.router_z_B`.
+      load_LE: choices of each expert.
+      dropped: choices over capacity.
+    """
+
+    balance: jax.Array
+    router_z: jax.Array
+    load_LE: jax.Array
+    dropped: jax.Array
 
 
 class Settings(NamedTuple):
@@ -119,7 +139,7 @@ def _output_layer(x_BTD, w_VD, b_V):
 
 def _shards(B, T):
     """Into how many parts the mesh splits rows and positions, where it does so evenly."""
-    return tuple(n if size % n == 0 else 1 for size, n in ((B, num_shards("batch")), (T, num_shards("length"))))
+    return num_shards("rows", B), num_shards("length", T)
 
 
 def _chunks(settings, x_BTD, *per_token_BT):
@@ -240,6 +260,38 @@ def span(
     both_B1 = jnp.all(jnp.argmax(logits_B2T, axis=-1) == targets_B2, axis=1, keepdims=True)
     total = jnp.sum(weights_B2 * nll_B2)
     return Sums(total, total, jnp.sum(weights_B2 * both_B1), jnp.sum(weights_B2))
+
+
+def routing(found: Routing, weights_BP: jax.Array) -> RoutingSums:
+    """Adds up what layers tell, with a leading L, of each row.
+
+    A row counts by the weight of its targets: so one division by that of the batch does for all that is minimised.
+    """
+    weight_B = jnp.sum(weights_BP, axis=1)
+    total = lambda of_row_LB: jnp.sum(weight_B * jnp.mean(of_row_LB, axis=0))
+    return RoutingSums(total(found.balance_B), total(found.router_z_B), found.load_E, jnp.sum(found.dropped))
+
+
+def routing_metrics(sums: RoutingSums, weight: jax.Array) -> dict[str, jax.Array]:
+    """What a step records of its experts, besides the loss; float32 scalars.
+
+    Args:
+      sums: of a batch.
+      weight: of its targets.
+
+    Returns:
+      `balance_loss`, 1 where each row spreads evenly, and `router_z_loss`, both before their weights; `expert_load`,
+      the busiest expert's share of a layer relative to the mean, mean over layers; `dropped`, the share of choices
+      over capacity.
+    """
+    choices = jnp.maximum(jnp.sum(sums.load_LE), 1.0)
+    mean_L = jnp.maximum(jnp.mean(sums.load_LE, axis=1), 1e-9)
+    return {
+        "balance_loss": sums.balance / jnp.maximum(weight, 1.0),
+        "router_z_loss": sums.router_z / jnp.maximum(weight, 1.0),
+        "expert_load": jnp.mean(jnp.max(sums.load_LE, axis=1) / mean_L),
+        "dropped": sums.dropped / choices,
+    }
 
 
 def _products(x_BTD, w_VD, b_V):

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from etils import epath
@@ -17,8 +18,12 @@ def write_manifest(directory: epath.Path) -> None:
     atomic.write_json(directory / "manifest.json", {"files": files})
 
 
-def check_manifest(directory: epath.Path) -> None:
-    """Compares every file with manifest.json. A run killed before it was written leaves none: nothing to compare.
+def check_manifest(directory: epath.Path, parts: Collection[str] = ()) -> None:
+    """Compares files with manifest.json. A run killed before it was written leaves none: nothing to compare.
+
+    Args:
+      directory: of the checkpoint.
+      parts: subdirectories that will be read, besides files of the checkpoint itself; (): all.
 
     Raises:
       CheckpointRefused: a file is missing, has another size or another content.
@@ -27,6 +32,9 @@ def check_manifest(directory: epath.Path) -> None:
     if not manifest.exists():
         return
     for name, (size, sha256) in _read(manifest).items():
+        part, slash, _ = name.partition("/")
+        if parts and slash and part not in parts:
+            continue
         path = epath.Path(directory) / name
         if not path.exists():
             raise CheckpointRefused(f"checkpoint file {path} is missing")
@@ -35,6 +43,35 @@ def check_manifest(directory: epath.Path) -> None:
             raise CheckpointRefused(f"{path} is {found['bytes']:,} bytes, its manifest says {size:,}")
         if found["sha256"] != sha256:
             raise CheckpointRefused(f"{path} is damaged: its sha256 is not the one in its manifest")
+
+
+def set_aside_damaged(directory: epath.Path, log: Callable[[str], None]) -> None:
+    """Moves damaged checkpoints out of the way, so that a run goes on from the newest whole one.
+
+    They go to `damaged/` beside the `checkpoints` directory; nothing is deleted. If none is whole, all stay.
+
+    Raises:
+      CheckpointRefused: there are checkpoints, and none is whole; a run never starts from scratch over them.
+      SaveError: one cannot be moved.
+    """
+    directory = epath.Path(directory)
+    found = [path for path in directory.iterdir() if path.name.isdigit()] if directory.is_dir() else []
+    damaged: dict[epath.Path, str] = {}
+    for path in sorted(found, key=lambda path: int(path.name), reverse=True):
+        try:
+            check_manifest(path)
+        except CheckpointRefused as error:
+            damaged[path] = str(error)
+            continue
+        for bad, reason in damaged.items():
+            to = directory.parent / "damaged" / f"{bad.name}-{int(time.time())}"
+            log(f"{reason}; going back to step {path.name}, step {bad.name} is set aside in {to}")
+            with atomic.saving(to):
+                to.parent.mkdir(exist_ok=True)
+                bad.rename(to)
+        return
+    if damaged:
+        raise CheckpointRefused("no checkpoint is whole: " + "; ".join(damaged.values()))
 
 
 def _read(manifest: epath.Path) -> dict[str, tuple[int, str]]:

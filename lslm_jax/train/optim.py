@@ -116,7 +116,7 @@ def _matrices(params: Any) -> Any:
         if not isinstance(param, nnx.Variable) or path[-1].name != "w":
             return jax.tree.map(lambda _: None, param)
         axes = param.get_metadata("axes")
-        layers = axes.index("layers") + 1 if "layers" in axes else 0
+        layers = sum(name in ("layers", "experts") for name in axes)  # the first axes: each has matrices of its own
         split = layers + 1 if axes[layers] == "embed" else len(axes) - 1
         numbers = optax.contrib.MuonDimensionNumbers(tuple(range(layers, split)), tuple(range(split, len(axes))))
         return jax.tree.map(lambda _: numbers, param)

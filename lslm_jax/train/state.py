@@ -42,11 +42,11 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     return rest._replace(optimizer=_placed(shapes.optimizer, mesh, moments=True))
 
 
-def abstract_model(config: Config, mesh: Mesh) -> Any:
-    """Shapes, types and shardings of the model alone."""
-    return _placed(
-        jax.eval_shape(lambda: presets.build(config.model, jax.random.key(config.seed), config.task.objective)), mesh
-    )
+def abstract_model(config: Config, mesh: Mesh, dtype: str | None = None) -> Any:
+    """Shapes, types and shardings of the model alone; its weights in another type than float32 if asked."""
+    build = lambda: presets.build(config.model, jax.random.key(config.seed), config.task.objective)
+    cast = lambda leaf: leaf.astype(dtype or leaf.dtype)
+    return _placed(jax.eval_shape(lambda: jax.tree.map(cast, build())), mesh)
 
 
 def _placed(shapes: Any, mesh: Mesh, *, moments: bool = False) -> Any:

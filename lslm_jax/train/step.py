@@ -28,14 +28,14 @@ def make_train_step(
 
     Metrics are float32 scalars: `loss` (nats a token), `grad_norm` before clipping, `learning_rate`, `tokens` that
     counted, and `skipped`, the number of steps in a row whose loss or gradient was not finite. Such a step changes
-    nothing but `step` and `skipped`.
+    nothing but `step` and `skipped`. Where there are experts, also those of `losses.routing_metrics`.
     """
     rate = optim.schedule(config.optimizer, config.train.steps)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         trained, frozen = divide(config, state.model)
-        grads, sums = accumulate_gradients(config, backend, trained, frozen, batch, key)
+        grads, sums, routing = accumulate_gradients(config, backend, trained, frozen, batch, key)
         scale = 1.0 / jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)
         norm = optax.tree.norm(grads)
@@ -58,7 +58,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(rate(_updates_done(state.optimizer)), jnp.float32),
             "tokens": sums.weight,
             "skipped": skipped,
-        }
+        } | ({} if routing is None else losses.routing_metrics(routing, sums.weight))
         return State(state.step + 1, join(trained, frozen), moments, ema, skipped), metrics
 
     return train_step
@@ -103,36 +103,46 @@ def _where(condition: jax.Array, new: Any, old: Any) -> Any:
 
 def accumulate_gradients(
     config: Config, backend: Backend, trained: Any, frozen: Any, batch: Batch, key: jax.Array
-) -> tuple[Any, Sums]:
+) -> tuple[Any, Sums, losses.RoutingSums | None]:
     """Gradient of the summed objective over a batch, and its sums, worked through in `train.accumulate` parts.
 
     The gradients of sums add up to exactly the gradient of the whole, whatever the parts weigh. They are those of the
     parameters that are trained: both halves of the model are from `state.divide`.
     """
     gradient = jax.grad(functools.partial(_objective, config, backend), has_aux=True)
+
+    def gradient_and_sums(batch, key):
+        grads, (sums, routing) = gradient(trained, frozen, batch, key)
+        return grads, sums, routing
+
     parts = config.train.accumulate
     if parts == 1:
-        return gradient(trained, frozen, batch, key)
+        return gradient_and_sums(batch, key)
 
     def body(carry, part):
-        batch, key = part
-        return jax.tree.map(jnp.add, carry, gradient(trained, frozen, batch, key)), None
+        return jax.tree.map(jnp.add, carry, gradient_and_sums(*part)), None
 
     # Every parts-th row goes together, so that each device works on rows that it already holds.
     split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
     split = jax.tree.map(lambda a: constrain(a, (None, "batch", "length")), split)
-    zeros = jax.tree.map(jnp.zeros_like, trained), Sums(*[jnp.zeros((), jnp.float32)] * len(Sums._fields))
-    return jax.lax.scan(body, zeros, (split, jax.random.split(key, parts)))[0]
+    parted = split, jax.random.split(key, parts)
+    shapes = jax.eval_shape(gradient_and_sums, *jax.tree.map(lambda a: a[0], parted))
+    zeros = jax.tree.map(jnp.zeros_like, trained), *jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes[1:])
+    return jax.lax.scan(body, zeros, parted)[0]
 
 
 def _objective(
     config: Config, backend: Backend, trained: Any, frozen: Any, batch: Batch, key: jax.Array
-) -> tuple[jax.Array, Sums]:
+) -> tuple[jax.Array, tuple[Sums, losses.RoutingSums | None]]:
     model = join(trained, frozen)
-    x_BPD = model.features(batch, backend=backend, key=key)
+    x_BPD, routing = model.features_and_routing(batch, backend=backend, key=key)
     with jax.named_scope("loss"):
         sums = _score(config, model, x_BPD, batch, _loss_settings(config))
-    return sums.objective, sums
+        if routing is not None:
+            routing = losses.routing(routing, batch.weights_BT)
+            extra = config.train.balance_loss * routing.balance + config.train.router_z_loss * routing.router_z
+            sums = sums._replace(objective=sums.objective + extra)
+    return sums.objective, (sums, routing)
 
 
 def make_eval_step(config: Config, backend: Backend) -> Callable[[Any, Batch], Sums]:

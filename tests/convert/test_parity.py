@@ -135,6 +135,7 @@ CASES = {
     "llama3": like_llama("Llama", rope_parameters=LLAMA3),
     "smollm2": like_llama("Llama", tie_word_embeddings=True),
     "mistral": like_llama("Mistral", sliding_window=7),
+    "mixtral": like_llama("Mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=7),
     "qwen2": like_llama("Qwen2"),
     "qwen2-windows": like_llama("Qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1),
     "qwen3": like_llama("Qwen3"),
@@ -267,6 +268,19 @@ def stored(sources):
     return {name: source.make().reshape(source.shape) for name, source in sources.items()}
 
 
+def as_stored(arrays):
+    """With experts apart, as files have them; transformers keeps those of a layer in one array."""
+    stored = {}
+    for name, array in arrays.items():
+        layer, found, last = name.partition(".mlp.experts.")
+        for e, matrix in enumerate(array if found else []):
+            parts = {"w2": matrix} if last == "down_proj" else dict(zip(("w1", "w3"), np.split(matrix, 2), strict=True))
+            stored |= {f"{layer}.block_sparse_moe.experts.{e}.{w}.weight": part for w, part in parts.items()}
+        if not found:
+            stored[name.replace(".mlp.gate.weight", ".block_sparse_moe.gate.weight")] = array
+    return stored
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_outputs_gradients_and_weights_are_those_of_transformers(case, tmp_path):
     theirs = make(case)
@@ -287,7 +301,9 @@ def test_outputs_gradients_and_weights_are_those_of_transformers(case, tmp_path)
     logits_BPV = logits_BPV[..., : expected.shape[-1]]
     error = np.max(np.abs(logits_BPV - expected.detach().numpy())[counted])
     exported = lambda tree: stored(weights.sources(tree, source.family, source.model, case.objective, "float32"))
-    expected_gradients = {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
+    expected_gradients = as_stored(
+        {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
+    )
     # Relative to the largest entry of all: some gradients, as those of the keys' biases, are nothing but rounding.
     largest = max(np.max(np.abs(gradient)) for gradient in expected_gradients.values())
     ours = exported(gradients)

@@ -179,16 +179,27 @@ def test_the_text_after_a_suffix_is_one_of_its_own(llama, t5, tokenizer):
     assert rest.ids == free.ids[4:]
 
 
+CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
+LONG = MeshConfig(data=2, context=2, tensor=2)
+DEEP = MeshConfig(data=2, stage=2, tensor=2)
+
+
 @pytest.mark.parametrize(
-    ("name", "rows", "settings"),
-    [("llama", 1, GREEDY), ("llama", 4, WARM), ("t5", 4, GREEDY)],
-    ids=["one row", "four rows, sampled", "an encoder-decoder"],
+    ("name", "rows", "settings", "mesh"),
+    [
+        ("llama", 1, GREEDY, CUBE),
+        ("llama", 4, WARM, CUBE),
+        ("t5", 4, GREEDY, CUBE),
+        ("t5", 4, GREEDY, LONG),
+        ("t5", 4, GREEDY, DEEP),
+    ],
+    ids=["one row", "four rows, sampled", "an encoder-decoder", "rows are split", "in stages"],
 )
-def test_eight_devices_say_what_one_says(name, tokenizer, settings, rows, request):
+def test_eight_devices_say_what_one_says(name, tokenizer, settings, rows, mesh, request):
     model, prompts = request.getfixturevalue(name), PROMPTS[:rows]
     settings = replace(settings, stop=("\x00\x00\x00\x00",))
     expected = generate(model, tokenizer, prompts, settings, 0)
-    mesh = make_mesh(Config(mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
+    mesh = make_mesh(Config(mesh=mesh))
     with jax.set_mesh(mesh):
         sharded = jax.device_put(model, shardings_of(model, mesh))
         results = generate(sharded, tokenizer, prompts, settings, 0)

@@ -40,13 +40,13 @@ CONFIG = validate(
 )
 
 
-def lowered(backend, platform, packed=False, mesh=None, **model):
+def lowered(backend, platform, packed=False, mesh=None, length=T, **model):
     """Text of the train step of CONFIG, with the model changed, for a platform."""
     config = replace(CONFIG, model=replace(CONFIG.model, **model), mesh=mesh or CONFIG.mesh)
     mesh = make_mesh(config, jax.devices() if config.mesh.data == -1 else jax.devices()[:1])
     optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
-    ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=batch_sharding(mesh))
-    weights_BT = jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=batch_sharding(mesh))
+    ids_BT = jax.ShapeDtypeStruct((B, length), jnp.int32, sharding=batch_sharding(mesh, (B, length)))
+    weights_BT = jax.ShapeDtypeStruct((B, length), jnp.float32, sharding=batch_sharding(mesh, (B, length)))
     batch = Batch(ids_BT, ids_BT, weights_BT, *((ids_BT, ids_BT) if packed else ()))
     train_step = jax.jit(step.make_train_step(config, optimizer, backend), donate_argnums=0)
     unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (FORWARD, BACKWARD)]
@@ -61,7 +61,7 @@ def lowered_features(backend, platform, family, mesh=None, **model):
     config = replace(CONFIG, mesh=mesh or CONFIG.mesh)
     config = replace(config, model=replace(CONFIG.model, family=family, **model))
     mesh = make_mesh(config, jax.devices() if config.mesh.data == -1 else jax.devices()[:1])
-    ids_BT, ids_BS = (jax.ShapeDtypeStruct((B, n), jnp.int32, sharding=batch_sharding(mesh)) for n in (T, S))
+    ids_BT, ids_BS = (jax.ShapeDtypeStruct((B, n), jnp.int32, sharding=batch_sharding(mesh, (B, n))) for n in (T, S))
     segments = {"segments_BT": ids_BT} if backend.max_segments else {}
     batch = Batch(ids_BT, ids_BT, None, **segments)
     if family == "encoder_decoder":
@@ -164,6 +164,23 @@ def test_on_tpus_attention_is_a_pallas_kernel_on_each_devices_rows_and_heads(pac
     assert not re.search(rf"{T}x{T}x(f32|bf16)", text)
 
 
+@pytest.mark.parametrize(("remat", "expected"), [("none", 2), ("save_attention", 2), ("full", 3)])
+def test_on_tpus_each_device_attends_from_its_positions_to_all(remat, expected):
+    mesh, length = MeshConfig(data=-1, context=2, tensor=2), 1536
+    text = lowered(Backend("splash", "", max_segments=16), "tpu", True, mesh, length, window=100, remat=remat)
+    assert len(kernels(text)) == expected
+    for operands in kernels(text):
+        assert f"tensor<4x2x{length // 2}x64xbf16>" in operands and f"tensor<4x1x{length}x64xbf16>" in operands
+    assert not re.search(rf"{length}x({length}|{length // 2})x(f32|bf16)", text)
+
+
+def test_on_gpus_split_rows_are_attended_to_block_by_block():
+    mesh, length = MeshConfig(data=-1, context=2, tensor=2), 1536
+    text = lowered(attention.XLA, "cuda", True, mesh, length)
+    assert "all_gather" in text
+    assert not re.search(rf"{length}x({length}|{length // 2})x(f32|bf16)", text)
+
+
 @pytest.mark.parametrize(("remat", "expected"), [("save_attention", 2), ("full", 3), ("dots", 3)])
 def test_on_tpus_only_save_attention_spares_the_second_forward_pass(remat, expected):
     assert len(kernels(lowered(Backend("splash", ""), "tpu", remat=remat))) == expected
@@ -172,3 +189,10 @@ def test_on_tpus_only_save_attention_spares_the_second_forward_pass(remat, expec
 def kernels(text):
     """Types of the operands of each Pallas kernel."""
     return re.findall(r"@tpu_custom_call\(.*\) \{.*\} : \((.*?)\) ->", text)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=-1, expert=4)], ids=["one", "mesh"])
+def test_experts_are_grouped_products_on_tpus_and_loops_elsewhere(mesh):
+    texts = {name: lowered(Backend("xla", ""), name, mesh=mesh, num_experts=4) for name in ("tpu", "cuda")}
+    counts = {name: text.count('composite "chlo.ragged_dot') for name, text in texts.items()}
+    assert counts == {"tpu": 6, "cuda": 0}  # up and down, forward, and each twice backward

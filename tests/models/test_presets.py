@@ -22,8 +22,9 @@ from lslm_jax.train.state import divide, num_parameters
         (replace(presets.gpt2_xl, vocab_size=50_257), 1_557_611_200),
         (presets.llama_1b, 1_235_814_400),
         (presets.llama_8b, 8_030_261_248),
+        (presets.mixtral_8x7b, 46_702_792_704),
     ],
-    ids=["gpt2_small", "gpt2_xl", "llama_1b", "llama_8b"],
+    ids=["gpt2_small", "gpt2_xl", "llama_1b", "llama_8b", "mixtral_8x7b"],
 )
 def test_presets_have_the_published_number_of_parameters(config, parameters):
     config = fill_sizes(config)
@@ -53,6 +54,15 @@ def test_presets_of_encoders_and_encoder_decoders_have_the_published_number_of_p
     # Of the vocabulary's padding there is a row in each table, and a number in the bias of masked tokens.
     padding = extra * config.d_model * (1 if config.tie_embeddings else 2) + extra * (objective == "masked")
     assert num_parameters(model) - padding == parameters
+
+
+def test_of_experts_only_those_that_a_token_meets_cost_anything():
+    mixture = fill_sizes(replace(presets.mixtral_8x7b, shared_experts=1))
+    wide = replace(mixture, num_experts=0, shared_experts=0, d_ff=3 * mixture.d_ff)
+    routers = 6 * mixture.num_layers * mixture.d_model * mixture.num_experts
+    assert presets.flops_per_token(mixture, 512) == presets.flops_per_token(wide, 512) + routers
+    more = replace(mixture, num_experts=2 * mixture.num_experts)
+    assert presets.flops_per_token(more, 512) == presets.flops_per_token(mixture, 512) + routers
 
 
 LLAMA = replace(presets.LLAMA, num_kv_heads=2, d_ff=1024, dtype="float32")

@@ -38,8 +38,9 @@ def loss_and_gradient(config, weights):
     [
         (GPT, [*[(True, name) for name in stack.REMAT], (False, "full")]),
         (LLAMA, [(True, "none"), (True, "save_attention")]),
+        (replace(LLAMA, num_experts=4), [(True, "none"), (True, "full"), (True, "dots")]),
     ],
-    ids=["gpt", "llama"],
+    ids=["gpt", "llama", "mixtral"],
 )
 def test_scan_and_every_remat_equal_the_plain_loop(config, variants):
     rng = np.random.default_rng(0)

@@ -146,6 +146,14 @@ def test_muon_knows_the_inputs_and_outputs_of_every_projection():
     }
 
 
+def test_muon_takes_each_expert_for_a_matrix_of_its_own():
+    config = replace(LLAMA, num_experts=4)
+    numbers = named(optim._matrices(abstract(config)), is_leaf=lambda x: isinstance(x, tuple) or x is None)
+    axes = {name: (n.reduction_axis, n.output_axis) for name, n in numbers.items() if n and ".mlp." in name}
+    experts = {f"blocks.mlp.{part}.w": ((2,), (3,)) for part in ("up", "gate", "down")}
+    assert axes == experts | {"blocks.mlp.router.w": ((1,), (2,))}
+
+
 def test_muon_makes_each_layers_update_orthogonal():
     config = OptimizerConfig(name="muon", learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0.0)
     optimizer = optim.make_optimizer(config, steps=10)

@@ -128,7 +128,7 @@ def test_parts_add_up_to_the_gradient_of_the_whole_however_uneven(config):
         accumulate = jax.jit(functools.partial(step.accumulate_gradients, parted, attention.XLA))
         results.append([accumulate(*divide(parted, model), rows, key) for rows in (even, uneven)])
     for other in results[1:]:
-        for (gradient, sums), (whole_gradient, whole_sums) in zip(other, results[0], strict=True):
+        for (gradient, sums, _), (whole_gradient, whole_sums, _) in zip(other, results[0], strict=True):
             assert distance(gradient, whole_gradient) < 1e-6
             np.testing.assert_allclose(sums, whole_sums, rtol=1e-6)
 

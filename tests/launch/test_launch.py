@@ -1,0 +1,108 @@
+"""What is in launch/ is sound: scripts by shellcheck, manifests by their published schemas, flags by our own."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from lslm_jax import config_checks, config_loading
+from lslm_jax.errors import LslmError
+from lslm_jax.main import parser
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
+EXITS = {"config": 2, "data": 65, "input": 66, "numeric": 70, "save": 74, "refused": 76}  # another try would not mend
+
+scripts = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+
+
+@scripts
+def test_scripts_are_executable_and_pass_shellcheck(script):
+    assert script.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", script], check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    found = subprocess.run(["shellcheck", script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+@scripts
+def test_scripts_say_how_they_are_called(script, tmp_path):
+    environ = dict.fromkeys(("PROJECT", "ZONE", "NAME", "TYPE", "BUCKET"), "x") | {"PATH": "/usr/bin:/bin"}
+    found = subprocess.run([script], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 2 and script.name in found.stderr
+
+
+def manifests():
+    return list(yaml.safe_load_all((LAUNCH / "gke_jobset.yaml").read_text()))
+
+
+def test_pods_end_for_good_with_exactly_the_codes_that_another_try_does_not_mend():
+    codes = {error.exit_code for error in LslmError.__subclasses__()} - {75, 77}
+    assert codes == set(EXITS.values())
+    for manifest in manifests():
+        for job in manifest["spec"]["replicatedJobs"]:
+            (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]
+            assert rule["action"] == "FailJob" and set(rule["onExitCodes"]["values"]) == codes
+    assert yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["resources"]["job_recovery"][
+        "recover_on_exit_codes"
+    ] == [75, 77]
+    (case,) = re.findall(r"^    ([\d |]+)\) break", (LAUNCH / "tpu_vm.sh").read_text(), re.MULTILINE)
+    assert {int(code) for code in case.split("|")} == codes | {0}
+
+
+def commands():
+    """Arguments of the trainer in every file of launch/, shell variables left in."""
+    for manifest in manifests():
+        for job in manifest["spec"]["replicatedJobs"]:
+            (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+            yield container["args"]
+    for path in [*SCRIPTS, LAUNCH / "skypilot.yaml", *LAUNCH.glob("Dockerfile.*")]:
+        for line in re.findall(r"(?:--config|lslm train) .*|--config[.=].*", path.read_text()):
+            yield [word.rstrip(".,'") for word in re.findall(r"--[\w.]+=\S+", line)]
+
+
+def test_every_setting_that_they_name_is_one():
+    seen = 0
+    for arguments in commands():
+        settings = [argument for argument in arguments if argument.startswith("--config.")]
+        pairs = [setting.removeprefix("--config.").split("=", 1) for setting in settings if "$" not in setting]
+        config_checks.validate(config_loading.override(config_loading.load(str(ROOT / "configs/llama_8b.py")), pairs))
+        parser().parse_args([argument for argument in arguments if argument not in settings])
+        seen += len(pairs)
+    assert seen > 8
+
+
+@pytest.mark.slow
+def test_manifests_obey_the_schemas_of_kubernetes_and_skypilot(tmp_path):
+    """Their packages hold the schemas; they are installed for this test alone."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    wanted = [python, "-m", "pip", "install", "--quiet", "skypilot", "kubernetes-validate", "jsonschema", "pyyaml"]
+    if subprocess.run(wanted, capture_output=True).returncode:
+        pytest.skip("no package index to install skypilot and kubernetes-validate from")
+    check = tmp_path / "check.py"
+    check.write_text(CHECK)
+    found = subprocess.run([python, check, LAUNCH], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
+CHECK = """
+import pathlib, sys
+import jsonschema, kubernetes_validate, yaml
+from sky.utils import schemas
+
+launch = pathlib.Path(sys.argv[1])
+task = yaml.safe_load((launch / "skypilot.yaml").read_text())
+jsonschema.validate(task, schemas.get_task_schema())
+jsonschema.validate(task["resources"], schemas.get_resources_schema())
+for manifest in yaml.safe_load_all((launch / "gke_jobset.yaml").read_text()):
+    for job in manifest["spec"]["replicatedJobs"]:
+        whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": job["name"]}}
+        kubernetes_validate.validate(whole | job["template"], "1.33", strict=True)
+"""

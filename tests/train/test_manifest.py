@@ -1,0 +1,55 @@
+"""Damaged checkpoints are set aside, never deleted, and never built upon."""
+
+import pytest
+from etils import epath
+
+from lslm_jax.errors import CheckpointRefused
+from lslm_jax.train.manifest import set_aside_damaged, write_manifest
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Steps 90, 100 and 110, each of one file and a manifest."""
+    directory = epath.Path(tmp_path) / "checkpoints"
+    for step in (90, 100, 110):
+        part = directory / str(step) / "model"
+        part.mkdir(parents=True)
+        (part / "array").write_bytes(bytes(range(100)) + str(step).encode())
+        write_manifest(directory / str(step))
+    return directory
+
+
+def damage(checkpoints, step):
+    path = checkpoints / str(step) / "model" / "array"
+    path.write_bytes(path.read_bytes()[:50] + b"\x00" + path.read_bytes()[51:])
+
+
+def steps(checkpoints):
+    return sorted(int(path.name) for path in checkpoints.iterdir())
+
+
+def test_the_newest_whole_one_is_left_as_the_newest(checkpoints):
+    lines = []
+    for step in (90, 110):
+        damage(checkpoints, step)
+    set_aside_damaged(checkpoints, lines.append)
+    assert steps(checkpoints) == [90, 100], "what lies behind a whole one is not looked at"
+    (line,) = lines
+    assert "110/model/array is damaged" in line and "going back to step 100" in line
+    (aside,) = (checkpoints.parent / "damaged").iterdir()
+    assert aside.name.startswith("110-") and (aside / "model" / "array").exists()
+    set_aside_damaged(checkpoints, lines.append)
+    assert len(lines) == 1
+
+
+def test_if_none_is_whole_all_stay_and_the_run_is_refused_with_every_reason(checkpoints):
+    for step in (90, 100, 110):
+        damage(checkpoints, step)
+    with pytest.raises(CheckpointRefused) as error:
+        set_aside_damaged(checkpoints, print)
+    assert all(f"{step}/model/array is damaged" in str(error.value) for step in (90, 100, 110))
+    assert steps(checkpoints) == [90, 100, 110] and not (checkpoints.parent / "damaged").exists()
+
+
+def test_where_there_is_no_checkpoint_there_is_nothing_to_say(tmp_path):
+    set_aside_damaged(epath.Path(tmp_path) / "checkpoints", print)

@@ -1,0 +1,71 @@
+"""Training in stages: the same as on one device, each stage with its own layers, which never leave it."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from test_step import FAMILIES, Run, batch_of, changed, distance, host
+
+STEPS = 20
+EIGHT = {"num_layers": 8, "num_decoder_layers": 8}
+
+
+@functools.cache
+def trained(family, mesh=(), model=()):
+    """A run of so many steps with eight layers a stack, and its losses."""
+    # So many layers that learn faster than this magnify the last bits of what they learn from, on any mesh.
+    config = changed(FAMILIES[family], optimizer={"learning_rate": 3e-3}, mesh=dict(mesh), model=EIGHT | dict(model))
+    run = Run(config, int(np.prod([size for _, size in mesh])))
+    return run, [run.step(batch_of(config, i % 5))["loss"] for i in range(STEPS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "mesh", "model"),
+    [
+        ("decoder", {"stage": 2}, {}),
+        ("decoder", {"stage": 4}, {"microbatches": 8, "remat": "full"}),
+        ("decoder", {"stage": 2}, {"pipeline_rounds": 2, "remat": "dots"}),
+        ("decoder", {"data": 2, "stage": 2}, {}),
+        ("decoder", {"fsdp": 2, "stage": 2}, {"pipeline_rounds": 4}),
+        ("decoder", {"tensor": 2, "stage": 2}, {}),
+        ("encoder", {"stage": 2}, {}),
+        ("encoder_decoder", {"stage": 2}, {}),
+    ],
+)
+def test_stages_learn_what_one_device_learns(family, mesh, model):
+    alone, losses = trained(family)
+    run, staged_losses = trained(family, tuple(mesh.items()), tuple(model.items()))
+    assert np.max(np.abs(np.subtract(staged_losses, losses))) < 1e-5
+    assert losses[-1] < losses[0] - 0.2
+    # What momentum has gathered of all gradients so far.
+    for mine, theirs in [(run.state.model, alone.state.model), (run.state.optimizer, alone.state.optimizer)]:
+        assert distance(mine, theirs) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_stage_holds_its_own_layers_and_passes_on_nothing_but_a_part_of_the_batch():
+    run, _ = trained("decoder", (("stage", 2),))
+    adam = run.state.optimizer[1][0]
+    for blocks in (run.state.model.blocks, adam.mu.blocks, adam.nu.blocks):
+        for leaf in jax.tree.leaves(blocks):
+            assert [shard.data.shape for shard in leaf.addressable_shards] == [(4, *leaf.shape[1:])] * 2
+    names = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
+    moved = re.findall(rf"= (.*?) ({names})(?:-start)?\(", run.compiled.as_text())
+    of = lambda names: " ".join(what for what, name in moved if name in names)
+    shapes = lambda *names: set(re.findall(r"[a-z]\d+\[[\d,]*\]", of(names)))
+    # One part of 2 rows with its segments is passed on; all 8 go to where the loss is, and their gradient back.
+    assert shapes("collective-permute") == {"f32[2,16,32]", "s32[2,16]", "f32[1,8,2,16,32]"}
+    of_blocks = jax.tree.leaves(adam.mu.blocks)
+    weights = {f"f32[{n},{','.join(map(str, leaf.shape[1:]))}]" for leaf in of_blocks for n in (4, 8)}
+    assert not weights & shapes(*names.split("|"))
+
+
+@pytest.mark.slow
+def test_equal_runs_with_dropout_are_equal():
+    runs = [Run(changed(mesh={"stage": 2}, model={"dropout": 0.3}), 2) for _ in range(2)]
+    losses = [[run.step(batch_of(run.config, i))["loss"] for i in range(3)] for run in runs]
+    assert losses[0] == losses[1]
+    jax.tree.map(np.testing.assert_array_equal, *(host(run.state.model) for run in runs))

@@ -1,0 +1,77 @@
+"""Training on rows whose positions are split over devices: the losses of one device, and no whole row on any."""
+
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from test_step import FAMILIES, Run, batch, batch_of, changed
+
+from lslm_jax.batch import Batch
+from lslm_jax.models import attention
+from lslm_jax.sharding import make_mesh, to_global
+from lslm_jax.train import optim, step
+
+DECODER = FAMILIES["decoder"]
+CONFIGS = FAMILIES | {
+    "grouped heads, windows": changed(
+        model={"num_kv_heads": 2, "positions": "rotary", "window": 5, "layer_types": ("window", "full")}
+    ),
+    "relative, remat": changed(model={"positions": "relative", "remat": "save_attention"}, train={"accumulate": 2}),
+    "dropout": changed(model={"dropout": 0.1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "meshes"),
+    [
+        ("decoder", [{"context": 2}, {"context": 8}, {"fsdp": 2, "context": 2}]),
+        ("grouped heads, windows", [{"context": 2, "tensor": 2}, {"data": 2, "context": 2}]),
+        ("relative, remat", [{"context": 2}]),
+        ("dropout", [{"context": 2}]),
+        ("encoder", [{"context": 2}]),
+        ("encoder_decoder", [{"context": 2}]),
+    ],
+)
+def test_twenty_steps_on_split_rows_give_the_losses_of_one_device(name, meshes):
+    losses = []
+    for mesh in [{}, *meshes]:
+        run = Run(changed(CONFIGS[name], mesh={"data": 1} | mesh), math.prod(mesh.values()))
+        losses.append([run.step(batch_of(CONFIGS[name], i % 5))["loss"] for i in range(20)])
+    for split in losses[1:]:
+        np.testing.assert_allclose(split, losses[0], rtol=0, atol=1e-5)
+    assert losses[0][-1] < losses[0][0] - 0.5
+
+
+def test_evaluation_of_split_rows_gives_the_sums_of_whole_ones():
+    run, rows = Run(changed(mesh={"data": 1, "context": 4}), 4), batch()
+    evaluate = jax.jit(step.make_eval_step(run.config, attention.XLA))
+    rate = jax.jit(step.make_rate_step(run.config, attention.XLA))
+    model = jax.tree.map(np.asarray, run.state.model)
+    expected = evaluate(model, rows), rate(model, rows)[0]
+    with jax.set_mesh(run.mesh):
+        found = (
+            evaluate(run.state.model, to_global(rows, run.mesh)),
+            rate(run.state.model, to_global(rows, run.mesh))[0],
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+
+
+def test_no_device_sees_a_row_whole_but_for_its_keys_and_values():
+    length, width, rows = 192, 40, 8  # no other sizes are 192, so that 192 x 192 could only be attention
+    model = {"positions": "rotary", "d_model": width, "num_heads": 5, "num_kv_heads": 1, "d_ff": 48}
+    config = changed(model=model, data={"seq_len": length}, train={"batch_size": rows}, mesh={"data": 1, "context": 4})
+    mesh, optimizer = make_mesh(config, jax.devices()[:4]), optim.make_optimizer(config.optimizer, 50)
+    ids_BT = np.ones((rows, length), np.int32)
+    lines = Batch(ids_BT, ids_BT, np.ones((rows, length), np.float32), segments_BT=ids_BT)
+    with jax.set_mesh(mesh):
+        text = step.lower(config, optimizer, attention.XLA, lines, mesh).compile().as_text() or ""
+    gathered = set(re.findall(r"(\w+\[[\d,]*\])\S* all-gather", text))
+    assert f"f32[{rows},{length},1,8]" in gathered
+    assert not re.search(rf"{length},{length}[\],]", text)
+    assert not re.search(
+        rf"\[2,[\d,]*\b{length}\b[\d,]*\]", text
+    )  # nor does the backward pass keep them, of both layers
+    assert not [shape for shape in gathered if str(length) in shape and str(width) in shape]
