@@ -56,7 +56,11 @@ def test_a_command_that_a_reader_is_told_to_type_is_understood(command):
         return
     settings = [word for word in arguments if word.startswith("--config.")]
     flags = parser().parse_args([word for word in arguments if word not in settings])
-    assert flags.workdir or (flags.pretrained and (flags.verb in ("generate", "import") or flags.harness))
+    assert (
+        flags.workdir
+        or flags.verb == "plan"
+        or (flags.pretrained and (flags.verb in ("generate", "import") or flags.harness))
+    )
     assert flags.config or flags.verb in ("evaluate", "generate", "export", "import")
     assert flags.verb != "generate" or flags.prompt or flags.prompts
     assignments = [tuple(setting.removeprefix("--config.").split("=", 1)) for setting in settings]

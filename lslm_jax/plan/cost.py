@@ -169,7 +169,7 @@ def _operand_bytes(run: Run) -> int:
 def _flops(run: Run) -> float:
     """Of a matrix product, in whichever of the compiler's forms."""
     instruction = run.instruction
-    if instruction.opcode == "dot":
+    if instruction.opcode in ("dot", "ragged-dot"):
         return _product(run, re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes))
     if instruction.opcode == "convolution":
         return _convolution(run)
