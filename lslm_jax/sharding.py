@@ -232,12 +232,12 @@ def axes_of(axis: str, size: int) -> tuple[str, ...]:
 
 
 def beside_weights(function: Callable[..., jax.Array], rows: Sequence[jax.Array], weights: Any) -> jax.Array:
-    """What `function(weights, *rows)` says in sum over the parts that weights are in, each on the devices that hold it.
+    """What `function(weights, *rows)` says of the parts that weights are in, each on the devices that hold it, summed.
 
-    Rows are brought to the weights: those that a device shares its parts with others for are gathered, and what they
-    add up to is scattered back. Of tokens that each go to k experts on other devices, all that is ever needed is one
-    copy there, and nothing is to be known of how many go where; shapes stay static, nothing is dropped, and it runs on
-    every kind of device. What it moves does not grow with k.
+    Rows come to the weights: those of devices that hold different parts are gathered, and what is said of them is
+    added up and scattered back. To send each row only where it is needed (all-to-all) moves less if a row goes to few
+    parts of many; but with static shapes there must be room for all rows at each of them lest some be lost, which then
+    is moved as well, and exchanges without that (ragged_all_to_all) do not run on CPUs.
 
     Args:
       function: [B, T, ...] each to [B, T, D]; linear in the parts: with all weights it says the sum.

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+SAVED = "grouped_dot"  # under this name the products can be kept for the backward pass
 
 _MAX_BLOCK, _MIN_BLOCK = 512, 8
 
@@ -66,7 +69,7 @@ def grouped_dot(x_RD: jax.Array, w_GDF: jax.Array, ends_G: jax.Array, block: int
       block: rows of a block.
     """
     y_RF: Any = _grouped_dot(x_RD, w_GDF, ends_G, block)
-    return y_RF
+    return checkpoint_name(y_RF, SAVED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -84,9 +87,7 @@ def _backward(block, saved, dy_RF):
     dx_RD, dw_GDF = jax.lax.platform_dependent(
         *saved,
         dy_RF,
-        tpu=lambda x_RD, w_GDF, ends_G, dy_RF: jax.vjp(lambda x, w: _ragged(block, x, w, ends_G), x_RD, w_GDF)[1](
-            dy_RF
-        ),
+        tpu=functools.partial(_ragged_gradients, block),
         default=functools.partial(_gradients, block),
     )
     return dx_RD, dw_GDF, None
@@ -99,9 +100,12 @@ def _ragged(block, x_RD, w_GDF, ends_G):
     return jax.lax.ragged_dot(x_RD, w_GDF, block * jnp.diff(ends_G, prepend=0))
 
 
+def _ragged_gradients(block, x_RD, w_GDF, ends_G, dy_RF):
+    return jax.vjp(lambda x_RD, w_GDF: _ragged(block, x_RD, w_GDF, ends_G), x_RD, w_GDF)[1](dy_RF)
+
+
 def _products(block, contract, x_RD, w_GDF, ends_G):
     """The loop; with `contract` 1, rows are multiplied with the transposed matrices."""
-    used = ends_G[-1]
 
     def body(i, y_RF):
         w_DF = w_GDF[jnp.sum(ends_G <= i)]
@@ -109,7 +113,7 @@ def _products(block, contract, x_RD, w_GDF, ends_G):
         return jax.lax.dynamic_update_slice_in_dim(y_RF, y_MF, i * block, 0)
 
     outputs = w_GDF.shape[2 - contract]
-    return jax.lax.fori_loop(0, used, body, jnp.zeros((len(x_RD), outputs), x_RD.dtype))
+    return jax.lax.fori_loop(0, ends_G[-1], body, jnp.zeros((len(x_RD), outputs), x_RD.dtype))
 
 
 def _gradients(block, x_RD, w_GDF, ends_G, dy_RF):

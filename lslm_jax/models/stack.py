@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lslm_jax.models import grouped
 from lslm_jax.models.kernels import is_kernel_output
 
+_DOTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(grouped.SAVED),
+)
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "save_attention": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, is_kernel_output
-    ),
+    "dots": _DOTS,
+    "save_attention": jax.checkpoint_policies.save_from_both_policies(_DOTS, is_kernel_output),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lslm_jax.batch import Batch
-from lslm_jax.config import ModelConfig
+from lslm_jax.config import Config, MeshConfig, ModelConfig
 from lslm_jax.config_checks import fill_sizes
 from lslm_jax.models import attention, experts, presets
 from lslm_jax.models.attention import KeyValues
@@ -16,6 +16,7 @@ from lslm_jax.models.block import Mlp
 from lslm_jax.models.experts import Experts
 from lslm_jax.models.grouped import block_size, grouped_dot, lay_out
 from lslm_jax.models.layers import ACTIVATIONS
+from lslm_jax.sharding import make_mesh
 from lslm_jax.train import losses
 
 B, T, D, F, E = 3, 12, 8, 16, 4
@@ -202,6 +203,16 @@ def test_what_is_dropped_passes_by_and_enough_room_drops_nothing(config):
     roomy, routing = mix(layer, x_BTD, None, E / config.experts_per_token)
     np.testing.assert_allclose(roomy, free, atol=1e-6)
     assert routing.dropped == 0
+
+
+@kinds
+def test_rows_that_devices_cannot_share_are_read_by_all_of_them(config):
+    layer, mesh = layer_of(config), make_mesh(Config(mesh=MeshConfig(data=1, expert=4, tensor=2)))
+    for shape in [(1, 1), (2, 5), (4, 5)]:
+        x_BTD = tokens(shape=shape)
+        alone, _ = mix(layer, x_BTD, None, 0.0)
+        with jax.set_mesh(mesh):
+            np.testing.assert_allclose(mix(layer, x_BTD, None, 0.0)[0], alone, atol=1e-5)
 
 
 def test_a_shared_expert_is_added_for_every_token():

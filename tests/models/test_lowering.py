@@ -202,7 +202,11 @@ def kernels(text):
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=-1, expert=4)], ids=["one", "mesh"])
-def test_experts_are_grouped_products_on_tpus_and_loops_elsewhere(mesh):
-    texts = {name: lowered(Backend("xla", ""), name, mesh=mesh, num_experts=4) for name in ("tpu", "cuda")}
-    counts = {name: text.count('composite "chlo.ragged_dot') for name, text in texts.items()}
-    assert counts == {"tpu": 6, "cuda": 0}  # up and down, forward, and each twice backward
+@pytest.mark.parametrize(
+    # Up and down, forward, and each twice backward; only `full` does them once more.
+    ("platform", "remat", "products"),
+    [("tpu", "none", 6), ("tpu", "dots", 6), ("tpu", "full", 8), ("cuda", "none", 0)],
+)
+def test_experts_are_grouped_products_on_tpus_and_loops_elsewhere(mesh, platform, remat, products):
+    text = lowered(Backend("xla", ""), platform, mesh=mesh, num_experts=4, remat=remat)
+    assert text.count('composite "chlo.ragged_dot') == products
