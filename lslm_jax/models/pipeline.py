@@ -110,29 +110,34 @@ def run(
     def split(a: jax.Array) -> jax.Array:
         # Every M-th row goes together, so that each device works on rows that it already holds.
         a = jnp.moveaxis(a.reshape(-1, M, *a.shape[1:]), 1, 0)
-        return constrain(a, (None, "batch", "length", *[None] * (a.ndim - 3)))
+        a = constrain(a, (None, "batch", "length", *[None] * (a.ndim - 3)))
+        return copied(a)
 
+    # A copy for each stage, whose gradients the compiler adds up: were one array everybody's, they would be added up by
+    # hand in its own type, at which XLA for CPUs gives up if that is bfloat16.
+    copied = lambda a: jnp.broadcast_to(a[None], (stages, *a.shape))
+    told = jax.tree.map(split, (x_BTD, rows)), jax.tree.map(copied, shared)
     one = functools.partial(_stage, reading, place[0], stages, rounds, remat)
-    everywhere = PartitionSpec()
     y_SMBTD, said_RS = jax.shard_map(
         one,
         axis_names={place[0]},
-        in_specs=(place, everywhere, everywhere, everywhere),
+        in_specs=(place, PartitionSpec(), place),
         out_specs=(place, PartitionSpec(None, *place)),
         check_vma=False,
-    )(layers, (beside, keys), jax.tree.map(split, (x_BTD, rows)), shared)
+    )(layers, (beside, keys), told)
     y_BTD = jnp.moveaxis(y_SMBTD[-1], 0, 1).reshape(x_BTD.shape)
     said_L = jax.tree.map(lambda a: a.reshape(-1, *a.shape[3:]), said_RS)
     return constrain(y_BTD, ("batch", "length", "width")), said_L
 
 
 def _stage(
-    reading: Any, axis: str, S: int, R: int, remat: str, layers: Any, each: Any, parts: Any, shared: Any
+    reading: Any, axis: str, S: int, R: int, remat: str, layers: Any, each: Any, told: Any
 ) -> tuple[jax.Array, Any]:
     """What one stage says of each part that leaves the last one, [1, M, B, T, D]; and its layers, [R, 1, n, M, ...].
 
-    `layers` are those that lie here, `each` is of all layers, `parts` are x and rows [M, B, ...].
+    `layers` are those that lie here, `each` is of all layers, `told` are x and rows, [1, M, B, ...], and the shared.
     """
+    parts, shared = jax.tree.map(lambda a: a[0], told)
     s, M = jax.lax.axis_index(axis), len(parts[0])
     groups = _deal(layers, axis, S, R)
     beside, keys = jax.tree.map(lambda a: a.reshape(R, S, -1, *a.shape[1:])[:, s], each)

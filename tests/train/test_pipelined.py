@@ -65,7 +65,8 @@ def test_a_stage_holds_its_own_layers_and_passes_on_nothing_but_a_part_of_the_ba
 
 @pytest.mark.slow
 def test_equal_runs_with_dropout_are_equal():
-    runs = [Run(changed(mesh={"stage": 2}, model={"dropout": 0.3}), 2) for _ in range(2)]
+    model = {"dropout": 0.3, "dtype": "bfloat16"}
+    runs = [Run(changed(mesh={"stage": 2}, model=model), 2) for _ in range(2)]
     losses = [[run.step(batch_of(run.config, i))["loss"] for i in range(3)] for run in runs]
     assert losses[0] == losses[1]
     jax.tree.map(np.testing.assert_array_equal, *(host(run.state.model) for run in runs))
