@@ -297,8 +297,9 @@ def test_a_missing_file_is_a_missing_input():
         ),
         ("log.profile=5", "log.profile wants a first and a last step, as 100,105, got 5"),
         ("log.profile=9,5", "log.profile wants a first and a last step, as 100,105, got 9,5"),
-        ("mesh.fsdp=-1", "only one mesh axis may be -1"),
-        ("mesh.tensor=0", "mesh.tensor must be positive or -1, got 0"),
+        ("mesh.data=-1 mesh.fsdp=-1", "only one mesh axis may be -1"),
+        ("mesh.tensor=-2", "mesh.tensor must be positive, -1 or 0, got -2"),
+        ("mesh.dcn_data=0", "mesh.dcn_data must be positive, got 0"),
         ("mesh.tensor=8", "model.num_heads=12 is not divisible by mesh.tensor=8: use 8 or 16"),
         (
             "model.num_kv_heads=2 mesh.tensor=4",

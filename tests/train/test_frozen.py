@@ -1,5 +1,6 @@
 """Training some of the parameters: adapters, heads, upper layers faster than lower ones; the rest stays bit for bit."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TaskConfig, TrainConfig
 from lslm_jax.config_checks import validate
+from lslm_jax.config_mesh import mesh_axes
 from lslm_jax.data.pipeline import SyntheticInput
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, lora, presets
@@ -44,8 +46,7 @@ def with_adapters(config, **keys):
 
 
 def mesh_of(config):
-    sizes = config.mesh
-    return make_mesh(config, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor])
+    return make_mesh(config, jax.devices()[: math.prod(mesh_axes(config.mesh).values())])
 
 
 def trained(config, steps=3) -> tuple[State, State, list[float]]:

@@ -13,6 +13,7 @@ import pytest
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
+from lslm_jax.config_mesh import mesh_axes
 from lslm_jax.models import attention
 from lslm_jax.sharding import batch_sharding, make_mesh
 from lslm_jax.train import losses, optim, state, step
@@ -223,11 +224,11 @@ def test_the_logits_of_a_batch_never_exist(mesh):
     model = ModelConfig(num_layers=1, d_model=32, num_heads=2, vocab_size=50_257, max_length=T)
     config = Config(model=model, data=DataConfig(source="synthetic", seq_len=T), mesh=mesh)
     config = validate(replace(config, train=TrainConfig(batch_size=B, loss_chunk=16)))
-    size = mesh.data * mesh.fsdp * mesh.tensor
+    size = math.prod(mesh_axes(mesh).values())
     devices = make_mesh(config, jax.devices()[:size])
     optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
-    ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=batch_sharding(devices))
-    weights_BT = jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=batch_sharding(devices))
+    ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=batch_sharding(devices, (B, T)))
+    weights_BT = jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=batch_sharding(devices, (B, T)))
     train_step = jax.jit(step.make_train_step(config, optimizer, attention.XLA), donate_argnums=0)
     with jax.set_mesh(devices):
         abstract = state.abstract_state(config, optimizer, devices)
