@@ -87,10 +87,16 @@ def test_no_device_holds_all_experts_nor_their_moments():
             assert w_LEDF.addressable_shards[0].data.size * 8 == w_LEDF.size
 
 
-def test_balance_pulls_the_load_together():
-    run = Run(changed(MIXTRAL, train={"balance_loss": 1.0}))
-    w_LDE = run.state.model.blocks.mlp.router.w
-    w_LDE.set_value(w_LDE.get_value() * 30.0)
-    first, *_, last = [run.step(batch(i)) for i in range(20)]
-    assert last["balance_loss"] - 1.0 < 0.5 * (first["balance_loss"] - 1.0)
-    assert last["expert_load"] < first["expert_load"]
+def test_what_routing_costs_is_in_the_objective_and_in_its_gradient():
+    model, key = presets.build(MIXTRAL.model, jax.random.key(0)), jax.random.key(0)
+
+    def found(balance, z):
+        config = changed(MIXTRAL, train={"balance_loss": balance, "router_z_loss": z})
+        gradients = jax.jit(lambda *args: step.accumulate_gradients(config, attention.XLA, *args))
+        return host(gradients(*divide(config, model), batch(), key))
+
+    plain_gradient, plain, routing = found(0.0, 0.0)
+    gradient, sums, _ = found(0.5, 0.25)
+    expected = plain.objective + 0.5 * routing.balance + 0.25 * routing.router_z
+    assert sums.objective == pytest.approx(float(expected), rel=1e-6) and sums.nll == pytest.approx(float(plain.nll))
+    assert distance(gradient.blocks.mlp.router, plain_gradient.blocks.mlp.router) > 0.1
