@@ -31,12 +31,15 @@ def trained(family, mesh=(), model=()):
         ("decoder", {"data": 2, "stage": 2}, {}),
         ("decoder", {"fsdp": 2, "stage": 2}, {"pipeline_rounds": 4}),
         ("decoder", {"tensor": 2, "stage": 2}, {}),
+        ("decoder", {"context": 2, "stage": 2}, {}),
+        ("decoder", {"expert": 2, "stage": 2}, {"num_experts": 4, "experts_per_token": 2}),
         ("encoder", {"stage": 2}, {}),
         ("encoder_decoder", {"stage": 2}, {}),
     ],
 )
 def test_stages_learn_what_one_device_learns(family, mesh, model):
-    alone, losses = trained(family)
+    experts = {name: value for name, value in model.items() if "experts" in name}
+    alone, losses = trained(family, model=tuple(experts.items()))
     run, staged_losses = trained(family, tuple(mesh.items()), tuple(model.items()))
     assert np.max(np.abs(np.subtract(staged_losses, losses))) < 1e-5
     assert losses[-1] < losses[0] - 0.2
