@@ -10,6 +10,7 @@ from etils import epath
 
 from lslm_jax import config_checks
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
+from lslm_jax.config_mesh import mesh_axes
 from lslm_jax.data import pipeline
 from lslm_jax.data.prepare import prepare
 from lslm_jax.data.shards import Shards
@@ -47,7 +48,7 @@ def config(tmp_path_factory) -> Config:
 
 
 def evaluate(config: Config) -> dict[str, float]:
-    mesh = make_mesh(config, jax.devices()[: abs(config.mesh.data) * config.mesh.fsdp * config.mesh.tensor])
+    mesh = make_mesh(config, jax.devices()[: abs(math.prod(mesh_axes(config.mesh).values()))])
     with jax.set_mesh(mesh):
         data = pipeline.open_eval(config, epath.Path(config.data.dir), 259)
         model = presets.build(config.model, jax.random.key(1))
