@@ -19,7 +19,7 @@ def get_config() -> Config:
         model=replace(presets.llama_8b, lora_rank=16, lora_alpha=32.0, remat="full"),
         train=TrainConfig(steps=1000, batch_size=32),
         optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=0.0, warmup_steps=50),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(preset="fsdp"),
         checkpoint=CheckpointConfig(every=500, keep=1),
         eval=EvalConfig(every=500),
     )

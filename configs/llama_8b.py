@@ -19,5 +19,5 @@ def get_config() -> Config:
         tokenizer=TokenizerConfig(vocab_size=128_000),
         train=TrainConfig(steps=500_000, batch_size=512),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(preset="fsdp"),
     )

@@ -17,8 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lslm_jax import errors, progress
 from lslm_jax.errors import ConfigError, LslmError, PeerLost
 
-WAIT_SECONDS = 600.0  # for the other processes: to join, and at a barrier
-
+_JOIN_SECONDS = 600.0  # for the other processes to come
 _LEAVE_SECONDS = 30.0  # for the others to end as well
 _POLL_SECONDS = 5.0  # a process waits in such slices, between which it can be stopped
 _calls = itertools.count()  # every process asks the same questions in the same order
@@ -122,7 +121,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
             process_id=cluster.process,
             local_device_ids=cluster.devices,
             cluster_detection_method="deactivate" if cluster.kind == "flags" else None,
-            initialization_timeout=int(WAIT_SECONDS),
+            initialization_timeout=int(_JOIN_SECONDS),
             shutdown_timeout_seconds=int(_LEAVE_SECONDS),
             coordinator_bind_address=address,
         )
@@ -135,20 +134,6 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
 def is_primary() -> bool:
     """Whether this is process 0, the one that writes and prints."""
     return jax.process_index() == 0
-
-
-def barrier(name: str, seconds: float = WAIT_SECONDS) -> None:
-    """Waits until every process is here.
-
-    Raises:
-      PeerLost: one did not come in time.
-    """
-    if jax.process_count() == 1:
-        return
-    try:
-        _client().wait_at_barrier(f"{name}-{next(_calls)}", int(seconds * 1000))
-    except RuntimeError as error:
-        raise PeerLost(f"at {name}, not every process came within {seconds:.0f} s: {_first_line(error)}") from error
 
 
 def by_primary(name: str, work: Callable[[], Any]) -> Any:
@@ -223,6 +208,6 @@ class Agreement:
         if not self._several:
             return wanted
         flag, shape = np.full(1, wanted, np.int32), (self._sharding.mesh.size,)
-        asked, self._asked = self._asked, jax.make_array_from_callback(shape, self._sharding, lambda _: flag)
-        self._asked = self._count(self._asked)
+        now = self._count(jax.make_array_from_callback(shape, self._sharding, lambda _: flag))
+        asked, self._asked = self._asked, now
         return asked is not None and int(asked) > 0

@@ -55,9 +55,9 @@ _platform: contextvars.ContextVar[str] = contextvars.ContextVar("platform", defa
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
-    """Sets the mesh and the table that everything below goes by, in this thread."""
-    token, before = _rules.set(rules), _platform.set(mesh.devices.flat[0].platform)
+def use(mesh: Mesh, config: MeshConfig) -> Iterator[None]:
+    """Sets the mesh, and the table as its config changes it, that everything below goes by in this thread."""
+    token, before = _rules.set(make_rules(config)), _platform.set(mesh.devices.flat[0].platform)
     try:
         with jax.set_mesh(mesh):
             yield

@@ -27,7 +27,7 @@ from lslm_jax.models.attention import Backend
 from lslm_jax.observe import json_values
 from lslm_jax.plan.verb import plan as plan
 from lslm_jax.progress import say
-from lslm_jax.sharding import local_rows, make_mesh, make_rules, use
+from lslm_jax.sharding import local_rows, make_mesh, use
 from lslm_jax.train import checkpoint, identity, lock, manifest
 from lslm_jax.train.exports import Exports
 from lslm_jax.train.loop import train as train_loop
@@ -41,7 +41,8 @@ def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     return _prepare(config, _data_dir(config, _workdir(flags)))
 
 
-def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:  # by the primary; the others find it there
+def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:
+    """What the primary prepares; the other processes find it there."""
     return distributed.primary_first("prepare", lambda: prepare_data(config, data_dir, say))
 
 
@@ -70,7 +71,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     config, facts = _resolve(config, data_dir)
     if distributed.is_primary():
         atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
-    with use(mesh, make_rules(config.mesh)):
+    with use(mesh, config.mesh):
         where = config, data_dir, config.model.vocab_size, local_rows(mesh, config.train.batch_size)
         data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
         for remark in data.remarks():
@@ -81,14 +82,14 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         exporter = _exporter(setting) if config.checkpoint.export_every else None
         made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh)
         saved = workdir / "checkpoints"
-        distributed.by_primary("checkpoints", lambda: manifest.set_aside_damaged(saved, say))
+        whole = distributed.by_primary("checkpoints", lambda: manifest.set_aside_damaged(saved, say))
         summary = train_loop(
             config,
             workdir,
             mesh,
             data,
             setting.backend,
-            checkpoint.Checkpoints(workdir, config.checkpoint, made_by),
+            checkpoint.Checkpoints(workdir, config.checkpoint, made_by, whole),
             evaluate=tasks.make(setting, held_out) if held_out else None,
             sample=respond.sampler(setting) if config.generate.prompts and setting.words else None,
             exports=Exports(workdir, config.checkpoint, exporter) if exporter else None,
@@ -111,7 +112,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     if flags.pretrained:
         _prepare(config, data_dir)
     config, facts = _resolve(config, data_dir)
-    with use(mesh, make_rules(config.mesh)):
+    with use(mesh, config.mesh):
         where = config, data_dir, config.model.vocab_size, local_rows(mesh, config.train.batch_size)
         held_out = pipeline.open_eval(*where, flags.split)
         if not held_out:
@@ -139,7 +140,7 @@ def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str,
     config, facts, data_dir = _model_alone(config, flags)
     kernel = "xla" if config.model.attention == "xla" else "auto"  # not all lengths suit the one that training uses
     config = replace(config, model=replace(config.model, attention=kernel))
-    with use(mesh, make_rules(config.mesh)):
+    with use(mesh, config.mesh):
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
 
@@ -160,7 +161,7 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
     prompts = respond.read_prompts(config, flags)
     mesh = _mesh_without_batch(config)
     config, facts, data_dir = _model_alone(config, flags)
-    with use(mesh, make_rules(config.mesh)):
+    with use(mesh, config.mesh):
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
         # Of a model that was imported, nothing is known of what it was trained on.
@@ -186,7 +187,7 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     workdir = _workdir(flags)
     data_dir = _data_dir(config, workdir)
     config, facts = _resolve(config, data_dir)
-    with use(mesh, make_rules(config.mesh)):
+    with use(mesh, config.mesh):
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
         model, step = _load_model(config, flags, mesh)
@@ -222,7 +223,7 @@ def import_(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         adopt.require_free(workdir)
     config = adopt.settle(config, source)
     config, facts = _resolve_pretrained(config) if workdir else (adopt.with_labels(config), {})
-    with use(mesh, make_rules(config.mesh)):
+    with use(mesh, config.mesh):
         loaded, summary = adopt.read(source, config, mesh)
         if flags.check or flags.reference:
             found = adopt.compare(loaded, source, config, flags.reference, flags.tolerance)

@@ -64,7 +64,6 @@ def test_half_a_cluster_is_refused_in_one_line(environ, flags, message):
 
 
 def test_alone_nothing_waits_and_wishes_are_known_at_once():
-    distributed.barrier("here")
     assert distributed.by_primary("one", lambda: 1) == distributed.primary_first("two", lambda: 1) == 1
     agreement = distributed.Agreement(make_mesh(Config(mesh=MeshConfig(data=1)), jax.devices()[:1]))
     assert [agreement.reached(wanted) for wanted in (False, True, False)] == [False, True, False]

@@ -20,7 +20,6 @@ from lslm_jax.sharding import (
     batch_sharding,
     constrain,
     make_mesh,
-    make_rules,
     num_shards,
     platform,
     resolve,
@@ -203,7 +202,7 @@ def test_a_batch_is_spread_over_rows_and_missing_parts_stay_missing():
 
 def test_the_platform_is_that_of_the_mesh_in_use_whatever_this_machine_has(monkeypatch):
     mesh = make_mesh(Config(mesh=MeshConfig(data=-1)))
-    with use(mesh, make_rules(MeshConfig())):
+    with use(mesh, MeshConfig()):
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         assert platform() == "cpu"
     assert platform() == "gpu"

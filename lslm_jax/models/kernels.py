@@ -41,28 +41,15 @@ def cudnn(
 
     `source_segments_BS` are those of the keys; None where segments_BT are theirs as well. A window is causal.
     """
-    run = functools.partial(_cudnn, causal=causal, window=window, scale=scale, max_segments=max_segments)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.manual_axes:  # a stage of a pipeline, where the compiler cannot split this call
+    if 0 < len(mesh.manual_axes) < len(mesh.axis_names):  # a stage of a pipeline: there the compiler cannot split this
+        again = functools.partial(cudnn, causal=causal, window=window, scale=scale, max_segments=max_segments)
         place = lambda x, *names: resolve(("batch", None, *names), x.shape, mesh)
         q_spec, kv_spec = place(q_BTHC, "heads", "head_dim"), place(k_BSKC, "kv_heads", "head_dim")
         specs = (q_spec, kv_spec, kv_spec, *[resolve(("batch",), q_BTHC.shape[:1], mesh)] * 2)
-        run = jax.shard_map(run, in_specs=specs, out_specs=q_spec, check_vma=False)
-    return run(q_BTHC, k_BSKC, v_BSKC, segments_BT, source_segments_BS)
+        each = jax.shard_map(again, in_specs=specs, out_specs=q_spec, check_vma=False)
+        return each(q_BTHC, k_BSKC, v_BSKC, segments_BT, source_segments_BS)
 
-
-def _cudnn(
-    q_BTHC: jax.Array,
-    k_BSKC: jax.Array,
-    v_BSKC: jax.Array,
-    segments_BT: jax.Array | None,
-    source_segments_BS: jax.Array | None,
-    *,
-    causal: bool,
-    window: int,
-    scale: float,
-    max_segments: int,
-) -> jax.Array:
     # The public jax.nn.dot_product_attention has no offsets, without which cuDNN cannot tell packed documents apart.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 

@@ -16,7 +16,7 @@ from lslm_jax.evaluate.evaluator import choose_backend
 from lslm_jax.models.attention import Backend
 from lslm_jax.plan import topology as topologies
 from lslm_jax.plan.topology import Topology
-from lslm_jax.sharding import make_mesh, make_rules, use
+from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import State, abstract_state
 from lslm_jax.train.step import lower, whole_batch
@@ -68,18 +68,16 @@ def compile_step(config: Config, topology: Topology | None) -> Compiled:
     """
     mesh = make_mesh(config, topologies.devices(topology))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    with use(mesh, make_rules(config.mesh)), topologies.as_if_there(topology):
+    with use(mesh, config.mesh), topologies.as_if_there(topology):
         data = synthetic.SyntheticInput(config, config.model.vocab_size, np.arange(1))
-        backend, row = choose_backend(config, mesh, [data]), data.batch(0)
+        backend, batch = choose_backend(config, mesh, [data]), whole_batch(config, data.batch(0), mesh)
         begun = time.monotonic()
-        lowered = lower(config, optimizer, backend, row, mesh)
+        state = abstract_state(config, optimizer, mesh)
+        lowered = lower(config, optimizer, backend, state, batch, mesh)
         lowered_at = time.monotonic()
         program, needed = _compile(lowered)
         seconds = lowered_at - begun, time.monotonic() - lowered_at
-        batch = whole_batch(config, row, mesh)
-        return Compiled(
-            config, mesh, backend, abstract_state(config, optimizer, mesh), batch, program, needed, *seconds
-        )
+        return Compiled(config, mesh, backend, state, batch, program, needed, *seconds)
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[Any, int]:

@@ -29,10 +29,19 @@ _HEAD = "top."  # of the names of what an encoder ends with
 class Checkpoints:
     """The checkpoints of one run; saving goes on in the background."""
 
-    def __init__(self, workdir: epath.Path, config: CheckpointConfig, identity: Mapping[str, Any]):
-        """Opens or creates WORKDIR/checkpoints; what a killed save left behind is removed."""
+    def __init__(
+        self, workdir: epath.Path, config: CheckpointConfig, identity: Mapping[str, Any], whole: int | None = None
+    ):
+        """Opens or creates WORKDIR/checkpoints; what a killed save left behind is removed.
+
+        Args:
+          workdir: the run directory.
+          config: how long they are kept.
+          identity: of the run, from `identity.make`.
+          whole: a step whose checkpoint was compared with its manifest just now.
+        """
         self._directory = epath.Path(workdir) / "checkpoints"
-        self.identity = dict(identity)
+        self.identity, self._whole = dict(identity), whole
         self._aside = ThreadPoolExecutor(1)
         self._saving: Future[None] | None = None
         policies: Any = ocp.training.save_decision_policies
@@ -79,7 +88,8 @@ class Checkpoints:
           CheckpointRefused: it was made by another model, tokenizer or data, or it is damaged.
         """
         directory = self._directory / str(step)
-        _check(directory)
+        if step != self._whole:
+            _check(directory)
         made_by: Any = self._orbax.checkpointables_metadata(step).custom_metadata
         identities.check(directory, made_by, self.identity, log)
         parts = {name: flatten(part) for name, part in _parts(abstract).items()}

@@ -22,14 +22,14 @@ from lslm_jax.models.attention import Backend
 from lslm_jax.models.presets import flops_per_token
 from lslm_jax.observe import Metrics, Profiler, device_memory, mfu, parameter_table
 from lslm_jax.progress import Progress, StepTimer
-from lslm_jax.sharding import make_rules, to_global, use
+from lslm_jax.sharding import to_global, use
 from lslm_jax.train.begin import begin
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.exports import Exports
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.preemption import Preemption
-from lslm_jax.train.state import State, divide, evaluated_model, num_parameters
-from lslm_jax.train.step import lower
+from lslm_jax.train.state import State, abstract_state, divide, evaluated_model, num_parameters
+from lslm_jax.train.step import lower, whole_batch
 
 MAX_SKIPPED = 5  # non-finite steps in a row that end the run
 _SHOWN = 12  # figures of an evaluation that a person is shown; metrics.jsonl has them all
@@ -192,8 +192,9 @@ def _compile(
     config: Config, optimizer: optax.GradientTransformation, backend: Backend, batch: Batch, mesh: Mesh
 ) -> jax.stages.Compiled:
     """The step compiled for exactly these shapes, so that it can never be compiled again behind our back."""
-    with use(mesh, make_rules(config.mesh)):  # which is set for each thread on its own
-        return lower(config, optimizer, backend, batch, mesh).compile()
+    with use(mesh, config.mesh):  # which is set for each thread on its own
+        state, batch = abstract_state(config, optimizer, mesh), whole_batch(config, batch, mesh)
+        return lower(config, optimizer, backend, state, batch, mesh).compile()
 
 
 def _evaluate(

@@ -45,10 +45,13 @@ def check_manifest(directory: epath.Path, parts: Collection[str] = ()) -> None:
             raise CheckpointRefused(f"{path} is damaged: its sha256 is not the one in its manifest")
 
 
-def set_aside_damaged(directory: epath.Path, log: Callable[[str], None]) -> None:
+def set_aside_damaged(directory: epath.Path, log: Callable[[str], None]) -> int | None:
     """Moves damaged checkpoints out of the way, so that a run goes on from the newest whole one.
 
     They go to `damaged/` beside the `checkpoints` directory; nothing is deleted. If none is whole, all stay.
+
+    Returns:
+      The step of that one; None where there is no checkpoint.
 
     Raises:
       CheckpointRefused: there are checkpoints, and none is whole; a run never starts from scratch over them.
@@ -69,9 +72,10 @@ def set_aside_damaged(directory: epath.Path, log: Callable[[str], None]) -> None
             with atomic.saving(to):
                 to.parent.mkdir(exist_ok=True)
                 bad.rename(to)
-        return
+        return int(path.name)
     if damaged:
         raise CheckpointRefused("no checkpoint is whole: " + "; ".join(damaged.values()))
+    return None
 
 
 def _read(manifest: epath.Path) -> dict[str, tuple[int, str]]:

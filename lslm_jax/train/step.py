@@ -15,7 +15,7 @@ from lslm_jax.models.attention import Backend
 from lslm_jax.sharding import batch_sharding, constrain, platform
 from lslm_jax.train import losses, optim
 from lslm_jax.train.losses import Sums
-from lslm_jax.train.state import State, abstract_state, divide
+from lslm_jax.train.state import State, divide
 from lslm_jax.trees import join
 
 Metrics = dict[str, jax.Array]
@@ -65,7 +65,7 @@ def make_train_step(
 
 
 def lower(
-    config: Config, optimizer: optax.GradientTransformation, backend: Backend, batch: Batch, mesh: Mesh
+    config: Config, optimizer: optax.GradientTransformation, backend: Backend, state: State, batch: Batch, mesh: Mesh
 ) -> jax.stages.Lowered:
     """The step for exactly these shapes and places, its state donated, to be compiled; on the mesh in use.
 
@@ -73,13 +73,13 @@ def lower(
       config: resolved.
       optimizer: of the run.
       backend: attention kernel.
-      batch: any batch of the run, or part of one; only its shapes count.
+      state: from `abstract_state`.
+      batch: from `whole_batch`.
       mesh: of devices that are there, or not.
     """
-    state = abstract_state(config, optimizer, mesh)
     places = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, PartitionSpec())
     step = jax.jit(make_train_step(config, optimizer, backend), donate_argnums=0, out_shardings=places)
-    return step.lower(state, whole_batch(config, batch, mesh))
+    return step.lower(state, batch)
 
 
 def whole_batch(config: Config, batch: Batch, mesh: Mesh) -> Batch:

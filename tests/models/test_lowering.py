@@ -191,6 +191,13 @@ def test_on_tpus_a_stage_of_a_pipeline_runs_the_same_kernel_on_a_part_of_its_row
     assert "collective_permute" in text and not re.search(rf"{T}x{T}x(f32|bf16)", text)
 
 
+def test_on_gpus_a_stage_of_a_pipeline_runs_the_same_fused_call(hopper):
+    mesh, sizes = MeshConfig(data=-1, stage=2, tensor=2), {"num_layers": 4, "microbatches": 2}
+    text = lowered(Backend("cudnn", "", max_segments=16), "cuda", True, mesh, **sizes)
+    assert calls(text) == (1, 1) and "PADDING_CAUSAL" in text
+    assert "collective_permute" in text and "fmhaScaleBias" not in text and f"{T}x{T}" not in text
+
+
 @pytest.mark.parametrize(("remat", "expected"), [("save_attention", 2), ("full", 3), ("dots", 3)])
 def test_on_tpus_only_save_attention_spares_the_second_forward_pass(remat, expected):
     assert len(kernels(lowered(Backend("splash", ""), "tpu", remat=remat))) == expected

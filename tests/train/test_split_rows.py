@@ -12,6 +12,7 @@ from lslm_jax.batch import Batch
 from lslm_jax.models import attention
 from lslm_jax.sharding import make_mesh, to_global
 from lslm_jax.train import optim, step
+from lslm_jax.train.state import abstract_state
 
 DECODER = FAMILIES["decoder"]
 CONFIGS = FAMILIES | {
@@ -67,7 +68,8 @@ def test_no_device_sees_a_row_whole_but_for_its_keys_and_values():
     ids_BT = np.ones((rows, length), np.int32)
     lines = Batch(ids_BT, ids_BT, np.ones((rows, length), np.float32), segments_BT=ids_BT)
     with jax.set_mesh(mesh):
-        text = step.lower(config, optimizer, attention.XLA, lines, mesh).compile().as_text() or ""
+        told = abstract_state(config, optimizer, mesh), step.whole_batch(config, lines, mesh)
+        text = step.lower(config, optimizer, attention.XLA, *told, mesh).compile().as_text() or ""
     gathered = set(re.findall(r"(\w+\[[\d,]*\])\S* all-gather", text))
     assert f"f32[{rows},{length},1,8]" in gathered
     assert not re.search(rf"{length},{length}[\],]", text)

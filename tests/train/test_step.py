@@ -84,7 +84,9 @@ class Run:
         self.optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
         with jax.set_mesh(self.mesh):
             self.state = init_state(config, self.optimizer, self.mesh)
-            self.compiled = step.lower(config, self.optimizer, attention.XLA, batch_of(config), self.mesh).compile()
+            self.compiled = step.lower(
+                config, self.optimizer, attention.XLA, self.state, to_global(batch_of(config), self.mesh), self.mesh
+            ).compile()
 
     def step(self, batch):
         with jax.set_mesh(self.mesh):
