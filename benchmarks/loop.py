@@ -39,7 +39,7 @@ class TimedInput(SyntheticInput):
     """Random tokens that note when the trainer asks for a step's epoch: once for each line of metrics.jsonl."""
 
     def __init__(self, config: Config):
-        super().__init__(config, config.model.vocab_size, 0, 1)
+        super().__init__(config, config.model.vocab_size)
         self.times: list[float] = []
 
     def epoch(self, step: int) -> float:

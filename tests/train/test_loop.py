@@ -94,7 +94,7 @@ def run(finished, tmp_path) -> pathlib.Path:
 
 def test_a_run_leaves_the_files_of_the_contract(finished):
     work = finished[0] / "work"
-    names = {"checkpoints", "config.json", "data", "metrics.jsonl", "result.json", "samples", "tensorboard"}
+    names = {"checkpoints", "config.json", "data", "lock", "metrics.jsonl", "result.json", "samples", "tensorboard"}
     assert {path.name for path in work.iterdir()} == names
     assert json.loads((work / "config.json").read_text())["model"]["vocab_size"] == 259
     assert checkpoint.list_steps(work / "checkpoints") == [STEPS - EVERY, STEPS]
@@ -201,7 +201,7 @@ class Poisoned(SyntheticInput):
 def train(config, workdir, bad=(), evaluate=None):
     """The loop itself, on random tokens and one device."""
     mesh = make_mesh(config, jax.devices()[:1])
-    data = Poisoned(config, config.model.vocab_size, 0, 1)
+    data = Poisoned(config, config.model.vocab_size)
     data.bad = bad
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(epath.Path(workdir), config.checkpoint, identity.make(config, "", "", mesh))
