@@ -306,6 +306,8 @@ class TrainConfig:
     """Decay of an exponential moving average of the weights, which evaluation then uses. 0: off."""
     init_from: str = ""
     """A run, or a Hugging Face model (directory, hf://ORG/NAME), whose weights a fresh run starts from as they fit."""
+    watchdog: float = 60.0
+    """Seconds without a step, or a sign of life of another process, that end a run (77). 0: wait for ever."""
     frozen: tuple[str, ...] = ()
     """Parameters that stay as they are, by pattern, as `embed,blocks.*`; ! exempts: `*,!top.*` trains heads alone."""
 

@@ -84,7 +84,7 @@ _NOT_NEGATIVE = (
     "seed model.num_kv_heads model.head_dim model.d_ff model.num_decoder_layers model.vocab_size model.num_labels "
     "model.token_types model.lora_rank model.window model.position_offset model.rope_local_theta model.attention_scale "
     "model.attention_softcap model.logit_softcap model.num_experts model.shared_experts model.expert_capacity "
-    "model.microbatches data.source_len train.balance_loss train.router_z_loss "
+    "model.microbatches data.source_len train.balance_loss train.router_z_loss train.watchdog "
     "data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss optimizer.warmup_steps "
     "optimizer.weight_decay optimizer.clip checkpoint.keep_every checkpoint.export_every eval.every eval.batches "
     "generate.temperature generate.top_k"

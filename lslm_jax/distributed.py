@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lslm_jax import errors, progress
+from lslm_jax import errors, peers, progress
 from lslm_jax.errors import ConfigError, LslmError, PeerLost
 
 _JOIN_SECONDS = 600.0  # for the other processes to come
-_LEAVE_SECONDS = 30.0  # for the others to end as well
+_ABORT_SECONDS = 100.0  # of silence until JAX aborts everyone: the last resort, where nobody watches
 _POLL_SECONDS = 5.0  # a process waits in such slices, between which it can be stopped
 _calls = itertools.count()  # every process asks the same questions in the same order
 
@@ -100,8 +100,14 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
     return int(environ[name])
 
 
-def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def start(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, patience: float = 0.0
+) -> None:
     """Joins the other processes, if there are any; before anything else asks jax for devices.
+
+    Args:
+      coordinator, processes, process: as the flags say, if they do.
+      patience: seconds after which a silent process counts as lost (`peers`); 0: nobody watches.
 
     Raises:
       ConfigError: flags or environment make no sense.
@@ -122,13 +128,15 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
             local_device_ids=cluster.devices,
             cluster_detection_method="deactivate" if cluster.kind == "flags" else None,
             initialization_timeout=int(_JOIN_SECONDS),
-            shutdown_timeout_seconds=int(_LEAVE_SECONDS),
+            heartbeat_timeout_seconds=int(max(_ABORT_SECONDS, 2 * patience)),
             coordinator_bind_address=address,
         )
     except (ValueError, RuntimeError) as error:
         raise PeerLost(f"cannot join the other processes ({cluster.kind}): {_first_line(error)}") from error
     if not is_primary():
         progress.be_quiet()
+    if patience:
+        peers.begin(_client(), jax.process_index(), jax.process_count(), patience)
 
 
 def is_primary() -> bool:

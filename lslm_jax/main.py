@@ -7,11 +7,12 @@ import argparse
 import json
 import keyword
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from lslm_jax import config_checks, config_loading
+from lslm_jax import config_checks, config_loading, peers
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError, LslmError
 
@@ -91,16 +92,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         result = _run(argv)
     except LslmError as error:
         if "--debug" in argv:
-            raise
-        if not error.told:
+            traceback.print_exc()
+        elif not error.told:
             print(f"lslm: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        peers.end(error.exit_code, str(error))
     except KeyboardInterrupt:  # before or after the training loop, which catches it and saves
         print("lslm: interrupted", file=sys.stderr)
-        sys.exit(130)
+        peers.end(130, "interrupted")
+    except Exception as error:
+        peers.explain(error)
+        traceback.print_exc()
+        peers.end(1, f"{type(error).__name__}: {error}".partition("\n")[0])
     if result is not None:
         print(json.dumps(result))
-    sys.exit(0)
+    peers.end()
 
 
 def _run(argv: Sequence[str]) -> dict[str, Any] | None:
@@ -119,7 +124,7 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
     from lslm_jax import distributed, verbs  # not before the config is known to be sound: this imports jax
 
     if flags.verb != "plan":  # for which one process is enough, whatever hardware it is for
-        distributed.start(flags.coordinator, flags.processes, flags.process)
+        distributed.start(flags.coordinator, flags.processes, flags.process, config.train.watchdog)
     return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
 
 

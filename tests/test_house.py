@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lslm_jax"
 # Each row may import from the rows above it, and a room from itself. Rooms that share a row are strangers.
 ROWS = [
     ["config", "batch", "errors"],
-    ["config_loading", "config_mesh", "devices", "progress", "atomic", "imports"],
+    ["config_loading", "config_mesh", "devices", "progress", "atomic", "imports", "peers"],
     ["config_checks"],
     ["sharding", "distributed", "observe", "trees"],
     ["data", "models"],
@@ -30,6 +30,7 @@ ROWS = [
         "train.preemption",
         "train.manifest",
         "train.lock",
+        "train.watchdog",
     ],
     ["evaluate"],
     ["train.identity", "train.checkpoint", "train.begin", "train.exports", "train.loop", "plan"],

@@ -30,6 +30,7 @@ from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.preemption import Preemption
 from lslm_jax.train.state import State, abstract_state, divide, evaluated_model, num_parameters
 from lslm_jax.train.step import lower, whole_batch
+from lslm_jax.train.watchdog import Watchdog
 
 MAX_SKIPPED = 5  # non-finite steps in a row that end the run
 _SHOWN = 12  # figures of an evaluation that a person is shown; metrics.jsonl has them all
@@ -103,12 +104,15 @@ def train(
         batches = stack.enter_context(contextlib.closing(prefetch.batches(data.batch, start, steps)))
         first = next(batches, None)
         train_step = compiling.result()
+        stacks = workdir / f"stacks-{jax.process_index()}.txt"
+        watchdog = stack.enter_context(Watchdog(config.train.watchdog, stacks))
 
         def report(step: int, metrics: dict[str, jax.Array]) -> None:
             """Reads the metrics of a finished step, and records them where they are due."""
             nonlocal last
             values = jax.device_get(metrics)
             timer.step()
+            watchdog.step(step)
             last = {name: values[name].item() for name in (*METRICS, *sorted(values.keys() - set(METRICS)))}
             if skipped := int(last["skipped"]):
                 progress.message(f"step {step}: loss or gradient is not finite, update skipped ({skipped} in a row)")
@@ -141,7 +145,7 @@ def train(
                 continue
             report(*pending)
             pending = None
-            with timer.pause():
+            with timer.pause(), watchdog.pause():
                 if evaluating:
                     results, facts = _evaluate(state, evaluate, sample, record, progress, workdir)
                 if saving:

@@ -1,0 +1,127 @@
+"""Real processes, one of which is killed, stopped, or fails: the others end, and say why."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lslm_jax.errors import PeerLost
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+PATIENCE = 4.0
+# Each adds up over all, again and again, as a train step does; or does what its argument says.
+PROGRAM = """
+import sys, time
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from lslm_jax import distributed, peers
+from lslm_jax.errors import DataError
+
+at, processes, process, patience, failing, rounds = sys.argv[1:]
+distributed.start(at, int(processes), int(process), float(patience))
+mesh = jax.make_mesh((jax.device_count(),), ("data",))
+split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+add = jax.jit(jnp.sum, out_shardings=whole)
+try:
+    for round in range(int(rounds)):
+        ones = jax.make_array_from_callback((mesh.size,), split, lambda _: np.ones(1))
+        assert int(add(ones)) == mesh.size
+        if round == 3:
+            open(f"up-{process}", "w").close()
+            if failing == process:
+                raise DataError("shard 3 is cut")
+        time.sleep(0.05)
+except DataError as error:
+    print(f"lslm: {error}", file=sys.stderr)
+    peers.end(error.exit_code, str(error))
+except Exception as error:
+    peers.explain(error)
+    peers.end(1, "not explained")
+time.sleep(2.0 * int(process))
+peers.end()
+"""
+
+
+class Job:
+    def __init__(self, tmp_path, processes, failing="nobody", rounds=100_000, patience=PATIENCE):
+        (tmp_path / "program.py").write_text(PROGRAM)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            at = f"127.0.0.1:{free.getsockname()[1]}"
+        environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+        self.out = [tmp_path / f"{process}.out" for process in range(processes)]
+        self.parts = []
+        for process in range(processes):
+            command = [sys.executable, "program.py", at, *map(str, (processes, process, patience, failing, rounds))]
+            with open(self.out[process], "w") as out:
+                self.parts.append(subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=out, stderr=out))
+
+    def up(self):
+        """When all have added up a few times."""
+        while not all(out.with_name(f"up-{out.stem}").exists() for out in self.out):
+            assert all(part.poll() is None for part in self.parts), [out.read_text() for out in self.out]
+            time.sleep(0.05)
+
+    def end(self, *processes):
+        """Exit codes and what was said."""
+        codes = [self.parts[process].wait(timeout=90) for process in processes]
+        return codes, [self.out[process].read_text() for process in processes]
+
+
+@pytest.fixture
+def start(tmp_path):
+    jobs = []
+    yield lambda *args, **kwargs: jobs.append(Job(tmp_path, *args, **kwargs)) or jobs[-1]
+    for part in jobs[0].parts:
+        part.kill()
+        part.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_killed_or_stopped_is_named_and_all_others_end_with_77(start, number):
+    job = start(3)
+    job.up()
+    begun = time.monotonic()
+    job.parts[1].send_signal(number)
+    codes, texts = job.end(0, 2)
+    assert codes == [PeerLost.exit_code] * 2, texts
+    (line,) = [line for line in texts[0].splitlines() if line.startswith("lslm:")]
+    assert line.startswith(f"lslm: process 1 on {socket.gethostname()} has not answered for ")
+    assert "Traceback" not in texts[0] + texts[1]
+    assert time.monotonic() - begun < 60
+
+
+def test_where_the_first_process_is_stopped_the_others_say_so_and_end_with_77(start):
+    job = start(2)
+    job.up()
+    job.parts[0].send_signal(signal.SIGSTOP)
+    codes, texts = job.end(1)
+    assert codes == [PeerLost.exit_code], texts
+    assert "lslm: process 0 has not answered for " in texts[0]
+
+
+def test_where_the_first_process_is_killed_the_others_end_with_it(start):
+    """JAX itself aborts them, since the first one held its service."""
+    job = start(2)
+    job.up()
+    job.parts[0].kill()
+    codes, texts = job.end(1)
+    assert codes[0] in (-signal.SIGABRT, PeerLost.exit_code), texts
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_of_one_ends_all_with_its_code_and_its_cause(start, failing):
+    codes, texts = start(2, failing=str(failing)).end(0, 1)
+    assert codes == [65, 65], texts
+    assert "shard 3 is cut" in texts[0]
+
+
+def test_at_a_good_end_those_that_are_done_wait_for_those_that_are_not(start):
+    codes, texts = start(3, rounds=5, patience=2.5).end(0, 1, 2)
+    assert codes == [0, 0, 0], texts
+    assert not any("lslm:" in text for text in texts)
