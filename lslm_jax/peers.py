@@ -73,7 +73,8 @@ class _Watch:
     def __init__(self, store: Any, process: int, processes: int, patience: float):
         self._store, self._me, self._patience, self._grace = store, process, patience, _GRACE
         now = self._beaten = time.monotonic()
-        self._seen = dict.fromkeys(map(str, range(processes)), ("", now))  # the last sign of each, and when it came
+        # The last sign of each process, and when it came.
+        self._seen: dict[str, tuple[str, float]] = {str(number): ("", now) for number in range(processes)}
         self._parted: dict[str, float] = {}  # when process 0 learnt of an end
         self._over = threading.Event()
         works = (self._beat, self._look)
