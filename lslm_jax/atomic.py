@@ -77,6 +77,16 @@ def write(path: epath.Path, content: bytes) -> None:
     file.close()
 
 
+def fingerprint(path: epath.Path) -> tuple[int, str]:
+    """Size in bytes and sha256 of a file, read in pieces."""
+    hasher, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            hasher.update(block)
+            size += len(block)
+    return size, hasher.hexdigest()
+
+
 def write_json(path: epath.Path, value: dict[str, Any]) -> None:
     """Writes a whole JSON file; SaveError where the disk refuses."""
     write(path, json.dumps(value, indent=1).encode())

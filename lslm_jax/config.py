@@ -213,6 +213,8 @@ class DataConfig(Source):
     """Jinja file that puts conversations into words, as Hugging Face has them. Empty: the vocabulary's own."""
     max_documents: int = 0
     """Read at most so many documents of each source. 0: all."""
+    verify: bool = True
+    """Whether training first reads all shards and compares their sha256, about 1 GB/s; sizes are compared anyway."""
     shard_tokens: int = 1 << 26
     """Tokens in one shard file."""
 

@@ -23,6 +23,7 @@ VERBS = {
     "generate": "continue, translate, classify or answer prompts, as the model was trained to",
     "export": "write a checkpoint as a Hugging Face directory",
     "import": "read a pretrained model whole, compare it with its origin, make a run of it",
+    "verify": "compare the files of a run, or of a copy of one, with their sha256",
     "plan": "compile the train step for hardware that need not be there; tell what it needs and how fast it can be",
 }
 
@@ -115,6 +116,8 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         return None
     settings = [flag for flag in argv if flag.startswith("--config.")]
     flags = parser().parse_args([flag for flag in argv if flag not in settings])
+    if flags.verb == "verify":
+        return _verify(flags)
     config = _load(flags, settings)
 
     if flags.verb == "plan":
@@ -126,6 +129,20 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
     if flags.verb != "plan":  # for which one process is enough, whatever hardware it is for
         distributed.start(flags.coordinator, flags.processes, flags.process, config.train.watchdog)
     return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
+
+
+def _verify(flags: argparse.Namespace) -> dict[str, Any]:
+    """Needs neither jax nor a sound config: the directory may be a copy, on another machine."""
+    from etils import epath
+
+    from lslm_jax.verify import verify
+
+    if not flags.workdir:
+        raise ConfigError("--workdir=DIR is missing: where the run lives")
+    workdir = epath.Path(flags.workdir)
+    own = workdir / "config.json"
+    data_dir = config_loading.load(str(own)).data.dir if own.exists() else ""
+    return verify(workdir, epath.Path(data_dir) if data_dir else None)
 
 
 def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:

@@ -68,6 +68,8 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Does it in a directory that is this run's alone."""
     data_dir = _data_dir(config, workdir)
     _prepare(config, data_dir)
+    if config.data.verify:
+        distributed.by_primary("verify", lambda: records.verify(data_dir))
     config, facts = _resolve(config, data_dir)
     if distributed.is_primary():
         atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
@@ -82,7 +84,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         exporter = _exporter(setting) if config.checkpoint.export_every else None
         made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh)
         saved = workdir / "checkpoints"
-        whole = distributed.by_primary("checkpoints", lambda: manifest.set_aside_damaged(saved, say))
+        whole = distributed.by_primary("checkpoints", lambda: manifest.settle(saved, say))
         summary = train_loop(
             config,
             workdir,

@@ -35,7 +35,7 @@ ROWS = [
     ["evaluate"],
     ["train.identity", "train.checkpoint", "train.begin", "train.exports", "train.loop", "plan"],
     ["respond", "adopt"],
-    ["verbs"],
+    ["verbs", "verify"],
     ["main", "supervise"],
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}

@@ -9,7 +9,7 @@ from etils import epath
 
 from lslm_jax import atomic
 from lslm_jax.config import Config, Source
-from lslm_jax.data import sources, templates
+from lslm_jax.data import shard_files, sources, templates
 from lslm_jax.errors import ConfigError, DataError
 
 VERSION = 1
@@ -73,6 +73,27 @@ def settings(config: Config, named: dict[str, Source]) -> dict[str, Any]:
 
 def _trains_vocabulary(config: Config) -> bool:
     return config.tokenizer.kind == "sentencepiece" and not config.tokenizer.path
+
+
+def verify(directory: epath.Path) -> int:
+    """Reads every byte of what was prepared and compares it with the manifests; returns how many there are.
+
+    Raises:
+      DataError: a file is missing, truncated, too long or altered.
+    """
+    record = read(directory / shard_files.MANIFEST)
+    total = 0
+    for name, split in record["splits"].items() if record else ():
+        path = directory / name / shard_files.MANIFEST
+        if not path.exists():
+            raise DataError(f"{path} is missing")
+        if atomic.fingerprint(path)[1] != split["manifest_sha256"]:
+            raise DataError(f"{path} was altered: its sha256 is not the one in {directory / shard_files.MANIFEST}")
+        files = shard_files.entries(atomic.read_json(path), path)
+        shard_files.check_sizes(path.parent, files)
+        shard_files.check_content(path.parent, files)
+        total += sum(entry["size"] for entry in files)
+    return total
 
 
 def given_sha256(config: Config) -> str:

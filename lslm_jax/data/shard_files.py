@@ -44,12 +44,12 @@ def check_sizes(directory: epath.Path, entries: list[dict[str, Any]]) -> None:
             raise DataError(f"{path} is {state}: {size} bytes, {MANIFEST} says {entry['size']}")
 
 
-def check_content(directory: pathlib.Path, entries: list[dict[str, Any]]) -> None:
+def check_content(directory: epath.Path, entries: list[dict[str, Any]]) -> None:
     """Reads every file; raises a DataError that names the first whose sha256 is another than its entry says."""
     for entry in entries:
-        with (directory / entry["file"]).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise DataError(f"{file.name} was altered: its sha256 is not the one in {MANIFEST}")
+        path = directory / entry["file"]
+        if atomic.fingerprint(path)[1] != entry["sha256"]:
+            raise DataError(f"{path} was altered: its sha256 is not the one in {MANIFEST}")
 
 
 def copy(directory: epath.Path, entries: list[dict[str, Any]]) -> pathlib.Path:

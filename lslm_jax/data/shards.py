@@ -288,7 +288,7 @@ class Shards:
         check_sizes(directory, files)
         local = copy(directory, files) if atomic.is_remote(directory) else pathlib.Path(directory)
         if verify:
-            check_content(local, files)
+            check_content(epath.Path(local), files)
         shards = cls(directory, manifest, local)
         if len(shards.starts) != shards.num_documents + 1 or shards.starts[-1] != shards.num_tokens:
             raise DataError(f"{directory / 'starts.bin'} does not hold the {shards.num_documents} documents of {path}")

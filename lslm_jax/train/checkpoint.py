@@ -2,7 +2,8 @@
 
 WORKDIR/checkpoints/STEP/ holds the parts `model`, `optimizer`, `ema` (where there is one) and `counters`, each a flat
 map from parameter name to array, so that evaluation reads the weights alone; Orbax's metadata carry the identity of
-what made it; `manifest.json` lists every file with its size and sha256. A checkpoint restores on any mesh.
+what made it; `manifest.json`, written last, lists every file with its size and sha256: without one, it was never
+finished. A checkpoint restores on any mesh.
 """
 
 import contextlib
@@ -12,14 +13,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from lslm_jax import config_checks, distributed, trees
 from lslm_jax.config import CheckpointConfig
-from lslm_jax.errors import CheckpointRefused, SaveError
+from lslm_jax.errors import CheckpointRefused, NumericAbort, SaveError
 from lslm_jax.train import identity as identities
-from lslm_jax.train.manifest import check_manifest, write_manifest
+from lslm_jax.train.manifest import check_manifest, has_manifest, write_manifest
 from lslm_jax.train.state import State
 from lslm_jax.trees import flatten, unflatten
 
@@ -70,8 +73,11 @@ class Checkpoints:
 
         Raises:
           SaveError: this or the save before failed; earlier checkpoints stay as they were.
+          NumericAbort: the state has values that are not finite, which nothing could go on from.
         """
         step = int(state.step)
+        if bad := _not_finite(state):
+            raise NumericAbort(f"{bad[0]} is not finite at step {step} ({len(bad)} arrays are not): nothing is saved")
         self._wait()
         with _as_save_error(self._directory / str(step)):
             parts = {name: flatten(part) for name, part in _parts(state).items()}
@@ -177,7 +183,7 @@ def list_steps(directory: epath.Path) -> list[int]:
     if not directory.is_dir():
         return []
     with _open(directory) as checkpointer:
-        return sorted(checkpoint.step for checkpoint in checkpointer.checkpoints)
+        return sorted(c.step for c in checkpointer.checkpoints if has_manifest(directory / str(c.step)))
 
 
 def best_step(directory: epath.Path, metric: str) -> int:
@@ -190,7 +196,7 @@ def best_step(directory: epath.Path, metric: str) -> int:
     if epath.Path(directory).is_dir():
         with _open(directory) as checkpointer:
             saved = [c for c in checkpointer.checkpoints if metric in (c.metrics or {})]
-            found = [(_rank(c.metrics, metric), c.step) for c in saved]
+            found = [(_rank(c.metrics, metric), c.step) for c in saved if has_manifest(directory / str(c.step))]
     if not found:
         raise CheckpointRefused(f"no checkpoint in {directory} was saved with {metric}")
     return min(found)[1]
@@ -213,7 +219,7 @@ def _open(directory: epath.Path, **options: Any) -> ocp.training.Checkpointer:
     try:
         return ocp.training.Checkpointer(directory, **options)
     except ValueError as error:
-        for path in directory.iterdir():
+        for path in filter(has_manifest, directory.iterdir()):
             check_manifest(path)  # which names the file
         raise CheckpointRefused(f"{directory} cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -227,6 +233,19 @@ def _parts(state: State) -> dict[str, Any]:
     parts = {"model": state.model, "optimizer": state.optimizer, "ema": state.ema}
     counters = {"step": state.step, "skipped": state.skipped}
     return {name: part for name, part in parts.items() if part is not None} | {"counters": counters}
+
+
+def _not_finite(state: State) -> list[str]:
+    """Names of the arrays that hold anything that is not a finite number."""
+    arrays = {f"{part}.{name}": leaf for part, tree in _parts(state).items() for name, leaf in flatten(tree).items()}
+    where = next(iter(arrays.values())).sharding
+    whole = NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
+    finite = jax.device_get(jax.jit(_are_finite, out_shardings=whole)(list(arrays.values())))
+    return [name for name, good in zip(arrays, finite, strict=True) if not good]
+
+
+def _are_finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(array).all() for array in arrays])
 
 
 def _load(

@@ -51,7 +51,7 @@ def test_pods_end_for_good_with_exactly_the_codes_that_another_try_does_not_mend
             assert rule["action"] == "FailJob" and set(rule["onExitCodes"]["values"]) == codes
     assert yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["resources"]["job_recovery"][
         "recover_on_exit_codes"
-    ] == [75, 77]
+    ] == [75, 77, 134]
     (case,) = re.findall(r"^    ([\d |]+)\) break", (LAUNCH / "tpu_vm.sh").read_text(), re.MULTILINE)
     assert {int(code) for code in case.split("|")} == codes | {0}
 

@@ -4,7 +4,7 @@ import pytest
 from etils import epath
 
 from lslm_jax.errors import CheckpointRefused
-from lslm_jax.train.manifest import set_aside_damaged, write_manifest
+from lslm_jax.train.manifest import check_manifest, settle, write_manifest
 
 
 @pytest.fixture
@@ -32,13 +32,13 @@ def test_the_newest_whole_one_is_left_as_the_newest(checkpoints):
     lines = []
     for step in (90, 110):
         damage(checkpoints, step)
-    set_aside_damaged(checkpoints, lines.append)
+    settle(checkpoints, lines.append)
     assert steps(checkpoints) == [90, 100], "what lies behind a whole one is not looked at"
     (line,) = lines
     assert "110/model/array is damaged" in line and "going back to step 100" in line
     (aside,) = (checkpoints.parent / "damaged").iterdir()
     assert aside.name.startswith("110-") and (aside / "model" / "array").exists()
-    set_aside_damaged(checkpoints, lines.append)
+    settle(checkpoints, lines.append)
     assert len(lines) == 1
 
 
@@ -46,10 +46,34 @@ def test_if_none_is_whole_all_stay_and_the_run_is_refused_with_every_reason(chec
     for step in (90, 100, 110):
         damage(checkpoints, step)
     with pytest.raises(CheckpointRefused) as error:
-        set_aside_damaged(checkpoints, print)
+        settle(checkpoints, print)
     assert all(f"{step}/model/array is damaged" in str(error.value) for step in (90, 100, 110))
     assert steps(checkpoints) == [90, 100, 110] and not (checkpoints.parent / "damaged").exists()
 
 
+def unfinish(checkpoints, step):
+    (checkpoints / str(step) / "manifest.json").unlink()
+
+
+def test_one_without_a_manifest_was_never_finished(checkpoints):
+    lines = []
+    unfinish(checkpoints, 110)
+    assert settle(checkpoints, lines.append) == 100
+    assert steps(checkpoints) == [90, 100]
+    assert "110 has no manifest.json: it was never finished; going back to step 100" in lines[0]
+
+
+def test_the_newest_unfinished_one_is_taken_only_where_none_is_whole(checkpoints):
+    lines = []
+    damage(checkpoints, 90)
+    damage(checkpoints, 110)
+    unfinish(checkpoints, 100)
+    assert settle(checkpoints, lines.append) == 100
+    assert "it is taken as it is" in lines[0] and "going back to step 100" in lines[1]
+    assert steps(checkpoints) == [90, 100]
+    check_manifest(checkpoints / "100")
+    assert settle(checkpoints, lines.append) == 100 and len(lines) == 2
+
+
 def test_where_there_is_no_checkpoint_there_is_nothing_to_say(tmp_path):
-    set_aside_damaged(epath.Path(tmp_path) / "checkpoints", print)
+    settle(epath.Path(tmp_path) / "checkpoints", print)

@@ -1,0 +1,49 @@
+"""`verify`: whether the files of a run are those that were written, byte for byte."""
+
+from typing import Any
+
+from etils import epath
+
+from lslm_jax.data import records
+from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
+from lslm_jax.progress import say
+from lslm_jax.train.manifest import check_manifest
+
+
+def verify(workdir: epath.Path, data_dir: epath.Path | None = None) -> dict[str, Any]:
+    """Compares every checkpoint, and the prepared data, with their manifests, and says of each what was found.
+
+    Args:
+      workdir: a run directory, or a copy of one.
+      data_dir: where its data are, if they are not in it.
+
+    Returns:
+      The steps of its `checkpoints`, and the number of `data_bytes`.
+
+    Raises:
+      InputMissing: there is neither.
+      CheckpointRefused, DataError: something is damaged; the line names it all.
+    """
+    found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    checkpoints = sorted(found, key=lambda path: int(path.name))
+    data_dir = data_dir or workdir / "data"
+    if not checkpoints and not (data_dir / "manifest.json").exists():
+        raise InputMissing(f"{workdir} holds neither checkpoints nor data")
+    damaged = []
+    for path in checkpoints:
+        try:
+            check_manifest(path)
+            say(f"{path} is whole")
+        except CheckpointRefused as error:
+            damaged.append(str(error))
+            say(str(error))
+    try:
+        size = records.verify(data_dir)
+        say(f"{data_dir} is whole: {size:,} bytes")
+    except DataError as error:
+        if not damaged:
+            raise
+        damaged.append(str(error))
+    if damaged:
+        raise CheckpointRefused("; ".join(damaged))
+    return {"checkpoints": [int(path.name) for path in checkpoints], "data_bytes": size}
