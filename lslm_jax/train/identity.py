@@ -78,7 +78,9 @@ def check(
             f"{directory} was made with the mixture {saved['mixture']}, the config says {mine['mixture']}"
         )
     changed = []
-    for key, old, new in _differences(saved["config"], mine["config"]):
+    # A setting that the version which saved it did not have is one that it left at what is the default now.
+    before = _filled(saved["config"], config_loading.to_dict(Config()))
+    for key, old, new in _differences(before, mine["config"]):
         if _below(key, FIXED) and not _below(key, FREE):
             raise CheckpointRefused(f"{directory} was made with {key}={old}, the config says {new}")
         changed.append(f"{key} {old} -> {new}")
@@ -88,6 +90,12 @@ def check(
 
 def _below(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _filled(saved: Any, defaults: Any) -> Any:
+    if not (isinstance(saved, Mapping) and isinstance(defaults, Mapping)):
+        return saved
+    return {**defaults, **{key: _filled(value, defaults.get(key)) for key, value in saved.items()}}
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

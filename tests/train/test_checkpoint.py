@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, MixtureSource, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
-from lslm_jax.errors import CheckpointRefused, SaveError
+from lslm_jax.errors import CheckpointRefused, NumericAbort, SaveError
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.begin import begin
@@ -354,6 +354,30 @@ def test_what_a_killed_save_leaves_is_not_taken_for_a_checkpoint(tmp_path):
     run.close()
     assert {path.name for path in directory.iterdir()} == {"1", "2"}
     assert_same(opened(tmp_path).restore(2, abstract(), print), state_at(2))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_state_with_a_value_that_is_not_finite_is_not_saved(sizes, value, tmp_path):
+    run, state = opened(tmp_path), state_at(7, mesh=mesh_of(sizes))
+    run.save(state)
+    model = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.at[(0,) * leaf.ndim].set(value) if "up" in jax.tree_util.keystr(path) else leaf,
+        state.model,
+    )
+    with pytest.raises(NumericAbort, match="is not finite at step 8"):
+        run.save(state._replace(model=model, step=state.step + 1))
+    run.close()
+    assert checkpoint.list_steps(tmp_path / "checkpoints") == [7]
+
+
+def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default(saved):
+    made_by = identity.make(CONFIG, "t" * 64, "d" * 64, mesh_of())
+    older = json.loads(json.dumps(made_by))
+    del older["config"]["model"]["logit_softcap"]
+    lines = []
+    identity.check(saved, older, made_by, lines.append)
+    assert not lines
 
 
 def test_a_directory_that_cannot_be_made_is_told_in_one_line(tmp_path):
