@@ -23,6 +23,7 @@ VERBS = {
     "generate": "continue, translate, classify or answer prompts, as the model was trained to",
     "export": "write a checkpoint as a Hugging Face directory",
     "import": "read a pretrained model whole, compare it with its origin, make a run of it",
+    "audit": "prove from the ledger of a run that no row of its data was lost or read twice in an epoch",
     "verify": "compare the files of a run, or of a copy of one, with their sha256",
     "plan": "compile the train step for hardware that need not be there; tell what it needs and how fast it can be",
 }

@@ -11,13 +11,13 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import adopt, atomic, config_loading, distributed, respond
+from lslm_jax import adopt, atomic, config_loading, distributed, resolving, respond
 from lslm_jax.config import Config
 from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of
 from lslm_jax.convert.export import export as write_pretrained
 from lslm_jax.convert.export import export_adapter as write_adapter
-from lslm_jax.data import chat, pipeline, records, special, synthetic, templates, tokenizer
+from lslm_jax.data import chat, pipeline, records, templates, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
@@ -28,7 +28,7 @@ from lslm_jax.observe import json_values
 from lslm_jax.plan.verb import plan as plan
 from lslm_jax.progress import say
 from lslm_jax.sharding import local_rows, make_mesh, use
-from lslm_jax.train import checkpoint, identity, lock, manifest
+from lslm_jax.train import checkpoint, identity, ledger, lock, manifest
 from lslm_jax.train.exports import Exports
 from lslm_jax.train.loop import train as train_loop
 from lslm_jax.train.state import abstract_model
@@ -70,7 +70,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     _prepare(config, data_dir)
     if config.data.verify:
         distributed.by_primary("verify", lambda: records.verify(data_dir))
-    config, facts = _resolve(config, data_dir)
+    config, facts = resolving.by_data(config, data_dir)
     if distributed.is_primary():
         atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
     with use(mesh, config.mesh):
@@ -102,6 +102,15 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     return summary
 
 
+def audit(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
+    """`audit`: what a run read, over all its starts, compared with what seed and data say."""
+    workdir = _workdir(flags)
+    data_dir = _data_dir(config, workdir)
+    config, _ = resolving.by_data(config, data_dir)
+    data = pipeline.open_train(config, data_dir, config.model.vocab_size)
+    return ledger.audit(workdir, data, config.train.batch_size)
+
+
 def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`evaluate`: a checkpoint's metrics on all held-out examples; what it wrote goes to WORKDIR/samples."""
     if flags.harness is not None:
@@ -113,7 +122,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     data_dir = _data_dir(config, workdir)
     if flags.pretrained:
         _prepare(config, data_dir)
-    config, facts = _resolve(config, data_dir)
+    config, facts = resolving.by_data(config, data_dir)
     with use(mesh, config.mesh):
         where = config, data_dir, config.model.vocab_size, local_rows(mesh, config.train.batch_size)
         held_out = pipeline.open_eval(*where, flags.split)
@@ -188,7 +197,7 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     mesh = _mesh_without_batch(config)
     workdir = _workdir(flags)
     data_dir = _data_dir(config, workdir)
-    config, facts = _resolve(config, data_dir)
+    config, facts = resolving.by_data(config, data_dir)
     with use(mesh, config.mesh):
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
@@ -224,7 +233,7 @@ def import_(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     if workdir:
         adopt.require_free(workdir)
     config = adopt.settle(config, source)
-    config, facts = _resolve_pretrained(config) if workdir else (adopt.with_labels(config), {})
+    config, facts = resolving.by_tokenizer(config) if workdir else (adopt.with_labels(config), {})
     with use(mesh, config.mesh):
         loaded, summary = adopt.read(source, config, mesh)
         if flags.check or flags.reference:
@@ -272,30 +281,9 @@ def _data_dir(config: Config, workdir: epath.Path) -> epath.Path:
 def _model_alone(config: Config, flags: argparse.Namespace) -> tuple[Config, dict[str, Any], epath.Path]:
     """A run's, or a pretrained model's, config and facts, for commands that read no examples; where its files are."""
     if flags.pretrained:
-        return *_resolve_pretrained(config), epath.Path()
+        return *resolving.by_tokenizer(config), epath.Path()
     data_dir = _data_dir(config, _workdir(flags))
-    return *_resolve(config, data_dir), data_dir
-
-
-def _resolve_pretrained(config: Config) -> tuple[Config, dict[str, Any]]:
-    """A config with the vocabulary and labels that it names itself, and what a manifest would say of them."""
-    path = epath.Path(config.tokenizer.path)
-    facts = {"tokenizer": tokenizer.load(path).facts() | {"file": str(path)}, "labels": list(config.data.labels)}
-    return special.resolve(config, facts)
-
-
-def _resolve(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any]]:
-    """The config with the vocabulary and labels of the prepared data, and that data's manifest with its sha256."""
-    if config.data.source == "synthetic" and not config.data.mixture:
-        facts = synthetic.facts(config)
-    else:
-        path = data_dir / "manifest.json"
-        if not path.exists():
-            raise InputMissing(f"{data_dir} holds no prepared data (no manifest.json): run prepare or train first")
-        facts = atomic.read_json(path)
-        facts["sha256"] = records.content_sha256(facts)
-    facts.setdefault("labels", [])  # written by earlier versions
-    return special.resolve(config, facts)
+    return *resolving.by_data(config, data_dir), data_dir
 
 
 def _setting(

@@ -31,10 +31,11 @@ ROWS = [
         "train.manifest",
         "train.lock",
         "train.watchdog",
+        "train.ledger",
     ],
     ["evaluate"],
     ["train.identity", "train.checkpoint", "train.begin", "train.exports", "train.loop", "plan"],
-    ["respond", "adopt"],
+    ["respond", "adopt", "resolving"],
     ["verbs", "verify"],
     ["main", "supervise"],
 ]

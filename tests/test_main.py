@@ -146,7 +146,8 @@ def test_a_truncated_shard_is_refused_by_name(run, capsys):
 def test_a_token_outside_the_vocabulary_is_refused_with_its_document(run, capsys):
     shard, arguments = shards(run)
     np.full(shard.stat().st_size // 2, 999, np.uint16).tofile(shard)
-    message = fails(arguments, 65, capsys)
+    assert fails(arguments, 65, capsys) == f"{shard} was altered: its sha256 is not the one in manifest.json"
+    message = fails([*arguments, "--config.data.verify=false"], 65, capsys)
     assert message.startswith("token 999 in document ") and message.endswith("vocabulary 259")
 
 

@@ -170,6 +170,8 @@ def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(corpus, a
         codes, _, texts = lslm(corpus, processes, workdir, steps).end()
         assert codes == [0] * processes and f"resumed from step {step}" in texts[0], texts
         assert [line["step"] for line in record(workdir)[: step + 5]] == list(range(1, step + 6))
+        told = json.loads(lslm(corpus, 1, workdir, "audit").end()[1][0])
+        assert (told["steps"], told["starts"], told["repeated_steps"]) == (step + 5, 2, 0)
     assert_close(record(tmp_path / "goes-on-1"), record(tmp_path / "goes-on-4"))
 
 

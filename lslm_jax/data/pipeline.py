@@ -48,26 +48,36 @@ class TrainInput:
 
     Attributes:
       num_rows: rows of all sources together.
+      slots: which rows of a batch this process takes.
     """
 
     def __init__(self, sources: list[Rows], weights: list[float], config: Config, rows: np.ndarray | None = None):
         self._sources = sources
         self._seed = config.seed
         self._batch_size = config.train.batch_size
-        self._slice = np.arange(self._batch_size) if rows is None else rows
+        self.slots = np.arange(self._batch_size) if rows is None else rows
         self._pattern, self._before = order.mixture_pattern(weights)
         self.num_rows = sum(source.num_rows for source in sources)
 
     def batch(self, step: int) -> Batch:
         """This process's rows of the batch of a step."""
-        source, local = self._locate(step * self._batch_size + self._slice)
-        num_rows = np.array([rows.num_rows for rows in self._sources])[source]
+        source, epoch, row = self.rows(step).T
+        return _gather(self._sources, source, row, order.combine(self._seed, source, epoch, row))
+
+    def rows(self, step: int, slots: np.ndarray | None = None) -> np.ndarray:
+        """Source, epoch and number, int64 [rows, 3], of this process's rows of a batch, or of other slots of it."""
+        source, local = self._locate(step * self._batch_size + (self.slots if slots is None else slots))
+        num_rows = np.array(self.sizes())[source]
         epoch, place = np.divmod(local, num_rows)
         row = np.empty_like(place)
-        for i, rows in enumerate(self._sources):
+        for i, size in enumerate(self.sizes()):
             mine = source == i
-            row[mine] = order.permute(place[mine], rows.num_rows, order.combine(self._seed, i, epoch[mine]))
-        return _gather(self._sources, source, row, order.combine(self._seed, source, epoch, row))
+            row[mine] = order.permute(place[mine], size, order.combine(self._seed, i, epoch[mine]))
+        return np.stack([source, epoch, row], axis=1)
+
+    def sizes(self) -> list[int]:
+        """Rows of each source."""
+        return [source.num_rows for source in self._sources]
 
     def epoch(self, step: int) -> float:
         """Passes over the data before a step: rows drawn to rows there are."""

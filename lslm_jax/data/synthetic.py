@@ -24,6 +24,7 @@ class SyntheticInput:
     Attributes:
       num_rows: 0, as there is no end to them.
       fill: 1, as there is no padding.
+      slots: which rows of a batch this process takes.
     """
 
     num_rows = 0
@@ -32,7 +33,7 @@ class SyntheticInput:
     def __init__(self, config: Config, vocab_size: int, rows: np.ndarray | None = None):
         self._config = config
         self._vocab_size = vocab_size
-        self._slice = np.arange(config.train.batch_size) if rows is None else rows
+        self.slots = np.arange(config.train.batch_size) if rows is None else rows
         self._seq_len, self._source_len = config.data.seq_len, config.data.source_len or config.data.seq_len
         self._make = {
             "causal": self._causal,
@@ -43,7 +44,16 @@ class SyntheticInput:
 
     def batch(self, step: int) -> Batch:
         """This process's rows of the batch of a step."""
-        return self._make(order.combine(self._config.seed, step * self._config.train.batch_size + self._slice))
+        return self._make(order.combine(self._config.seed, self.rows(step)[:, 2]))
+
+    def rows(self, step: int, slots: np.ndarray | None = None) -> np.ndarray:
+        """Source, epoch and number, int64 [rows, 3], of this process's rows of a batch, or of other slots of it."""
+        number = step * self._config.train.batch_size + (self.slots if slots is None else slots)
+        return np.stack([np.zeros_like(number), np.zeros_like(number), number], axis=1)
+
+    def sizes(self) -> list[int]:
+        """None: there is no end to them."""
+        return []
 
     def remarks(self) -> list[str]:
         """Nothing."""

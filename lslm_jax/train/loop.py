@@ -26,6 +26,7 @@ from lslm_jax.sharding import to_global, use
 from lslm_jax.train.begin import begin
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.exports import Exports
+from lslm_jax.train.ledger import Ledger, attempts
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.preemption import Preemption
 from lslm_jax.train.state import State, abstract_state, divide, evaluated_model, num_parameters
@@ -104,6 +105,9 @@ def train(
         batches = stack.enter_context(contextlib.closing(prefetch.batches(data.batch, start, steps)))
         first = next(batches, None)
         train_step = compiling.result()
+        attempt = distributed.by_primary("attempt", lambda: attempts(workdir))
+        read = Ledger(workdir, jax.process_index(), attempt, start, data.slots)
+        stack.enter_context(contextlib.closing(read))
         stacks = workdir / f"stacks-{jax.process_index()}.txt"
         watchdog = stack.enter_context(Watchdog(config.train.watchdog, stacks))
 
@@ -114,6 +118,7 @@ def train(
             timer.step()
             watchdog.step(step)
             last = {name: values[name].item() for name in (*METRICS, *sorted(values.keys() - set(METRICS)))}
+            read.add(step, data.rows(step - 1), last["skipped"] > 0)
             if skipped := int(last["skipped"]):
                 progress.message(f"step {step}: loss or gradient is not finite, update skipped ({skipped} in a row)")
             if step % config.log.every == 0 or step == steps or skipped:
@@ -123,6 +128,7 @@ def train(
                     used = mfu(speeds[-1], flops, mesh.size, mesh.devices.flat[0].device_kind)
                     speed |= ({} if used is None else {"mfu": used}) | device_memory()
                 record.write(step, last | {"epoch": data.epoch(step)}, speed)
+                read.write()
             progress.update(step, loss=last["loss"], tokens_per_second=speeds[-1] if speeds else None)
             if skipped >= MAX_SKIPPED:
                 raise NumericAbort(f"loss or gradient was not finite in {skipped} steps in a row, up to step {step}")
@@ -149,6 +155,7 @@ def train(
                 if evaluating:
                     results, facts = _evaluate(state, evaluate, sample, record, progress, workdir)
                 if saving:
+                    read.write()
                     checkpoints.save(state, results if evaluating else None)
                     if exports:
                         exports.save(state, results if evaluating else None)

@@ -94,7 +94,17 @@ def run(finished, tmp_path) -> pathlib.Path:
 
 def test_a_run_leaves_the_files_of_the_contract(finished):
     work = finished[0] / "work"
-    names = {"checkpoints", "config.json", "data", "lock", "metrics.jsonl", "result.json", "samples", "tensorboard"}
+    names = {
+        "checkpoints",
+        "config.json",
+        "data",
+        "lock",
+        "ledger",
+        "metrics.jsonl",
+        "result.json",
+        "samples",
+        "tensorboard",
+    }
     assert {path.name for path in work.iterdir()} == names
     assert json.loads((work / "config.json").read_text())["model"]["vocab_size"] == 259
     assert checkpoint.list_steps(work / "checkpoints") == [STEPS - EVERY, STEPS]

@@ -1,0 +1,35 @@
+"""What a config leaves to its data: the vocabulary, special tokens and labels, filled in."""
+
+from typing import Any
+
+from etils import epath
+
+from lslm_jax import atomic
+from lslm_jax.config import Config
+from lslm_jax.data import records, special, synthetic, tokenizer
+from lslm_jax.errors import InputMissing
+
+
+def by_data(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any]]:
+    """The config with the vocabulary and labels of the prepared data, and that data's manifest with its sha256.
+
+    Raises:
+      InputMissing: nothing is prepared.
+    """
+    if config.data.source == "synthetic" and not config.data.mixture:
+        facts = synthetic.facts(config)
+    else:
+        path = data_dir / "manifest.json"
+        if not path.exists():
+            raise InputMissing(f"{data_dir} holds no prepared data (no manifest.json): run prepare or train first")
+        facts = atomic.read_json(path)
+        facts["sha256"] = records.content_sha256(facts)
+    facts.setdefault("labels", [])  # written by earlier versions
+    return special.resolve(config, facts)
+
+
+def by_tokenizer(config: Config) -> tuple[Config, dict[str, Any]]:
+    """A config with the vocabulary and labels that it names itself, and what a manifest would say of them."""
+    path = epath.Path(config.tokenizer.path)
+    facts = {"tokenizer": tokenizer.load(path).facts() | {"file": str(path)}, "labels": list(config.data.labels)}
+    return special.resolve(config, facts)

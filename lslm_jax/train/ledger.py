@@ -1,0 +1,226 @@
+"""What a run has read, on file, so that `audit` can prove that no row was lost or read twice in an epoch.
+
+WORKDIR/ledger/PROCESS.jsonl holds what each process read. Each start of the run adds a line that tells from which step
+on, and which rows of every batch that process took; each line after it tells the sha256 of the rows of some steps:
+their source, epoch and number. A run that goes on from a checkpoint repeats the steps behind it; what it read of them
+before stays on the ledger, and must have been the same.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from etils import epath
+
+from lslm_jax import atomic
+from lslm_jax.errors import DataError, InputMissing
+
+
+class Rows(Protocol):
+    """Something that knows the rows of every step."""
+
+    def rows(self, step: int, slots: np.ndarray | None = None) -> np.ndarray:
+        """Source, epoch and number, int64 [rows, 3], of some slots of the batch after `step` steps."""
+        ...
+
+    def sizes(self) -> list[int]:
+        """Rows of each source; none where there is no end to them."""
+        ...
+
+
+class Ledger:
+    """The ledger of one process, written from one start of the run to its end."""
+
+    def __init__(self, workdir: epath.Path, process: int, attempt: int, start: int, slots: np.ndarray):
+        """Adds the line of a start.
+
+        Args:
+          workdir: the run directory.
+          process: whose ledger it is.
+          attempt: how often the run was started before.
+          start: steps that are done.
+          slots: which rows of each batch the process takes.
+        """
+        self._path = _file(workdir, process)
+        self._hash, self._first, self._last, self._skipped = hashlib.sha256(), start + 1, start, []
+        with atomic.saving(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists() and (whole := _whole_lines(self._path)) != self._path.read_bytes():
+                atomic.write(self._path, whole)
+            self._stream = self._path.open("a")
+        self._append({"attempt": attempt, "from": start, "slots": _ranges(slots)})
+
+    def add(self, step: int, rows: np.ndarray, skipped: bool) -> None:
+        """A step is done with these rows, or was skipped as its loss or gradient was not finite."""
+        self._hash.update(_bytes(rows))
+        self._last = step
+        if skipped:
+            self._skipped.append(step)
+
+    def write(self) -> None:
+        """Puts on file what was added since."""
+        if self._last < self._first:
+            return
+        line = {"steps": [self._first, self._last], "sha256": self._hash.hexdigest()}
+        self._append(line | ({"skipped": self._skipped} if self._skipped else {}))
+        self._hash, self._first, self._skipped = hashlib.sha256(), self._last + 1, []
+
+    def close(self) -> None:
+        """Writes, and ends."""
+        self.write()
+        self._stream.close()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with atomic.saving(self._path):
+            self._stream.write(json.dumps(line) + "\n")
+            self._stream.flush()
+
+
+def attempts(workdir: epath.Path) -> int:
+    """How often a run was started."""
+    path = _file(workdir, 0)
+    return sum("attempt" in line for line in _lines(path)) if path.exists() else 0
+
+
+class _Start(NamedTuple):
+    """What one process read from one start on."""
+
+    begin: int
+    slots: np.ndarray
+    spans: list[dict[str, Any]]
+
+
+def audit(workdir: epath.Path, data: Rows, batch_size: int) -> dict[str, Any]:
+    """Compares the ledger of a run with what seed and data say, over all its starts.
+
+    Args:
+      workdir: the run directory.
+      data: what the run read.
+      batch_size: rows of a batch, of all processes.
+
+    Returns:
+      `steps` that count, `starts` of the run, `repeated_steps` behind a checkpoint, `skipped_steps`, and the whole and
+      begun `epochs` of each source, in which every row was read once.
+
+    Raises:
+      InputMissing: there is no ledger.
+      DataError: a step is missing, or other rows were read than those that were due.
+    """
+    starts = _starts(workdir)
+    done, repeated, ends = 0, 0, [0]
+    skipped: set[int] = set()
+    for attempt in sorted(starts):
+        parts = starts[attempt]
+        begin = parts[0].begin
+        if begin not in ends:
+            raise DataError(
+                f"{workdir}/ledger does not tell what was read up to step {begin}, where start {attempt} began"
+            )
+        del ends[bisect.bisect(ends, begin) :]
+        repeated += done - begin
+        skipped = {step for step in skipped if step <= begin}
+        ends += _check(workdir, data, batch_size, attempt, parts)
+        skipped |= {step for span in parts[0].spans for step in span.get("skipped", ())}
+        done = ends[-1]
+    return {
+        "steps": done,
+        "starts": len(starts),
+        "repeated_steps": repeated,
+        "skipped_steps": sorted(skipped),
+        "epochs": _count(data, done),
+    }
+
+
+def _check(workdir: epath.Path, data: Rows, batch_size: int, attempt: int, parts: list[_Start]) -> list[int]:
+    """The last step of each span of a start, all of whose processes read what was due."""
+    if not all(part.spans for part in parts):  # ended before it had read anything that counts
+        return []
+    taken = np.unique(np.concatenate([part.slots for part in parts]))
+    if not np.array_equal(taken, np.arange(batch_size)):
+        raise DataError(f"{workdir}/ledger: start {attempt} took {len(taken)} of the {batch_size} rows of a batch")
+    for process, part in enumerate(parts):
+        step = part.begin
+        for span in part.spans:
+            first, last = span["steps"]
+            if first != step + 1:
+                raise DataError(
+                    f"{_file(workdir, process)} does not tell what was read in steps {step + 1} to {first - 1}"
+                )
+            found = hashlib.sha256()
+            for number in range(first, last + 1):
+                found.update(_bytes(data.rows(number - 1, part.slots)))
+            if found.hexdigest() != span["sha256"]:
+                raise DataError(f"{_file(workdir, process)}: steps {first} to {last} read other rows than were due")
+            step = last
+    shortest = min((part.spans for part in parts), key=len)
+    return [span["steps"][1] for span in shortest]
+
+
+def _count(data: Rows, steps: int) -> list[float]:
+    """Epochs of each source; a DataError where an epoch holds a row twice, or has lost one."""
+    sizes = data.sizes()
+    seen = [np.zeros(size, bool) for size in sizes]
+    epochs = [0] * len(sizes)
+    for step in range(steps if sizes else 0):
+        for source, epoch, row in data.rows(step).tolist():
+            if epoch > epochs[source]:
+                if not seen[source].all():
+                    raise DataError(f"epoch {epochs[source]} of source {source} lacks {(~seen[source]).sum()} rows")
+                seen[source][:] = False
+                epochs[source] = epoch
+            if seen[source][row]:
+                raise DataError(f"row {row} of source {source} was read twice in epoch {epoch}, at step {step + 1}")
+            seen[source][row] = True
+    return [round(float(epoch + some.mean()), 6) for epoch, some in zip(epochs, seen, strict=True)]
+
+
+def _starts(workdir: epath.Path) -> dict[int, list[_Start]]:
+    """What the processes of each start read, by its number."""
+    if not _file(workdir, 0).exists():
+        raise InputMissing(f"{workdir} has no ledger of what was read")
+    found: dict[int, list[_Start]] = {}
+    for process in itertools.count():
+        path = _file(workdir, process)
+        if not path.exists():
+            return found
+        spans: list[dict[str, Any]] = []
+        for line in _lines(path):
+            if "attempt" in line:
+                slots = np.concatenate([np.arange(first, end) for first, end in line["slots"]])
+                spans = []
+                found.setdefault(line["attempt"], []).append(_Start(line["from"], slots, spans))
+            else:
+                spans.append(line)
+    return found
+
+
+def _lines(path: epath.Path) -> Iterator[dict[str, Any]]:
+    for line in _whole_lines(path).splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _whole_lines(path: epath.Path) -> bytes:
+    """Without what a kill left of a line."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _file(workdir: epath.Path, process: int) -> epath.Path:
+    return epath.Path(workdir) / "ledger" / f"{process}.jsonl"
+
+
+def _bytes(rows: np.ndarray) -> bytes:
+    return rows.astype("<i8").tobytes()
+
+
+def _ranges(slots: np.ndarray) -> list[list[int]]:
+    """[first, end) of each run of numbers."""
+    cuts = np.flatnonzero(np.diff(slots) != 1) + 1
+    return [[int(part[0]), int(part[-1]) + 1] for part in np.split(slots, cuts)]
