@@ -35,7 +35,7 @@ class InputMissing(LslmError):
 
 
 class NumericAbort(LslmError):
-    """The loss or the gradient was not finite too many times in a row."""
+    """The loss or the gradient was not finite too many times in a row, or the weights are not."""
 
     exit_code = 70
 
@@ -59,6 +59,6 @@ class CheckpointRefused(LslmError):
 
 
 class PeerLost(LslmError):
-    """Another process of the run did not come, or is gone."""
+    """Another process of the run did not come, or is gone; or steps have stopped coming."""
 
     exit_code = 77

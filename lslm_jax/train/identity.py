@@ -67,10 +67,10 @@ def check(
     """
     if saved is None:
         raise CheckpointRefused(f"{directory} does not say what made it")
-    for what, key in (("tokenizer", "tokenizer_sha256"), ("data", "data_sha256")):
+    for other, key in (("another tokenizer", "tokenizer_sha256"), ("other data", "data_sha256")):
         if saved[key] != mine[key]:
             raise CheckpointRefused(
-                f"{directory} was made with another {what} ({saved[key][:12]}, now {mine[key][:12]}): "
+                f"{directory} was made with {other} ({saved[key][:12]}, now {mine[key][:12]}): "
                 "use another --workdir, or put the former back"
             )
     if saved["mixture"] != mine["mixture"]:

@@ -218,7 +218,7 @@ def test_another_model_order_of_data_or_optimizer_is_refused_with_both_values(se
 
 def test_another_tokenizer_and_other_data_are_refused(saved):
     assert "was made with another tokenizer (tttttttttttt, now xxxxxxxxxxxx)" in refused(saved, tokenizer="x" * 64)
-    assert "was made with another data (dddddddddddd, now xxxxxxxxxxxx)" in refused(saved, data="x" * 64)
+    assert "was made with other data (dddddddddddd, now xxxxxxxxxxxx)" in refused(saved, data="x" * 64)
 
 
 def test_another_mixture_is_refused_since_it_orders_the_data(saved):

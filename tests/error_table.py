@@ -1,0 +1,382 @@
+"""Mistakes and damage, each with how it comes about, the exit code, and the one line that a user reads.
+
+tests/test_errors.py brings each about and compares; docs/errors.md is made of the same table.
+"""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+TEXT = "".join(f"Line {n} of a corpus that is long enough to train on for a few steps.\n" for n in range(400))
+CONFIG = {
+    "model": {"num_layers": 1, "d_model": 32, "num_heads": 2, "max_length": 32},
+    "data": {"document": "line", "valid_fraction": 0.1, "seq_len": 32},
+    "tokenizer": {"kind": "bytes"},
+    "train": {"steps": 4, "batch_size": 8},
+    "checkpoint": {"every": 2},
+    "eval": {"batches": 2},
+    "log": {"every": 1, "tensorboard": False},
+}
+
+
+class Case(NamedTuple):
+    """One row.
+
+    Attributes:
+      what: goes wrong, in words.
+      code: the process ends with.
+      message: on stderr, behind `lslm: `; DIR stands for the directory, * for anything.
+      arguments: of the command, in words; those that every one has are left out.
+      arrange: what was done to the run in DIR before.
+      verb: of the command.
+    """
+
+    what: str
+    code: int
+    message: str
+    arguments: str = ""
+    arrange: Callable[[pathlib.Path], object] = lambda root: None
+    verb: str = "train"
+
+
+def write(name: str, content: str | bytes) -> Callable[[pathlib.Path], object]:
+    """A file of DIR with another content."""
+    return lambda root: (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def cut(name: str) -> Callable[[pathlib.Path], object]:
+    """The last byte of a file is gone."""
+    return lambda root: (root / name).write_bytes((root / name).read_bytes()[:-1])
+
+
+def flip(pattern: str) -> Callable[[pathlib.Path], object]:
+    """A bit in the middle of the largest file of each directory that matches."""
+
+    def arrange(root: pathlib.Path) -> None:
+        for directory in root.glob(pattern):
+            files = [path for path in [directory, *directory.rglob("*")] if path.is_file()]
+            path = max(files, key=lambda path: path.stat().st_size)
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+
+    return arrange
+
+
+def remove(name: str) -> Callable[[pathlib.Path], object]:
+    """A file or directory is gone."""
+    return lambda root: shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink()
+
+
+def both(*arrange: Callable[[pathlib.Path], object]) -> Callable[[pathlib.Path], object]:
+    """One after the other."""
+    return lambda root: [each(root) for each in arrange]
+
+
+def escape(root: pathlib.Path) -> None:
+    """A manifest that names a file outside its directory."""
+    path = root / "work/data/train/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["file"] = "../../../corpus.txt"
+    path.write_text(json.dumps(manifest))
+
+
+def foreign_ids(root: pathlib.Path) -> None:
+    """Shards whose tokens no vocabulary has."""
+    path = root / "work/data/train/tokens-00000.bin"
+    np.full(path.stat().st_size // 2, 999, np.uint16).tofile(path)
+
+
+SHARD = "work/data/train/tokens-00000.bin"
+FRESH = "--config.data.dir=DIR/fresh"  # data that are yet to be prepared
+
+SETTINGS = [
+    Case(
+        "A key that there is not",
+        2,
+        "unknown key --config.train.step; did you mean train.steps?",
+        "--config.train.step=3",
+    ),
+    Case(
+        "A key without its section",
+        2,
+        "unknown key --config.learning_rat; did you mean optimizer.learning_rate?",
+        "--config.learning_rat=1",
+    ),
+    Case("A wrong type", 2, "train.batch_size wants a whole number, got '3.5'", "--config.train.batch_size=3.5"),
+    Case("A wrong type", 2, "log.timing wants true or false, got 'maybe'", "--config.log.timing=maybe"),
+    Case(
+        "A name that there is not",
+        2,
+        "optimizer.name wants one of sgd, adam, adamw, adafactor, lion, muon; got 'adma'",
+        "--config.optimizer.name=adma",
+    ),
+    Case("No value", 2, "--config.train.steps has no value: write --config.train.steps=VALUE", "--config.train.steps"),
+    Case("A number out of range", 2, "train.steps must be positive, got 0", "--config.train.steps=0"),
+    Case("An unknown flag", 2, "unrecognized arguments: --confg=x; --help lists all flags", "--confg=x"),
+    Case(
+        "Heads that the mesh cannot split",
+        2,
+        "model.num_heads=2 is not divisible by mesh.tensor=4: use 4",
+        "--config.mesh.tensor=4",
+    ),
+    Case(
+        "A width that the mesh cannot split",
+        2,
+        "model.d_model=32 is not divisible by mesh.fsdp=3: use 30 or 33",
+        "--config.mesh.fsdp=3",
+    ),
+    Case(
+        "A batch that the mesh cannot split",
+        2,
+        "train.batch_size=10 is not divisible by data*fsdp=8: use train.batch_size=8 or 16",
+        "--config.train.batch_size=10",
+    ),
+    Case(
+        "More devices than there are",
+        2,
+        "mesh data=16 x fsdp=1 x tensor=1 is 16 devices, more than the 8 there are: set one axis to -1",
+        "--config.mesh.data=16",
+    ),
+    Case(
+        "Fewer devices than there are",
+        2,
+        "mesh data=4 x fsdp=1 x tensor=1 is 4 devices, fewer than the 8 there are: set one axis to -1",
+        "--config.mesh.data=4",
+    ),
+    Case(
+        "Rows longer than the model takes",
+        2,
+        "data.seq_len=64 is longer than model.max_length=32",
+        "--config.data.seq_len=64",
+    ),
+    Case(
+        "A model with too small a vocabulary",
+        2,
+        "model.vocab_size=100 is smaller than the tokenizer's 259 tokens",
+        "--config.model.vocab_size=100",
+    ),
+    Case(
+        "Settings that do not go together",
+        2,
+        "data.packing=bins needs data.mask_documents=true: several pieces or padding share a row",
+        "--config.data.packing=bins --config.data.mask_documents=false",
+    ),
+    Case("No config file of that name", 66, "config file none.py does not exist", "--config=none.py"),
+    Case(
+        "A config file that is not JSON",
+        2,
+        "DIR/broken.json is not JSON: *",
+        "--config=DIR/broken.json",
+        write("broken.json", '{"model": {'),
+    ),
+    Case(
+        "A key inside a config file that there is not",
+        2,
+        "unknown key model.num_layer; did you mean num_layers?",
+        "--config=DIR/odd.json",
+        write("odd.json", '{"model": {"num_layer": 2}}'),
+    ),
+    Case(
+        "A run directory that cannot be made",
+        74,
+        "cannot create DIR/file/below: Not a directory",
+        "--workdir=DIR/file/below",
+        write("file", ""),
+    ),
+]
+
+DATA = [
+    Case(
+        "No file of that name",
+        66,
+        "data.files: DIR/none.txt matches no file",
+        f"--config.data.files=DIR/none.txt {FRESH}",
+    ),
+    Case("An empty text", 66, "nothing to train on in DIR/corpus.txt; dropped: none", FRESH, write("corpus.txt", "")),
+    Case(
+        "A text of which everything is filtered",
+        66,
+        "nothing to train on in DIR/corpus.txt; dropped: 3 too_short",
+        f"{FRESH} --config.clean.min_chars=5",
+        write("corpus.txt", "a\nb\nc\n"),
+    ),
+    Case(
+        "A text shorter than one row",
+        66,
+        "DIR/fresh/train holds 6 slots, fewer than one row of 32 (data.seq_len)",
+        f"{FRESH} --config.data.valid_fraction=0",
+        write("corpus.txt", "short\n"),
+    ),
+    Case(
+        "Bytes that are not UTF-8",
+        65,
+        "DIR/corpus.txt*",
+        FRESH,
+        write("corpus.txt", b"good line\nbad \xff line\n" * 50),
+    ),
+    Case(
+        "A text that has changed since it was prepared",
+        65,
+        "the input has changed since DIR/work/data was prepared: *; choose another data.dir, or remove DIR/work/data",
+        "",
+        write("corpus.txt", TEXT + "one more line\n"),
+    ),
+    Case(
+        "Other settings than it was prepared with",
+        2,
+        "DIR/work/data was prepared with clean.min_chars=1, not 7: choose another data.dir, or remove DIR/work/data",
+        "--config.clean.min_chars=7",
+    ),
+    Case("A shard that was cut", 65, f"DIR/{SHARD} is truncated: *", "", cut(SHARD)),
+    Case(
+        "A shard with a flipped bit",
+        65,
+        f"DIR/{SHARD} was altered: its sha256 is not the one in manifest.json",
+        "",
+        flip(SHARD),
+    ),
+    Case(
+        "A shard that is missing",
+        65,
+        "DIR/work/data/train lacks tokens-00000.bin of its manifest.json: restore or prepare again",
+        "",
+        remove(SHARD),
+    ),
+    Case("A manifest that was altered", 65, "DIR/work/data/train/manifest.json was altered: *", "", escape),
+    Case(
+        "A manifest that names files elsewhere",
+        65,
+        "DIR/work/data/train/manifest.json names '../../../corpus.txt', which is not a file beside it",
+        "--config.data.verify=false",
+        escape,
+    ),
+    Case(
+        "A token outside the vocabulary",
+        65,
+        "token 999 in document *vocabulary 259",
+        "--config.data.verify=false",
+        both(foreign_ids, remove("work/checkpoints")),
+    ),
+]
+
+RUNS = [
+    Case(
+        "Nothing was trained", 76, "no checkpoint in DIR/work/checkpoints", "", remove("work/checkpoints"), "evaluate"
+    ),
+    Case(
+        "No checkpoint of that step",
+        66,
+        "no checkpoint of step 3 in DIR/work/checkpoints; there are [2, 4]",
+        "--step=3",
+        verb="evaluate",
+    ),
+    Case(
+        "A damaged checkpoint, asked for",
+        76,
+        "DIR/work/checkpoints/4/* is damaged: its sha256 is not the one in its manifest",
+        "--step=4",
+        flip("work/checkpoints/4/model"),
+        "evaluate",
+    ),
+    Case(
+        "All checkpoints damaged",
+        76,
+        "no checkpoint is whole: DIR/work/checkpoints/4/* is damaged: *; DIR/work/checkpoints/2/* is damaged: *",
+        "",
+        flip("work/checkpoints/*"),
+    ),
+    Case(
+        "Another model than before",
+        76,
+        "DIR/work/checkpoints/4 was made with model.num_layers=1, the config says 2",
+        "--config.model.num_layers=2",
+    ),
+    Case(
+        "Another order of the data than before",
+        76,
+        "DIR/work/checkpoints/4 was made with seed=0, the config says 1",
+        "--config.seed=1",
+    ),
+    Case(
+        "Another optimizer than before",
+        76,
+        "DIR/work/checkpoints/4 was made with optimizer.name=adamw, the config says lion",
+        "--config.optimizer.name=lion",
+    ),
+    Case(
+        "Other data than before",
+        76,
+        "DIR/work/checkpoints/4 was made with other data (*): use another --workdir, or put the former back",
+        FRESH,
+        write("corpus.txt", TEXT + "one more line\n"),
+    ),
+    Case(
+        "Numbers that are not finite",
+        70,
+        "loss or gradient was not finite in 5 steps in a row, up to step *",
+        "--config.optimizer.name=sgd --config.optimizer.learning_rate=1e38 --config.optimizer.clip=0 "
+        "--config.optimizer.warmup_steps=0 --config.train.steps=20 --config.checkpoint.every=100",
+        remove("work/checkpoints"),
+    ),
+    Case(
+        "Weights that are not finite, about to be saved",
+        70,
+        "* is not finite at step 2 (* arrays are not): nothing is saved",
+        "--config.optimizer.learning_rate=3e38 --config.optimizer.weight_decay=1000 --config.optimizer.warmup_steps=0 "
+        "--config.train.steps=20",
+        remove("work/checkpoints"),
+    ),
+    Case("Nothing to verify", 66, "DIR/none holds neither checkpoints nor data", "--workdir=DIR/none", verb="verify"),
+    Case(
+        "Damage, looked for",
+        76,
+        "DIR/work/checkpoints/2/* is damaged: its sha256 is not the one in its manifest",
+        "",
+        flip("work/checkpoints/2/model"),
+        "verify",
+    ),
+    Case("No ledger", 66, "DIR/work has no ledger of what was read", "", remove("work/ledger"), "audit"),
+    Case(
+        "A ledger of another order",
+        65,
+        "DIR/work/ledger/0.jsonl: steps 1 to 1 read other rows than were due",
+        "--config.seed=1",
+        verb="audit",
+    ),
+]
+
+PROMPTS = [
+    Case("No prompt", 2, "generate needs --prompt=TEXT or --prompts=FILE", verb="generate"),
+    *(
+        Case(what, code, message, "--prompts=DIR/prompts.jsonl", write("prompts.jsonl", content), "generate")
+        for what, code, message, content in [
+            ("A file of prompts that is empty", 66, "prompts file DIR/prompts.jsonl is empty", b"\n"),
+            (
+                "A line that is no prompt",
+                65,
+                'DIR/prompts.jsonl:3 is not a JSON object with a "prompt"',
+                b'{"prompt": "a"}\n\nhello\n',
+            ),
+            (
+                "A line that is not UTF-8",
+                65,
+                'DIR/prompts.jsonl:1 is not a JSON object with a "prompt"',
+                b'{"prompt": "\xff"}\n',
+            ),
+            ("A prompt that is no text", 65, 'DIR/prompts.jsonl:1: "prompt" is not text: 3', b'{"prompt": 3}\n'),
+            (
+                "A prompt that no UTF-8 says",
+                65,
+                'DIR/prompts.jsonl:1: "prompt" is not text: "\\ud800"',
+                b'{"prompt": "\\ud800"}\n',
+            ),
+        ]
+    ),
+]
+
+TABLE = {"Settings": SETTINGS, "Data": DATA, "Runs": RUNS, "Prompts": PROMPTS}
