@@ -88,7 +88,7 @@ def test_a_run_ends_with_its_result_and_leaves_the_promised_files(novels):
     assert result["eval/loss"] < math.log(512)
     names = {path.name for path in workdir.iterdir()}
     texts = {"config.json", "metrics.jsonl", "result.json", "lock"}
-    assert names == texts | {"data", "checkpoints", "tensorboard", "samples"}
+    assert names == texts | {"data", "checkpoints", "tensorboard", "samples", "ledger"}
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"10", "20"}
     assert {path.name for path in (workdir / "samples").iterdir()} == {"10.txt", "20.txt"}
     assert (workdir / "checkpoints" / "20" / "manifest.json").exists()
