@@ -37,7 +37,7 @@ ROWS = [
     ["train.identity", "train.checkpoint", "train.begin", "train.exports", "train.loop", "plan"],
     ["respond", "adopt", "resolving"],
     ["verbs", "verify"],
-    ["main", "supervise"],
+    ["main", "supervise", "chaos"],
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 

@@ -1,0 +1,107 @@
+"""Faults until the time is over, and what came of them."""
+
+import contextlib
+import json
+import pathlib
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+
+from lslm_jax.chaos.faults import FAULTS
+from lslm_jax.chaos.run import CONFIG, EVERY, Broken, Run
+from lslm_jax.progress import say
+
+_SPACE = 48 << 20  # bytes of the disk that gets full
+_WORDS = "the sea light of old river a stone went under night and over hill by slow wind in grey water".split()
+
+
+class Campaign:
+    """Faults until the time is over, and what came of them."""
+
+    def __init__(self, root: pathlib.Path, minutes: float, seed: int):
+        self._root, self._rng = root, random.Random(seed)
+        self._seconds, self._until = 60 * minutes, 0.0
+        self.counts = {fault.name: {"injected": 0, "told": 0} for fault in FAULTS}
+        self.broken: list[str] = []
+        self.runs, self.repeated = 0, 0
+        lines = (" ".join(self._rng.choices(_WORDS, k=self._rng.randint(5, 20))) for _ in range(800))
+        (root / "corpus.txt").write_text("".join(f"{line}\n" for line in lines))
+        (root / "config.json").write_text(json.dumps(CONFIG))
+
+    def go(self) -> None:
+        """Undisturbed runs first, which do not count, then disturbed ones in turn."""
+        curves = {}
+        for processes in (1, 2):
+            run = Run(self._root, self._root / f"undisturbed-{processes}", processes)
+            run.start()
+            if codes := [code for code in run.end() if code]:
+                raise Broken(f"the undisturbed run ended with {codes}: {run.said()[-500:]}")
+            curves[processes] = (run.workdir / "metrics.jsonl").read_bytes()
+        self._until = time.monotonic() + self._seconds
+        while time.monotonic() < self._until:
+            processes = 1 + self.runs % 2
+            self.runs += 1
+            with _disk(self._root / f"run-{self.runs}") as (workdir, is_small):
+                self._disturb(Run(self._root, workdir, processes), processes, is_small, curves[processes])
+
+    def _disturb(self, run: Run, processes: int, is_small: bool, curve: bytes) -> None:
+        """One run to its end, whatever happens to it."""
+        faults = [fault for fault in FAULTS if processes in fault.processes and (is_small or fault.name != "disk full")]
+        try:
+            while True:
+                run.start()
+                place = run.step() + self._rng.randint(1, 3 * EVERY)
+                resting = time.monotonic() > self._until
+                if resting or not run.until(lambda at=place: run.step() >= at):
+                    codes = run.end()
+                    if codes != [0] * processes:
+                        raise Broken(f"ended with {codes}: {run.said()[-300:]}")
+                    break
+                fault = min(faults, key=lambda fault: (self.counts[fault.name]["injected"], self._rng.random()))
+                self.counts[fault.name]["injected"] += 1
+                if not fault.inject(run, self._rng):
+                    raise Broken(f"{fault.name} was not told as it should be: {run.said()[-300:]}")
+                self.counts[fault.name]["told"] += 1
+                say(f"chaos: run {self.runs}, step {run.step()}: {fault.name}")
+            if (run.workdir / "metrics.jsonl").read_bytes() != curve:
+                raise Broken("the curve is not that of the undisturbed run")
+            code, said = run.alone("audit")
+            if code:
+                raise Broken(f"the ledger is not whole: {said[-300:]}")
+            self.repeated += json.loads(said.strip().splitlines()[-1])["repeated_steps"]
+        except Broken as error:
+            self.broken.append(f"run {self.runs} ({processes} processes): {error}")
+            say(f"chaos: {self.broken[-1]}")
+        finally:
+            run.kill()
+
+    def report(self) -> dict[str, object]:
+        """Prints the table; returns what counts."""
+        say(f"{'fault':34}{'injected':>10}{'survived':>10}")
+        for name, count in self.counts.items():
+            say(f"{name:34}{count['injected']:10}{count['told']:10}")
+        injected = sum(count["injected"] for count in self.counts.values())
+        kinds = sum(count["injected"] > 0 for count in self.counts.values())
+        return {
+            "faults": injected,
+            "kinds": kinds,
+            "runs": self.runs,
+            "repeated_steps": self.repeated,
+            "broken": self.broken,
+        }
+
+
+@contextlib.contextmanager
+def _disk(at: pathlib.Path) -> Iterator[tuple[pathlib.Path, bool]]:
+    """A directory, on a small disk of its own where this user may mount one; gone afterwards."""
+    at.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={_SPACE}", "chaos", str(at)]
+    is_small = shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        yield at / "run", is_small
+    finally:
+        if is_small:
+            subprocess.run(["umount", "--lazy", str(at)], check=True)
+        shutil.rmtree(at)
