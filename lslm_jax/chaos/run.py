@@ -92,7 +92,8 @@ class Run:
 
     def said(self) -> str:
         """What all processes printed since the last start."""
-        return "\n".join(path.read_text(errors="replace") for path in sorted(self._said.parent.glob("said-*")))
+        files = [pathlib.Path(f"{self._said}-{process}") for process in range(self.processes)]
+        return "\n".join(path.read_text(errors="replace") for path in files)
 
     def step(self) -> int:
         """The last step on the record."""
