@@ -61,7 +61,7 @@ def test_a_command_that_a_reader_is_told_to_type_is_understood(command):
         or flags.verb == "plan"
         or (flags.pretrained and (flags.verb in ("generate", "import") or flags.harness))
     )
-    assert flags.config or flags.verb in ("evaluate", "generate", "export", "import")
+    assert flags.config or flags.verb in ("evaluate", "generate", "export", "import", "audit", "verify")
     assert flags.verb != "generate" or flags.prompt or flags.prompts
     assignments = [tuple(setting.removeprefix("--config.").split("=", 1)) for setting in settings]
     config_checks.validate(config_loading.override(base(flags.config), assignments))
