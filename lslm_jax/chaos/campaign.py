@@ -60,10 +60,15 @@ class Campaign:
                         raise Broken(f"ended with {codes}: {run.said()[-300:]}")
                     break
                 fault = min(faults, key=lambda fault: (self.counts[fault.name]["injected"], self._rng.random()))
-                self.counts[fault.name]["injected"] += 1
-                if not fault.inject(run, self._rng):
+                count = self.counts[fault.name]
+                count["injected"] += 1
+                told = fault.inject(run, self._rng)
+                if told is None:
+                    count["injected"] -= 1
+                    continue
+                if not told:
                     raise Broken(f"{fault.name} was not told as it should be: {run.said()[-300:]}")
-                self.counts[fault.name]["told"] += 1
+                count["told"] += 1
                 say(f"chaos: run {self.runs}, step {run.step()}: {fault.name}")
             if (run.workdir / "metrics.jsonl").read_bytes() != curve:
                 raise Broken("the curve is not that of the undisturbed run")

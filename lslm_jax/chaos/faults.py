@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lslm_jax.chaos.run import PATIENCE, Broken, Run
 
-Inject = Callable[[Run, random.Random], bool]
+Inject = Callable[[Run, random.Random], bool | None]
 Spoil = Callable[[pathlib.Path, random.Random], None]
 
 
@@ -19,7 +19,8 @@ class Fault(NamedTuple):
 
     Attributes:
       name: in the table.
-      inject: brings it about in a run that is under way, which it leaves ended; True if it was told as it should be.
+      inject: brings it about in a run that is under way, which it leaves ended; whether it was told as it should be;
+        None where there was no occasion.
       processes: of the runs that it befalls.
     """
 
@@ -44,17 +45,17 @@ def _sigkill(run: Run, rng: random.Random) -> bool:
     return True
 
 
-def _sigkill_in_save(run: Run, rng: random.Random) -> bool:
+def _sigkill_in_save(run: Run, rng: random.Random) -> bool | None:
     """As soon as files of a checkpoint appear, or a little later."""
     saved = set(run.workdir.glob("checkpoints/*"))
     if not run.until(lambda: set(run.workdir.glob("checkpoints/*")) > saved):
-        return run.end() == [0] * run.processes
+        return None if run.end() == [0] * run.processes else False
     time.sleep(rng.choice([0.0, rng.random() * 0.05, rng.random() * 0.3]))
     _kill(run, rng)
     return True
 
 
-def _sigterm(run: Run, rng: random.Random) -> bool:
+def _sigterm(run: Run, rng: random.Random) -> bool | None:
     """Once or twice."""
     process = rng.randrange(run.processes)
     begun = time.monotonic()
@@ -64,7 +65,7 @@ def _sigterm(run: Run, rng: random.Random) -> bool:
     if time.monotonic() - begun > 10 * run.processes:
         raise Broken(f"SIGTERM took {time.monotonic() - begun:.0f} s")
     if codes == [0] * run.processes:
-        return True  # it was at its end
+        return None  # it was at its end
     return codes == [75] * run.processes and "is saved" in run.said()
 
 
@@ -78,7 +79,7 @@ def _sigstop(run: Run, rng: random.Random) -> bool:
     return code == 77 and "has not answered" in run.said()
 
 
-def _pause(run: Run, rng: random.Random) -> bool:
+def _pause(run: Run, rng: random.Random) -> bool | None:
     """All processes, for a moment; nothing must come of it."""
     for process in range(run.processes):
         run.signal(signal.SIGSTOP, process)
@@ -89,7 +90,7 @@ def _pause(run: Run, rng: random.Random) -> bool:
     if run.until(lambda: run.step() >= reached):
         _kill(run, rng)
         return True
-    return run.end() == [0] * run.processes
+    return None if run.end() == [0] * run.processes else False
 
 
 def _second_run(run: Run, rng: random.Random) -> bool:
@@ -102,11 +103,11 @@ def _second_run(run: Run, rng: random.Random) -> bool:
 def _checkpoint(spoil: Spoil, told: str) -> Inject:
     """A file of the newest checkpoint is spoilt, and the next start must say so and go back."""
 
-    def inject(run: Run, rng: random.Random) -> bool:
+    def inject(run: Run, rng: random.Random) -> bool | None:
         _kill(run, rng)
         newest = run.newest()
         if newest is None or len(list(run.workdir.glob("checkpoints/*/manifest.json"))) < 2:
-            return True  # nothing to go back to: not a fault
+            return None  # nothing to go back to
         spoil(rng.choice([path for path in sorted(newest.rglob("*")) if path.is_file() and path.stat().st_size]), rng)
         run.start()
         run.until(lambda: "resumed from step" in run.said())
@@ -163,16 +164,16 @@ def _torn_record(run: Run, rng: random.Random) -> bool:
     return True
 
 
-def _other_seed(run: Run, rng: random.Random) -> bool:
+def _other_seed(run: Run, rng: random.Random) -> bool | None:
     """Another order of the data."""
     _kill(run, rng)
     if run.newest() is None:
-        return True
+        return None
     run.start("--config.seed=1")
     return run.end() == [76] * run.processes and "was made with seed=0" in run.said()
 
 
-def _full_disk(run: Run, rng: random.Random) -> bool:
+def _full_disk(run: Run, rng: random.Random) -> bool | None:
     """Nothing can be saved until somebody makes room."""
     filler = run.workdir / "filler"
     with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
@@ -181,7 +182,7 @@ def _full_disk(run: Run, rng: random.Random) -> bool:
     codes = run.end()
     filler.unlink()
     if codes == [0] * run.processes:
-        return True  # it had nothing left to save
+        return None  # it had nothing left to save
     return all(code in (74, 77) for code in codes) and "No space left" in run.said()
 
 
