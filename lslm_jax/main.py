@@ -117,8 +117,12 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         return None
     settings = [flag for flag in argv if flag.startswith("--config.")]
     flags = parser().parse_args([flag for flag in argv if flag not in settings])
-    if flags.verb == "verify":
-        return _verify(flags)
+    if flags.verb == "verify":  # which needs no config, nor jax
+        from etils import epath
+
+        from lslm_jax.verify import verify
+
+        return verify(epath.Path(_named(flags.workdir)))
     config = _load(flags, settings)
 
     if flags.verb == "plan":
@@ -130,20 +134,6 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
     if flags.verb != "plan":  # for which one process is enough, whatever hardware it is for
         distributed.start(flags.coordinator, flags.processes, flags.process, config.train.watchdog)
     return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
-
-
-def _verify(flags: argparse.Namespace) -> dict[str, Any]:
-    """Needs neither jax nor a sound config: the directory may be a copy, on another machine."""
-    from etils import epath
-
-    from lslm_jax.verify import verify
-
-    if not flags.workdir:
-        raise ConfigError("--workdir=DIR is missing: where the run lives")
-    workdir = epath.Path(flags.workdir)
-    own = workdir / "config.json"
-    data_dir = config_loading.load(str(own)).data.dir if own.exists() else ""
-    return verify(workdir, epath.Path(data_dir) if data_dir else None)
 
 
 def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:
@@ -175,8 +165,8 @@ def _base(flags: argparse.Namespace) -> Config:
         source = pretrained.describe(flags.pretrained)
         if not (needs_run or flags.config):
             return pretrained.default_config(source, reads=reads)
-    if not flags.workdir and needs_run:
-        raise ConfigError("--workdir=DIR is missing: where the run lives")
+    if needs_run:
+        _named(flags.workdir)
     if not flags.config:
         if flags.verb in ("train", "prepare") or flags.pretrained or not flags.workdir:
             raise ConfigError("--config=FILE is missing, as --config=configs/quickstart.py")
@@ -185,6 +175,12 @@ def _base(flags: argparse.Namespace) -> Config:
     if not flags.pretrained:
         return config
     return pretrained.configure(config, source, reads=reads, trains=flags.verb in ("train", "plan"))
+
+
+def _named(workdir: str | None) -> str:
+    if not workdir:
+        raise ConfigError("--workdir=DIR is missing: where the run lives")
+    return workdir
 
 
 if __name__ == "__main__":

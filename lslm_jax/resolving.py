@@ -1,4 +1,4 @@
-"""What a config leaves to its data: the vocabulary, special tokens and labels, filled in."""
+"""Where the data of a run are, and what its config leaves to them: vocabulary, special tokens and labels."""
 
 from typing import Any
 
@@ -8,6 +8,11 @@ from lslm_jax import atomic
 from lslm_jax.config import Config
 from lslm_jax.data import records, special, synthetic, tokenizer
 from lslm_jax.errors import InputMissing
+
+
+def data_dir(config: Config, workdir: epath.Path) -> epath.Path:
+    """Where the prepared data of a run are."""
+    return epath.Path(config.data.dir).expanduser().absolute() if config.data.dir else workdir / "data"
 
 
 def by_data(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any]]:

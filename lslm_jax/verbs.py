@@ -38,7 +38,7 @@ _KEYS = {"valid": "valid_files, _fraction or _split", "test": "test_files or _sp
 
 def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`prepare`: raw text to shards; returns what `data.prepare` counts."""
-    return _prepare(config, _data_dir(config, _workdir(flags)))
+    return _prepare(config, resolving.data_dir(config, _workdir(flags)))
 
 
 def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Does it in a directory that is this run's alone."""
-    data_dir = _data_dir(config, workdir)
+    data_dir = resolving.data_dir(config, workdir)
     _prepare(config, data_dir)
     if config.data.verify:
         distributed.by_primary("verify", lambda: records.verify(data_dir))
@@ -105,7 +105,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 def audit(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`audit`: what a run read, over all its starts, compared with what seed and data say."""
     workdir = _workdir(flags)
-    data_dir = _data_dir(config, workdir)
+    data_dir = resolving.data_dir(config, workdir)
     config, _ = resolving.by_data(config, data_dir)
     data = pipeline.open_train(config, data_dir, config.model.vocab_size)
     return ledger.audit(workdir, data, config.train.batch_size)
@@ -119,7 +119,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--{unused[0]} is for tasks of lm-eval: add --harness=TASKS")
     mesh = make_mesh(config)
     workdir = _workdir(flags)
-    data_dir = _data_dir(config, workdir)
+    data_dir = resolving.data_dir(config, workdir)
     if flags.pretrained:
         _prepare(config, data_dir)
     config, facts = resolving.by_data(config, data_dir)
@@ -196,7 +196,7 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("export needs --to=DIR, where to write")
     mesh = _mesh_without_batch(config)
     workdir = _workdir(flags)
-    data_dir = _data_dir(config, workdir)
+    data_dir = resolving.data_dir(config, workdir)
     config, facts = resolving.by_data(config, data_dir)
     with use(mesh, config.mesh):
         setting = _setting(config, facts, data_dir, mesh)
@@ -274,15 +274,11 @@ def _workdir(flags: argparse.Namespace) -> epath.Path:
     return workdir
 
 
-def _data_dir(config: Config, workdir: epath.Path) -> epath.Path:
-    return epath.Path(config.data.dir).expanduser().absolute() if config.data.dir else workdir / "data"
-
-
 def _model_alone(config: Config, flags: argparse.Namespace) -> tuple[Config, dict[str, Any], epath.Path]:
     """A run's, or a pretrained model's, config and facts, for commands that read no examples; where its files are."""
     if flags.pretrained:
         return *resolving.by_tokenizer(config), epath.Path()
-    data_dir = _data_dir(config, _workdir(flags))
+    data_dir = resolving.data_dir(config, _workdir(flags))
     return *resolving.by_data(config, data_dir), data_dir
 
 

@@ -4,18 +4,21 @@ from typing import Any
 
 from etils import epath
 
+from lslm_jax import config_loading, resolving
+from lslm_jax.config import Config
 from lslm_jax.data import records
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
 from lslm_jax.progress import say
 from lslm_jax.train.manifest import check_manifest
 
 
-def verify(workdir: epath.Path, data_dir: epath.Path | None = None) -> dict[str, Any]:
+def verify(workdir: epath.Path) -> dict[str, Any]:
     """Compares every checkpoint, and the prepared data, with their manifests, and says of each what was found.
+
+    It needs neither jax nor a sound config: the directory may be a copy, on another machine.
 
     Args:
       workdir: a run directory, or a copy of one.
-      data_dir: where its data are, if they are not in it.
 
     Returns:
       The steps of its `checkpoints`, and the number of `data_bytes`.
@@ -26,7 +29,8 @@ def verify(workdir: epath.Path, data_dir: epath.Path | None = None) -> dict[str,
     """
     found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
     checkpoints = sorted(found, key=lambda path: int(path.name))
-    data_dir = data_dir or workdir / "data"
+    own = workdir / "config.json"
+    data_dir = resolving.data_dir(config_loading.load(str(own)) if own.exists() else Config(), workdir)
     if not checkpoints and not (data_dir / "manifest.json").exists():
         raise InputMissing(f"{workdir} holds neither checkpoints nor data")
     damaged = []

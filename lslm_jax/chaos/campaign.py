@@ -36,7 +36,7 @@ class Campaign:
         for processes in (1, 2):
             run = Run(self._root, self._root / f"undisturbed-{processes}", processes)
             run.start()
-            if codes := [code for code in run.end() if code]:
+            if any(codes := run.end()):
                 raise Broken(f"the undisturbed run ended with {codes}: {run.said()[-500:]}")
             curves[processes] = (run.workdir / "metrics.jsonl").read_bytes()
         self._until = time.monotonic() + self._seconds
@@ -44,11 +44,13 @@ class Campaign:
             processes = 1 + self.runs % 2
             self.runs += 1
             with _disk(self._root / f"run-{self.runs}") as (workdir, is_small):
-                self._disturb(Run(self._root, workdir, processes), processes, is_small, curves[processes])
+                self._disturb(Run(self._root, workdir, processes), is_small, curves[processes])
 
-    def _disturb(self, run: Run, processes: int, is_small: bool, curve: bytes) -> None:
+    def _disturb(self, run: Run, is_small: bool, curve: bytes) -> None:
         """One run to its end, whatever happens to it."""
-        faults = [fault for fault in FAULTS if processes in fault.processes and (is_small or fault.name != "disk full")]
+        faults = [
+            fault for fault in FAULTS if run.processes in fault.processes and (is_small or fault.name != "disk full")
+        ]
         try:
             while True:
                 run.start()
@@ -56,16 +58,15 @@ class Campaign:
                 resting = time.monotonic() > self._until
                 if resting or not run.until(lambda at=place: run.step() >= at):
                     codes = run.end()
-                    if codes != [0] * processes:
+                    if any(codes):
                         raise Broken(f"ended with {codes}: {run.said()[-300:]}")
                     break
                 fault = min(faults, key=lambda fault: (self.counts[fault.name]["injected"], self._rng.random()))
-                count = self.counts[fault.name]
-                count["injected"] += 1
                 told = fault.inject(run, self._rng)
                 if told is None:
-                    count["injected"] -= 1
                     continue
+                count = self.counts[fault.name]
+                count["injected"] += 1
                 if not told:
                     raise Broken(f"{fault.name} was not told as it should be: {run.said()[-300:]}")
                 count["told"] += 1
@@ -77,7 +78,7 @@ class Campaign:
                 raise Broken(f"the ledger is not whole: {said[-300:]}")
             self.repeated += json.loads(said.strip().splitlines()[-1])["repeated_steps"]
         except Broken as error:
-            self.broken.append(f"run {self.runs} ({processes} processes): {error}")
+            self.broken.append(f"run {self.runs} ({run.processes} processes): {error}")
             say(f"chaos: {self.broken[-1]}")
         finally:
             run.kill()

@@ -64,13 +64,15 @@ class TrainInput:
         source, epoch, row = self.rows(step).T
         return _gather(self._sources, source, row, order.combine(self._seed, source, epoch, row))
 
-    def rows(self, step: int, slots: np.ndarray | None = None) -> np.ndarray:
-        """Source, epoch and number, int64 [rows, 3], of this process's rows of a batch, or of other slots of it."""
-        source, local = self._locate(step * self._batch_size + (self.slots if slots is None else slots))
-        num_rows = np.array(self.sizes())[source]
-        epoch, place = np.divmod(local, num_rows)
+    def rows(self, step: int, slots: np.ndarray | None = None, steps: int = 1) -> np.ndarray:
+        """Source, epoch and number, int64 [rows, 3], of this process's rows of batches, or of other slots of them."""
+        source, local = self._locate(
+            order.positions(step, steps, self._batch_size, self.slots if slots is None else slots)
+        )
+        sizes = self.sizes()
+        epoch, place = np.divmod(local, np.array(sizes)[source])
         row = np.empty_like(place)
-        for i, size in enumerate(self.sizes()):
+        for i, size in enumerate(sizes):
             mine = source == i
             row[mine] = order.permute(place[mine], size, order.combine(self._seed, i, epoch[mine]))
         return np.stack([source, epoch, row], axis=1)

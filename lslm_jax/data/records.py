@@ -9,7 +9,9 @@ from etils import epath
 
 from lslm_jax import atomic
 from lslm_jax.config import Config, Source
-from lslm_jax.data import shard_files, sources, templates
+from lslm_jax.data import sources, templates
+from lslm_jax.data.shard_files import MANIFEST
+from lslm_jax.data.shards import Shards
 from lslm_jax.errors import ConfigError, DataError
 
 VERSION = 1
@@ -81,18 +83,16 @@ def verify(directory: epath.Path) -> int:
     Raises:
       DataError: a file is missing, truncated, too long or altered.
     """
-    record = read(directory / shard_files.MANIFEST)
+    record = read(directory / MANIFEST)
     total = 0
     for name, split in record["splits"].items() if record else ():
-        path = directory / name / shard_files.MANIFEST
+        path = directory / name / MANIFEST
         if not path.exists():
             raise DataError(f"{path} is missing")
         if atomic.fingerprint(path)[1] != split["manifest_sha256"]:
-            raise DataError(f"{path} was altered: its sha256 is not the one in {directory / shard_files.MANIFEST}")
-        files = shard_files.entries(atomic.read_json(path), path)
-        shard_files.check_sizes(path.parent, files)
-        shard_files.check_content(path.parent, files)
-        total += sum(entry["size"] for entry in files)
+            raise DataError(f"{path} was altered: its sha256 is not the one in {directory / MANIFEST}")
+        Shards.open(path.parent, verify=True)
+        total += sum(file.stat().length for file in path.parent.iterdir() if file.name != MANIFEST)
     return total
 
 

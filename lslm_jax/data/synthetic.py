@@ -46,9 +46,10 @@ class SyntheticInput:
         """This process's rows of the batch of a step."""
         return self._make(order.combine(self._config.seed, self.rows(step)[:, 2]))
 
-    def rows(self, step: int, slots: np.ndarray | None = None) -> np.ndarray:
-        """Source, epoch and number, int64 [rows, 3], of this process's rows of a batch, or of other slots of it."""
-        number = step * self._config.train.batch_size + (self.slots if slots is None else slots)
+    def rows(self, step: int, slots: np.ndarray | None = None, steps: int = 1) -> np.ndarray:
+        """Source, epoch and number, int64 [rows, 3], of this process's rows of batches, or of other slots of them."""
+        batch_size, slots = self._config.train.batch_size, self.slots if slots is None else slots
+        number = order.positions(step, steps, batch_size, slots)
         return np.stack([np.zeros_like(number), np.zeros_like(number), number], axis=1)
 
     def sizes(self) -> list[int]:

@@ -19,12 +19,14 @@ from etils import epath
 from lslm_jax import atomic
 from lslm_jax.errors import DataError, InputMissing
 
+_PIECE = 1 << 16  # rows that are looked up at once
+
 
 class Rows(Protocol):
     """Something that knows the rows of every step."""
 
-    def rows(self, step: int, slots: np.ndarray | None = None) -> np.ndarray:
-        """Source, epoch and number, int64 [rows, 3], of some slots of the batch after `step` steps."""
+    def rows(self, step: int, slots: np.ndarray | None = None, steps: int = 1) -> np.ndarray:
+        """Source, epoch and number, int64 [rows, 3], of some slots of the batches from that after `step` steps on."""
         ...
 
     def sizes(self) -> list[int]:
@@ -35,7 +37,7 @@ class Rows(Protocol):
 class Ledger:
     """The ledger of one process, written from one start of the run to its end."""
 
-    def __init__(self, workdir: epath.Path, process: int, attempt: int, start: int, slots: np.ndarray):
+    def __init__(self, workdir: epath.Path, process: int, attempt: int, start: int, data: Rows, slots: np.ndarray):
         """Adds the line of a start.
 
         Args:
@@ -43,10 +45,12 @@ class Ledger:
           process: whose ledger it is.
           attempt: how often the run was started before.
           start: steps that are done.
+          data: what is read.
           slots: which rows of each batch the process takes.
         """
         self._path = _file(workdir, process)
-        self._hash, self._first, self._last, self._skipped = hashlib.sha256(), start + 1, start, []
+        self._data, self._slots = data, slots
+        self._first, self._last, self._skipped = start + 1, start, []
         with atomic.saving(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists() and (whole := _whole_lines(self._path)) != self._path.read_bytes():
@@ -54,9 +58,8 @@ class Ledger:
             self._stream = self._path.open("a")
         self._append({"attempt": attempt, "from": start, "slots": _ranges(slots)})
 
-    def add(self, step: int, rows: np.ndarray, skipped: bool) -> None:
-        """A step is done with these rows, or was skipped as its loss or gradient was not finite."""
-        self._hash.update(_bytes(rows))
+    def add(self, step: int, skipped: bool) -> None:
+        """A step is done, or was skipped as its loss or gradient was not finite."""
         self._last = step
         if skipped:
             self._skipped.append(step)
@@ -65,9 +68,10 @@ class Ledger:
         """Puts on file what was added since."""
         if self._last < self._first:
             return
-        line = {"steps": [self._first, self._last], "sha256": self._hash.hexdigest()}
+        digest = _digest(self._data, self._slots, self._first, self._last)
+        line = {"steps": [self._first, self._last], "sha256": digest}
         self._append(line | ({"skipped": self._skipped} if self._skipped else {}))
-        self._hash, self._first, self._skipped = hashlib.sha256(), self._last + 1, []
+        self._first, self._skipped = self._last + 1, []
 
     def close(self) -> None:
         """Writes, and ends."""
@@ -131,7 +135,7 @@ def audit(workdir: epath.Path, data: Rows, batch_size: int) -> dict[str, Any]:
         "starts": len(starts),
         "repeated_steps": repeated,
         "skipped_steps": sorted(skipped),
-        "epochs": _count(data, done),
+        "epochs": _count(data, done, batch_size),
     }
 
 
@@ -150,32 +154,51 @@ def _check(workdir: epath.Path, data: Rows, batch_size: int, attempt: int, parts
                 raise DataError(
                     f"{_file(workdir, process)} does not tell what was read in steps {step + 1} to {first - 1}"
                 )
-            found = hashlib.sha256()
-            for number in range(first, last + 1):
-                found.update(_bytes(data.rows(number - 1, part.slots)))
-            if found.hexdigest() != span["sha256"]:
+            if _digest(data, part.slots, first, last) != span["sha256"]:
                 raise DataError(f"{_file(workdir, process)}: steps {first} to {last} read other rows than were due")
             step = last
     shortest = min((part.spans for part in parts), key=len)
     return [span["steps"][1] for span in shortest]
 
 
-def _count(data: Rows, steps: int) -> list[float]:
+def _count(data: Rows, steps: int, batch_size: int) -> list[float]:
     """Epochs of each source; a DataError where an epoch holds a row twice, or has lost one."""
     sizes = data.sizes()
     seen = [np.zeros(size, bool) for size in sizes]
     epochs = [0] * len(sizes)
-    for step in range(steps if sizes else 0):
-        for source, epoch, row in data.rows(step).tolist():
+    for first, rows in _pieces(data, np.arange(batch_size), 0, steps) if sizes else ():
+        # What is of one source and epoch, in order; np.unique sorts, so that epochs come one after the other.
+        for source, epoch in np.unique(rows[:, :2], axis=0):
             if epoch > epochs[source]:
                 if not seen[source].all():
                     raise DataError(f"epoch {epochs[source]} of source {source} lacks {(~seen[source]).sum()} rows")
                 seen[source][:] = False
                 epochs[source] = epoch
-            if seen[source][row]:
-                raise DataError(f"row {row} of source {source} was read twice in epoch {epoch}, at step {step + 1}")
-            seen[source][row] = True
+            places = np.flatnonzero((rows[:, 0] == source) & (rows[:, 1] == epoch))
+            taken = rows[places, 2]
+            is_first = np.zeros(len(taken), bool)
+            is_first[np.unique(taken, return_index=True)[1]] = True
+            if (twice := seen[source][taken] | ~is_first).any():
+                at = np.flatnonzero(twice)[0]
+                step = first + places[at] // batch_size + 1
+                raise DataError(f"row {taken[at]} of source {source} was read twice in epoch {epoch}, at step {step}")
+            seen[source][taken] = True
     return [round(float(epoch + some.mean()), 6) for epoch, some in zip(epochs, seen, strict=True)]
+
+
+def _digest(data: Rows, slots: np.ndarray, first: int, last: int) -> str:
+    """The sha256 of the rows of steps first to last."""
+    hasher = hashlib.sha256()
+    for _, rows in _pieces(data, slots, first - 1, last):
+        hasher.update(rows.astype("<i8").tobytes())
+    return hasher.hexdigest()
+
+
+def _pieces(data: Rows, slots: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows of the batches after start to before stop steps, many steps at once; each with its first step."""
+    many = max(1, _PIECE // len(slots))
+    for step in range(start, stop, many):
+        yield step, data.rows(step, slots, min(many, stop - step))
 
 
 def _starts(workdir: epath.Path) -> dict[int, list[_Start]]:
@@ -214,10 +237,6 @@ def _whole_lines(path: epath.Path) -> bytes:
 
 def _file(workdir: epath.Path, process: int) -> epath.Path:
     return epath.Path(workdir) / "ledger" / f"{process}.jsonl"
-
-
-def _bytes(rows: np.ndarray) -> bytes:
-    return rows.astype("<i8").tobytes()
 
 
 def _ranges(slots: np.ndarray) -> list[list[int]]:

@@ -106,7 +106,7 @@ def train(
         first = next(batches, None)
         train_step = compiling.result()
         attempt = distributed.by_primary("attempt", lambda: attempts(workdir))
-        read = Ledger(workdir, jax.process_index(), attempt, start, data.slots)
+        read = Ledger(workdir, jax.process_index(), attempt, start, data, data.slots)
         stack.enter_context(contextlib.closing(read))
         stacks = workdir / f"stacks-{jax.process_index()}.txt"
         watchdog = stack.enter_context(Watchdog(config.train.watchdog, stacks))
@@ -118,7 +118,7 @@ def train(
             timer.step()
             watchdog.step(step)
             last = {name: values[name].item() for name in (*METRICS, *sorted(values.keys() - set(METRICS)))}
-            read.add(step, data.rows(step - 1), last["skipped"] > 0)
+            read.add(step, last["skipped"] > 0)
             if skipped := int(last["skipped"]):
                 progress.message(f"step {step}: loss or gradient is not finite, update skipped ({skipped} in a row)")
             if step % config.log.every == 0 or step == steps or skipped:

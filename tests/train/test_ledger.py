@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from lslm_jax.data.order import positions
 from lslm_jax.errors import DataError, InputMissing
 from lslm_jax.train.ledger import Ledger, attempts, audit
 
@@ -18,8 +19,8 @@ class Data:
     def __init__(self, spoil=lambda position, row: row):
         self._spoil = spoil
 
-    def rows(self, step, slots=None):
-        position = step * BATCH + (np.arange(BATCH) if slots is None else slots)
+    def rows(self, step, slots=None, steps=1):
+        position = positions(step, steps, BATCH, np.arange(BATCH) if slots is None else slots)
         source, local = position % 2, position // 2
         epoch, place = np.divmod(local, np.array(SIZES)[source])
         order = [[np.random.default_rng([s, e]).permutation(size) for e in range(20)] for s, size in enumerate(SIZES)]
@@ -35,9 +36,9 @@ def go_on(workdir, start, stop, processes=1, data=None, every=3, skipped=(), wri
     attempt, data = attempts(workdir), data or Data()
     for process in range(processes):
         slots = np.arange(BATCH).reshape(processes, -1)[process]
-        book = Ledger(workdir, process, attempt, start, slots)
+        book = Ledger(workdir, process, attempt, start, data, slots)
         for step in range(start + 1, stop + 1):
-            book.add(step, data.rows(step - 1, slots), step in skipped)
+            book.add(step, step in skipped)
             if step % every == 0:
                 book.write()
         if not write:
