@@ -310,6 +310,14 @@ class TrainConfig:
     """A run, or a Hugging Face model (directory, hf://ORG/NAME), whose weights a fresh run starts from as they fit."""
     watchdog: float = 60.0
     """Seconds without a step, or a sign of life of another process, that end a run (77). 0: wait for ever."""
+    reproducible: bool = False
+    """Whether 1, 2, 4 or 8 devices, all on data, compute the same bits; to audit by, as it costs time and memory."""
+    spike: float = 0.0
+    """Standard deviations above the usual that make a loss a spike, which the run then goes round (PaLM). 0: never."""
+    spike_steps: int = 10
+    """Steps in a row that a spike lasts; what is usual is told by ten times as many before."""
+    check_copies: int = 0
+    """Steps between comparisons of devices' copies of the weights, bit by bit: damage ends the run (77). 0: never."""
     frozen: tuple[str, ...] = ()
     """Parameters that stay as they are, by pattern, as `embed,blocks.*`; ! exempts: `*,!top.*` trains heads alone."""
 

@@ -77,17 +77,18 @@ _POSITIVE = (
     "model.rope_factor model.rope_low_factor model.rope_high_factor model.rope_original_length model.norm_eps "
     "model.relative_buckets model.relative_distance data.seq_len task.span_length task.stride task.max_answer "
     "data.shard_tokens tokenizer.vocab_size tokenizer.sample_bytes train.steps train.batch_size train.accumulate "
-    "model.lora_alpha optimizer.learning_rate optimizer.eps checkpoint.every checkpoint.keep log.every "
-    "model.experts_per_token model.pipeline_rounds generate.max_tokens generate.repetition_penalty generate.beams"
+    "train.spike_steps model.lora_alpha optimizer.learning_rate optimizer.eps checkpoint.every checkpoint.keep "
+    "log.every model.experts_per_token model.pipeline_rounds generate.max_tokens generate.repetition_penalty "
+    "generate.beams"
 ).split()
 _NOT_NEGATIVE = (
     "seed model.num_kv_heads model.head_dim model.d_ff model.num_decoder_layers model.vocab_size model.num_labels "
-    "model.token_types model.lora_rank model.window model.position_offset model.rope_local_theta model.attention_scale "
-    "model.attention_softcap model.logit_softcap model.num_experts model.shared_experts model.expert_capacity "
-    "model.microbatches data.source_len train.balance_loss train.router_z_loss train.watchdog "
-    "data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss optimizer.warmup_steps "
-    "optimizer.weight_decay optimizer.clip checkpoint.keep_every checkpoint.export_every eval.every eval.batches "
-    "generate.temperature generate.top_k"
+    "model.token_types model.lora_rank model.window model.position_offset model.rope_local_theta "
+    "model.attention_scale model.attention_softcap model.logit_softcap model.num_experts model.shared_experts "
+    "model.expert_capacity model.microbatches data.source_len train.balance_loss train.router_z_loss train.watchdog "
+    "train.spike train.check_copies data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss "
+    "optimizer.warmup_steps optimizer.weight_decay optimizer.clip checkpoint.keep_every checkpoint.export_every "
+    "eval.every eval.batches generate.temperature generate.top_k"
 ).split()
 _BELOW_ONE = (
     "model.dropout data.valid_fraction task.mask_rate train.label_smoothing train.ema optimizer.b1 optimizer.b2 "
@@ -266,6 +267,11 @@ def _run_problems(config: Config) -> Iterator[str]:
         yield (
             f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}: "
             f"use {multiples(train.batch_size, train.accumulate)}"
+        )
+    if train.reproducible and (train.batch_size % 8 or train.accumulate > 1):
+        yield (
+            f"train.reproducible works through eight parts of a batch: set train.accumulate=1 and "
+            f"train.batch_size={multiples(train.batch_size, 8)}"
         )
     if config.optimizer.nesterov and config.optimizer.name in ("adafactor", "lion"):
         yield f"optimizer.nesterov does not go with optimizer.name={config.optimizer.name}"

@@ -58,6 +58,12 @@ class CheckpointRefused(LslmError):
     exit_code = 76
 
 
+class DeviceFault(LslmError):
+    """A device holds other numbers than it was given; what was saved before is still good."""
+
+    exit_code = 77
+
+
 class PeerLost(LslmError):
     """Another process of the run did not come, or is gone; or steps have stopped coming."""
 

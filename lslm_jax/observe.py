@@ -20,6 +20,9 @@ from lslm_jax.imports import import_tensorflow
 from lslm_jax.progress import say
 
 FLUSH_SECONDS = 5.0  # after which TensorBoard is shown what is new
+# Between two points of a curve in TensorBoard, which shows a thousand at most: tensorflow takes 1 ms of a core for each
+# scalar, which small steps would wait for. metrics.jsonl has all.
+SPACING_SECONDS = 0.5
 
 
 class TensorBoard:
@@ -33,11 +36,17 @@ class TensorBoard:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
         self._held: list[tuple[str, int, dict[str, Any]]] = []
         self._writer: Any = None
-        self._flushed = -math.inf
+        self._flushed = self._queued = -math.inf
+        self._left_out: tuple[int, dict[str, float]] | None = None
         self._off = False
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Queues scalars, and the texts before them."""
+    def scalars(self, step: int, values: Mapping[str, float], *, often: bool = False) -> None:
+        """Queues scalars, and the texts before them; those that come `often` only now and then, and the last."""
+        if often and time.monotonic() - self._queued < SPACING_SECONDS:
+            self._left_out = step, dict(values)
+            return
+        if often:
+            self._queued, self._left_out = time.monotonic(), None
         self._held.append(("write_scalars", step, dict(values)))
         self._submit()
 
@@ -47,7 +56,9 @@ class TensorBoard:
         self._held.append(("write_texts", step, {name: verbatim}))
 
     def close(self) -> None:
-        """Writes what is queued, and ends."""
+        """Writes what is queued, and the last step, and ends."""
+        if self._left_out:
+            self.scalars(*self._left_out)
         self._submit()
         self._thread.shutdown(wait=True)
         if self._writer is not None and not self._off:
@@ -110,7 +121,8 @@ class Metrics:
         Args:
           step: optimizer steps done.
           values: what is the same in every equal run.
-          timing: wall-clock figures, left out of metrics.jsonl where `log.timing` is False.
+          timing: wall-clock figures of a train step, left out of metrics.jsonl where `log.timing` is False. None: of
+            something rarer, an evaluation, which TensorBoard always shows.
 
         Raises:
           SaveError: metrics.jsonl cannot be written.
@@ -127,7 +139,7 @@ class Metrics:
             self._file.write(json.dumps(json_values(line)) + "\n")
             self._file.flush()
         if self._tensorboard:
-            self._tensorboard.scalars(step, scalars | clock)
+            self._tensorboard.scalars(step, scalars | clock, often=timing is not None)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Shows a text in TensorBoard: a sample, the config, the table of parameters."""

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of
 from lslm_jax.convert.export import export as write_pretrained
 from lslm_jax.convert.export import export_adapter as write_adapter
-from lslm_jax.data import chat, pipeline, records, templates, tokenizer
+from lslm_jax.data import chat, detours, pipeline, records, templates, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
@@ -28,7 +29,7 @@ from lslm_jax.observe import json_values
 from lslm_jax.plan.verb import plan as plan
 from lslm_jax.progress import say
 from lslm_jax.sharding import local_rows, make_mesh, use
-from lslm_jax.train import checkpoint, identity, ledger, lock, manifest
+from lslm_jax.train import checkpoint, identity, ledger, lock, manifest, reproducible, spikes
 from lslm_jax.train.exports import Exports
 from lslm_jax.train.loop import train as train_loop
 from lslm_jax.train.state import abstract_model
@@ -49,6 +50,7 @@ def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:
 def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`train`: prepares what is missing, trains from wherever the run stands, evaluates; returns the run's summary."""
     mesh = make_mesh(config)  # before anything slow: it may be refused
+    reproducible.check(config, mesh)
     workdir = _workdir(flags)
     result = workdir / "result.json"
     read = lambda: json.loads(result.read_text()) if result.exists() else {"step": 0}
@@ -61,7 +63,12 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         family_of(config.model, config.task.objective)  # before anything slow: there may be none
     with contextlib.ExitStack() as stack:
         distributed.by_primary("lock", lambda: stack.enter_context(lock.hold(workdir)))
-        return _train(config, workdir, mesh)
+        while True:
+            try:
+                return _train(config, workdir, mesh)
+            except spikes.Spike as spike:  # without its frames, which hold the state
+                go_round = functools.partial(spikes.go_round, workdir, config, spike.with_traceback(None))
+                say(distributed.by_primary("spike", go_round))
 
 
 def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -82,7 +89,9 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
         setting = _setting(config, facts, data_dir, mesh, [data, *held_out.values()])
         exporter = _exporter(setting) if config.checkpoint.export_every else None
-        made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh)
+        distributed.by_primary("detours", lambda: spikes.settle(workdir))
+        left_out = detours.read(workdir)
+        made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh, left_out)
         saved = workdir / "checkpoints"
         whole = distributed.by_primary("checkpoints", lambda: manifest.settle(saved, say))
         summary = train_loop(

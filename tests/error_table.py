@@ -137,6 +137,18 @@ SETTINGS = [
         "--config.train.batch_size=10",
     ),
     Case(
+        "A batch that eight parts cannot split",
+        2,
+        "train.reproducible works through eight parts of a batch: set train.accumulate=1 and train.batch_size=8 or 16",
+        "--config.train.reproducible=true --config.train.batch_size=12",
+    ),
+    Case(
+        "A mesh on which no bits can be reproduced",
+        2,
+        "train.reproducible needs all devices on mesh.data, and 1, 2, 4 or 8 of them: it has 4 of 8",
+        "--config.train.reproducible=true --config.mesh.fsdp=2",
+    ),
+    Case(
         "More devices than there are",
         2,
         "mesh data=16 x fsdp=1 x tensor=1 is 16 devices, more than the 8 there are: set one axis to -1",

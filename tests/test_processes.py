@@ -133,6 +133,15 @@ def test_losses_and_the_evaluation_of_every_example_are_those_of_one_process(cor
     assert not any("{" in out for out in outs[1:]) and not any(texts[1:]), "only the first process speaks"
 
 
+def test_a_reproducible_run_is_the_same_to_the_last_bit_for_any_number_of_processes(corpus, tmp_path):
+    flags = ("--config.train.reproducible=true", "--config.mesh.fsdp=1", "--config.model.dropout=0.1")
+    for processes in (1, 2, 4):
+        codes, _, texts = lslm(corpus, processes, tmp_path / str(processes), *flags).end()
+        assert codes == [0] * processes, texts
+    metrics = {(tmp_path / str(processes) / "metrics.jsonl").read_bytes() for processes in (1, 2, 4)}
+    assert len(metrics) == 1
+
+
 def test_batches_hold_the_same_rows_for_any_number_of_processes(corpus, alone, tmp_path):
     (tmp_path / "read.py").write_text(READ)
     data = alone / "data"

@@ -64,12 +64,15 @@ class Checkpoints:
         latest = self._orbax.latest
         return None if latest is None else latest.step
 
-    def save(self, state: State, metrics: Mapping[str, float] | None = None) -> None:
+    def save(
+        self, state: State, metrics: Mapping[str, float] | None = None, memory: Mapping[str, Any] | None = None
+    ) -> None:
         """Copies the state to the host and writes it in the background; the arrays may be donated afterwards.
 
         Args:
           state: what to save, under its own step.
           metrics: evaluation results by which `checkpoint.best` judges.
+          memory: what the loop knows besides the state, as JSON values.
 
         Raises:
           SaveError: this or the save before failed; earlier checkpoints stay as they were.
@@ -82,10 +85,15 @@ class Checkpoints:
         with _as_save_error(self._directory / str(step)):
             parts = {name: flatten(part) for name, part in _parts(state).items()}
             saved = self._orbax.save_checkpointables_async(
-                step, parts, metrics=dict(metrics or {}), custom_metadata=self.identity
+                step, parts, metrics=dict(metrics or {}), custom_metadata=self.identity | {"memory": dict(memory or {})}
             )
         if saved is not None and distributed.is_primary():
             self._saving = self._aside.submit(_finish, saved, self._directory / str(step))
+
+    def memory(self, step: int) -> Mapping[str, Any]:
+        """What the loop knew besides the state of a step; nothing where it was not saved."""
+        made_by: Any = self._orbax.checkpointables_metadata(step).custom_metadata
+        return made_by.get("memory", {})
 
     def restore(self, step: int, abstract: State, log: Callable[[str], None]) -> State:
         """Reads a whole state into the shapes, types and shardings of `abstract`.

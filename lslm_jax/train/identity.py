@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from lslm_jax import config_loading
 from lslm_jax.config import Config
+from lslm_jax.data.detours import Detour
 from lslm_jax.errors import CheckpointRefused
 
 PACKAGES = ("lslm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -38,12 +39,15 @@ FREE = tuple(
 )
 
 
-def make(config: Config, tokenizer_sha256: str, data_sha256: str, mesh: Mesh) -> dict[str, Any]:
-    """Who made a checkpoint: resolved config, tokenizer, data, package versions and mesh, as JSON values."""
+def make(
+    config: Config, tokenizer_sha256: str, data_sha256: str, mesh: Mesh, detours: Sequence[Detour] = ()
+) -> dict[str, Any]:
+    """Who made a checkpoint: config, tokenizer, data, what was left out of them, versions, mesh, as JSON values."""
     return {
         "config": config_loading.to_dict(config),
         "tokenizer_sha256": tokenizer_sha256,
         "data_sha256": data_sha256,
+        "detours": [list(detour) for detour in detours],
         "mixture": {source.name: source.weight for source in config.data.mixture},
         "versions": {name: _version(name) for name in PACKAGES},
         "mesh": dict(mesh.shape),
@@ -77,10 +81,14 @@ def check(
         raise CheckpointRefused(
             f"{directory} was made with the mixture {saved['mixture']}, the config says {mine['mixture']}"
         )
+    # What lies behind a checkpoint is of no matter to it: a run that goes back adds a detour after it.
+    before = lambda identity: [list(d)[:2] for d in identity.get("detours", ()) if d[0] < int(directory.name)]
+    if before(saved) != before(mine):
+        raise CheckpointRefused(f"{directory} left out other batches ({before(saved)}, now {before(mine)})")
     changed = []
     # A setting that the version which saved it did not have is one that it left at what is the default now.
-    before = _filled(saved["config"], config_loading.to_dict(Config()))
-    for key, old, new in _differences(before, mine["config"]):
+    settings = _filled(saved["config"], config_loading.to_dict(Config()))
+    for key, old, new in _differences(settings, mine["config"]):
         if _below(key, FIXED) and not _below(key, FREE):
             raise CheckpointRefused(f"{directory} was made with {key}={old}, the config says {new}")
         changed.append(f"{key} {old} -> {new}")

@@ -10,34 +10,32 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from lslm_jax import atomic
+from lslm_jax.data.detours import Detour, Rows, at, parse, rows
 from lslm_jax.errors import DataError, InputMissing
 
 _PIECE = 1 << 16  # rows that are looked up at once
 
 
-class Rows(Protocol):
-    """Something that knows the rows of every step."""
-
-    def rows(self, step: int, slots: np.ndarray | None = None, steps: int = 1) -> np.ndarray:
-        """Source, epoch and number, int64 [rows, 3], of some slots of the batches from that after `step` steps on."""
-        ...
-
-    def sizes(self) -> list[int]:
-        """Rows of each source; none where there is no end to them."""
-        ...
-
-
 class Ledger:
     """The ledger of one process, written from one start of the run to its end."""
 
-    def __init__(self, workdir: epath.Path, process: int, attempt: int, start: int, data: Rows, slots: np.ndarray):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        process: int,
+        attempt: int,
+        start: int,
+        data: Rows,
+        slots: np.ndarray,
+        detours: Sequence[Detour] = (),
+    ):
         """Adds the line of a start.
 
         Args:
@@ -47,16 +45,18 @@ class Ledger:
           start: steps that are done.
           data: what is read.
           slots: which rows of each batch the process takes.
+          detours: what is left out of `data`.
         """
         self._path = _file(workdir, process)
-        self._data, self._slots = data, slots
+        self._data, self._slots, self._detours = data, slots, detours
         self._first, self._last, self._skipped = start + 1, start, []
         with atomic.saving(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists() and (whole := _whole_lines(self._path)) != self._path.read_bytes():
                 atomic.write(self._path, whole)
             self._stream = self._path.open("a")
-        self._append({"attempt": attempt, "from": start, "slots": _ranges(slots)})
+        line = {"attempt": attempt, "from": start, "slots": _ranges(slots)}
+        self._append(line | ({"detours": [list(detour) for detour in detours]} if detours else {}))
 
     def add(self, step: int, skipped: bool) -> None:
         """A step is done, or was skipped as its loss or gradient was not finite."""
@@ -68,7 +68,7 @@ class Ledger:
         """Puts on file what was added since."""
         if self._last < self._first:
             return
-        digest = _digest(self._data, self._slots, self._first, self._last)
+        digest = _digest(self._data, self._detours, self._slots, self._first, self._last)
         line = {"steps": [self._first, self._last], "sha256": digest}
         self._append(line | ({"skipped": self._skipped} if self._skipped else {}))
         self._first, self._skipped = self._last + 1, []
@@ -95,6 +95,7 @@ class _Start(NamedTuple):
 
     begin: int
     slots: np.ndarray
+    detours: list[Detour]
     spans: list[dict[str, Any]]
 
 
@@ -103,12 +104,13 @@ def audit(workdir: epath.Path, data: Rows, batch_size: int) -> dict[str, Any]:
 
     Args:
       workdir: the run directory.
-      data: what the run read.
+      data: what the run read, with nothing left out.
       batch_size: rows of a batch, of all processes.
 
     Returns:
-      `steps` that count, `starts` of the run, `repeated_steps` behind a checkpoint, `skipped_steps`, and the whole and
-      begun `epochs` of each source, in which every row was read once.
+      `steps` that count, `starts` of the run, `repeated_steps` behind a checkpoint, `skipped_steps`, how many
+      `batches_left_out` by detours, and the whole and begun `epochs` of each source, in which every row was read, or
+      left out, once.
 
     Raises:
       InputMissing: there is no ledger.
@@ -117,6 +119,7 @@ def audit(workdir: epath.Path, data: Rows, batch_size: int) -> dict[str, Any]:
     starts = _starts(workdir)
     done, repeated, ends = 0, 0, [0]
     skipped: set[int] = set()
+    detours: list[Detour] = []
     for attempt in sorted(starts):
         parts = starts[attempt]
         begin = parts[0].begin
@@ -124,6 +127,7 @@ def audit(workdir: epath.Path, data: Rows, batch_size: int) -> dict[str, Any]:
             raise DataError(
                 f"{workdir}/ledger does not tell what was read up to step {begin}, where start {attempt} began"
             )
+        detours = parts[0].detours
         del ends[bisect.bisect(ends, begin) :]
         repeated += done - begin
         skipped = {step for step in skipped if step <= begin}
@@ -135,7 +139,8 @@ def audit(workdir: epath.Path, data: Rows, batch_size: int) -> dict[str, Any]:
         "starts": len(starts),
         "repeated_steps": repeated,
         "skipped_steps": sorted(skipped),
-        "epochs": _count(data, done, batch_size),
+        "batches_left_out": at(done, detours) - done,
+        "epochs": _count(data, at(done, detours), batch_size),
     }
 
 
@@ -154,7 +159,7 @@ def _check(workdir: epath.Path, data: Rows, batch_size: int, attempt: int, parts
                 raise DataError(
                     f"{_file(workdir, process)} does not tell what was read in steps {step + 1} to {first - 1}"
                 )
-            if _digest(data, part.slots, first, last) != span["sha256"]:
+            if _digest(data, part.detours, part.slots, first, last) != span["sha256"]:
                 raise DataError(f"{_file(workdir, process)}: steps {first} to {last} read other rows than were due")
             step = last
     shortest = min((part.spans for part in parts), key=len)
@@ -166,16 +171,16 @@ def _count(data: Rows, steps: int, batch_size: int) -> list[float]:
     sizes = data.sizes()
     seen = [np.zeros(size, bool) for size in sizes]
     epochs = [0] * len(sizes)
-    for first, rows in _pieces(data, np.arange(batch_size), 0, steps) if sizes else ():
+    for first, found in _pieces(data, (), np.arange(batch_size), 0, steps) if sizes else ():
         # What is of one source and epoch, in order; np.unique sorts, so that epochs come one after the other.
-        for source, epoch in np.unique(rows[:, :2], axis=0):
+        for source, epoch in np.unique(found[:, :2], axis=0):
             if epoch > epochs[source]:
                 if not seen[source].all():
                     raise DataError(f"epoch {epochs[source]} of source {source} lacks {(~seen[source]).sum()} rows")
                 seen[source][:] = False
                 epochs[source] = epoch
-            places = np.flatnonzero((rows[:, 0] == source) & (rows[:, 1] == epoch))
-            taken = rows[places, 2]
+            places = np.flatnonzero((found[:, 0] == source) & (found[:, 1] == epoch))
+            taken = found[places, 2]
             is_first = np.zeros(len(taken), bool)
             is_first[np.unique(taken, return_index=True)[1]] = True
             if (twice := seen[source][taken] | ~is_first).any():
@@ -186,19 +191,21 @@ def _count(data: Rows, steps: int, batch_size: int) -> list[float]:
     return [round(float(epoch + some.mean()), 6) for epoch, some in zip(epochs, seen, strict=True)]
 
 
-def _digest(data: Rows, slots: np.ndarray, first: int, last: int) -> str:
+def _digest(data: Rows, detours: Sequence[Detour], slots: np.ndarray, first: int, last: int) -> str:
     """The sha256 of the rows of steps first to last."""
     hasher = hashlib.sha256()
-    for _, rows in _pieces(data, slots, first - 1, last):
-        hasher.update(rows.astype("<i8").tobytes())
+    for _, found in _pieces(data, detours, slots, first - 1, last):
+        hasher.update(found.astype("<i8").tobytes())
     return hasher.hexdigest()
 
 
-def _pieces(data: Rows, slots: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+def _pieces(
+    data: Rows, detours: Sequence[Detour], slots: np.ndarray, start: int, stop: int
+) -> Iterator[tuple[int, np.ndarray]]:
     """Rows of the batches after start to before stop steps, many steps at once; each with its first step."""
     many = max(1, _PIECE // len(slots))
     for step in range(start, stop, many):
-        yield step, data.rows(step, slots, min(many, stop - step))
+        yield step, rows(data, detours, step, slots, min(many, stop - step))
 
 
 def _starts(workdir: epath.Path) -> dict[int, list[_Start]]:
@@ -214,8 +221,9 @@ def _starts(workdir: epath.Path) -> dict[int, list[_Start]]:
         for line in _lines(path):
             if "attempt" in line:
                 slots = np.concatenate([np.arange(first, end) for first, end in line["slots"]])
+                detours = parse(line.get("detours", []), path)
                 spans = []
-                found.setdefault(line["attempt"], []).append(_Start(line["from"], slots, spans))
+                found.setdefault(line["attempt"], []).append(_Start(line["from"], slots, detours, spans))
             else:
                 spans.append(line)
     return found

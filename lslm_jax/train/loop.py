@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lslm_jax import atomic, config_loading, distributed
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
-from lslm_jax.data import pipeline, prefetch
+from lslm_jax.data import detours, pipeline, prefetch
 from lslm_jax.errors import NumericAbort, Preempted
 from lslm_jax.evaluate.evaluator import Evaluator
 from lslm_jax.models.attention import Backend
@@ -23,12 +23,15 @@ from lslm_jax.models.presets import flops_per_token
 from lslm_jax.observe import Metrics, Profiler, device_memory, mfu, parameter_table
 from lslm_jax.progress import Progress, StepTimer
 from lslm_jax.sharding import to_global, use
+from lslm_jax.train import reproducible
 from lslm_jax.train.begin import begin
 from lslm_jax.train.checkpoint import Checkpoints
+from lslm_jax.train.copies import Copies
 from lslm_jax.train.exports import Exports
 from lslm_jax.train.ledger import Ledger, attempts
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.preemption import Preemption
+from lslm_jax.train.spikes import Detector
 from lslm_jax.train.state import State, abstract_state, divide, evaluated_model, num_parameters
 from lslm_jax.train.step import lower, whole_batch
 from lslm_jax.train.watchdog import Watchdog
@@ -72,12 +75,13 @@ def train(
 
     Raises:
       NumericAbort: the loss or gradient was not finite `MAX_SKIPPED` times in a row.
+      Spike: the loss stayed up, for a caller to go round (`train.spike`).
       Preempted: a signal came; the state is saved.
       CheckpointRefused, SaveError, DataError: as their texts say.
     """
     begun, steps = time.monotonic(), config.train.steps
     tokens_per_step = config.train.batch_size * config.data.seq_len
-    example = data.batch(0)
+    example, around = data.batch(0), detours.read(workdir)
     flops = _flops(config, example)
     optimizer = make_optimizer(config.optimizer, steps)
     timer, speeds, last, results, facts = StepTimer(tokens_per_step), [], {}, {}, {}
@@ -102,13 +106,18 @@ def train(
         if exports:
             exports.make_up(state, progress.message)
 
-        batches = stack.enter_context(contextlib.closing(prefetch.batches(data.batch, start, steps)))
+        batches = stack.enter_context(
+            contextlib.closing(prefetch.batches(lambda step: data.batch(detours.at(step, around)), start, steps))
+        )
         first = next(batches, None)
         train_step = compiling.result()
         attempt = distributed.by_primary("attempt", lambda: attempts(workdir))
-        read = Ledger(workdir, jax.process_index(), attempt, start, data, data.slots)
+        read = Ledger(workdir, jax.process_index(), attempt, start, data, data.slots, around)
         stack.enter_context(contextlib.closing(read))
         stacks = workdir / f"stacks-{jax.process_index()}.txt"
+        copies = Copies(state, mesh) if config.train.check_copies else None
+        spikes = Detector(config.train.spike, config.train.spike_steps)
+        spikes.remember(checkpoints.memory(start) if start else {})
         watchdog = stack.enter_context(Watchdog(config.train.watchdog, stacks))
 
         def report(step: int, metrics: dict[str, jax.Array]) -> None:
@@ -127,11 +136,12 @@ def train(
                     speeds.append(speed["tokens_per_second"])
                     used = mfu(speeds[-1], flops, mesh.size, mesh.devices.flat[0].device_kind)
                     speed |= ({} if used is None else {"mfu": used}) | device_memory()
-                record.write(step, last | {"epoch": data.epoch(step)}, speed)
+                record.write(step, last | {"epoch": data.epoch(detours.at(step, around))}, speed)
                 read.write()
             progress.update(step, loss=last["loss"], tokens_per_second=speeds[-1] if speeds else None)
             if skipped >= MAX_SKIPPED:
                 raise NumericAbort(f"loss or gradient was not finite in {skipped} steps in a row, up to step {step}")
+            spikes.add(step, last["loss"])
 
         pending = None
         for step in range(start + 1, steps + 1):
@@ -147,6 +157,8 @@ def train(
             stopping = agreement.reached(preemption.requested is not None) or step == steps
             evaluating = step == steps or (config.eval.every and step % config.eval.every == 0)
             saving = stopping or step % config.checkpoint.every == 0
+            if copies and (saving or step % config.train.check_copies == 0):
+                copies.check(state)
             if not (evaluating or saving):
                 continue
             report(*pending)
@@ -156,7 +168,7 @@ def train(
                     results, facts = _evaluate(state, evaluate, sample, record, progress, workdir)
                 if saving:
                     read.write()
-                    checkpoints.save(state, results if evaluating else None)
+                    checkpoints.save(state, results if evaluating else None, spikes.memory)
                     if exports:
                         exports.save(state, results if evaluating else None)
             if stopping and step < steps:
@@ -201,9 +213,11 @@ def _introduce(config: Config, state: State, mesh: Mesh, backend: Backend, recor
 
 def _compile(
     config: Config, optimizer: optax.GradientTransformation, backend: Backend, batch: Batch, mesh: Mesh
-) -> jax.stages.Compiled:
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """The step compiled for exactly these shapes, so that it can never be compiled again behind our back."""
     with use(mesh, config.mesh):  # which is set for each thread on its own
+        if config.train.reproducible:
+            return reproducible.make_step(config, optimizer, backend, mesh)
         state, batch = abstract_state(config, optimizer, mesh), whole_batch(config, batch, mesh)
         return lower(config, optimizer, backend, state, batch, mesh).compile()
 

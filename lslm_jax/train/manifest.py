@@ -54,6 +54,13 @@ def check_manifest(directory: epath.Path, parts: Collection[str] = ()) -> None:
             raise CheckpointRefused(f"{path} is damaged: its sha256 is not the one in its manifest")
 
 
+def discard(directory: epath.Path) -> None:
+    """Deletes a checkpoint, its manifest first, so that what a kill leaves of it is none; SaveError if it cannot."""
+    with atomic.saving(directory):
+        (directory / _NAME).unlink(missing_ok=True)
+        directory.rmtree()
+
+
 def settle(directory: epath.Path, log: Callable[[str], None]) -> int | None:
     """Makes the newest whole checkpoint the newest one, so that a run goes on from it.
 

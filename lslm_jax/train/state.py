@@ -39,7 +39,7 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     """Shapes, types and shardings of the state, without allocating it."""
     shapes = jax.eval_shape(lambda: _create(config, optimizer))
     rest = _placed(shapes._replace(optimizer=None), mesh)
-    return rest._replace(optimizer=_placed(shapes.optimizer, mesh, moments=True))
+    return rest._replace(optimizer=_placed(shapes.optimizer, mesh, moments=not config.train.reproducible))
 
 
 def abstract_model(config: Config, mesh: Mesh, dtype: str | None = None) -> Any:

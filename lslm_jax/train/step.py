@@ -30,38 +30,54 @@ def make_train_step(
     counted, and `skipped`, the number of steps in a row whose loss or gradient was not finite. Such a step changes
     nothing but `step` and `skipped`. Where there are experts, also those of `losses.routing_metrics`.
     """
-    rate = optim.schedule(config.optimizer, config.train.steps)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        trained, frozen = divide(config, state.model)
-        grads, sums, routing = accumulate_gradients(config, backend, trained, frozen, batch, key)
-        scale = 1.0 / jnp.maximum(sums.weight, 1.0)
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(sums.objective) & jnp.isfinite(norm)
-
-        with jax.named_scope("optimizer"):
-            updates, moments = optimizer.update(grads, state.optimizer, trained)
-            moved = optax.apply_updates(trained, updates)
-            trained, moments = _where(finite, (moved, moments), (trained, state.optimizer))
-        ema = state.ema
-        if ema is not None:
-            decay = config.train.ema
-            averaged, _ = divide(config, ema)
-            moved = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, averaged, trained)
-            ema = join(_where(finite, moved, averaged), frozen)
-        skipped = jnp.where(finite, 0, state.skipped + 1)
-        metrics = {
-            "loss": sums.nll * scale,
-            "grad_norm": norm,
-            "learning_rate": jnp.asarray(rate(_updates_done(state.optimizer)), jnp.float32),
-            "tokens": sums.weight,
-            "skipped": skipped,
-        } | ({} if routing is None else losses.routing_metrics(routing, sums.weight))
-        return State(state.step + 1, join(trained, frozen), moments, ema, skipped), metrics
+        found = accumulate_gradients(config, backend, *divide(config, state.model), batch, key_of(config, state.step))
+        return apply_gradients(config, optimizer, state, *found)
 
     return train_step
+
+
+def key_of(config: Config, step: jax.Array) -> jax.Array:
+    """What a step draws at random depends on seed and step alone."""
+    return jax.random.fold_in(jax.random.key(config.seed), step)
+
+
+def apply_gradients(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    grads: Any,
+    sums: Sums,
+    routing: losses.RoutingSums | None,
+) -> tuple[State, Metrics]:
+    """The next state, and the metrics of `make_train_step`, from what `accumulate_gradients` found of a batch."""
+    trained, frozen = divide(config, state.model)
+    scale = 1.0 / jnp.maximum(sums.weight, 1.0)
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(sums.objective) & jnp.isfinite(norm)
+
+    with jax.named_scope("optimizer"):
+        updates, moments = optimizer.update(grads, state.optimizer, trained)
+        moved = optax.apply_updates(trained, updates)
+        trained, moments = _where(finite, (moved, moments), (trained, state.optimizer))
+    ema = state.ema
+    if ema is not None:
+        decay = config.train.ema
+        averaged, _ = divide(config, ema)
+        moved = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, averaged, trained)
+        ema = join(_where(finite, moved, averaged), frozen)
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    rate = optim.schedule(config.optimizer, config.train.steps)
+    metrics = {
+        "loss": sums.nll * scale,
+        "grad_norm": norm,
+        "learning_rate": jnp.asarray(rate(_updates_done(state.optimizer)), jnp.float32),
+        "tokens": sums.weight,
+        "skipped": skipped,
+    } | ({} if routing is None else losses.routing_metrics(routing, sums.weight))
+    return State(state.step + 1, join(trained, frozen), moments, ema, skipped), metrics
 
 
 def lower(

@@ -16,7 +16,7 @@ from lslm_jax.config_checks import validate
 from lslm_jax.models import attention, presets
 from lslm_jax.models.layers import Linear
 from lslm_jax.sharding import make_mesh, to_global
-from lslm_jax.train import optim, step
+from lslm_jax.train import optim, reproducible, step
 from lslm_jax.train.state import abstract_state, divide, evaluated_model, init_state, num_parameters
 
 B, T, V = 16, 16, 120
@@ -133,6 +133,28 @@ def test_parts_add_up_to_the_gradient_of_the_whole_however_uneven(config):
         for (gradient, sums, _), (whole_gradient, whole_sums, _) in zip(other, results[0], strict=True):
             assert distance(gradient, whole_gradient) < 1e-6
             np.testing.assert_allclose(sums, whole_sums, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("decoder", (1, 2, 8)), ("encoder", (1, 2)), ("encoder_decoder", (1, 2))]
+)
+def test_reproducible_steps_are_the_same_bits_on_any_number_of_devices(family, sizes):
+    config = FAMILIES[family]
+    config = validate(changed(config, train={"reproducible": True}, model={"dropout": 0.1}, mesh={"data": -1}))
+    optimizer, curves, weights = optim.make_optimizer(config.optimizer, config.train.steps), [], set()
+    for devices in sizes:
+        mesh = make_mesh(config, jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            state = init_state(config, optimizer, mesh)
+            train_step = reproducible.make_step(config, optimizer, attention.XLA, mesh)
+            curve = []
+            for n in range(4):
+                state, metrics = train_step(state, to_global(batch_of(config, n), mesh))
+                curve.append({name: value.item() for name, value in metrics.items()})
+        curves.append(curve)
+        weights.add(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(host(state))))
+    assert all(curve == curves[0] for curve in curves) and len(weights) == 1
 
 
 @pytest.mark.slow

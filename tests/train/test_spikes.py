@@ -1,0 +1,185 @@
+"""A run goes round a loss spike, the same way every time, and its ledger tells."""
+
+import contextlib
+import io
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from lslm_jax import verbs
+from lslm_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from lslm_jax.config_checks import validate
+from lslm_jax.data import detours, pipeline
+from lslm_jax.data.detours import Detour, at, extend
+from lslm_jax.data.synthetic import SyntheticInput
+from lslm_jax.errors import CheckpointRefused, DataError, NumericAbort
+from lslm_jax.sharding import make_mesh
+from lslm_jax.train import checkpoint, manifest, spikes
+from lslm_jax.train.spikes import Detector, Spike
+
+CONFIG = validate(
+    Config(
+        model=ModelConfig(num_layers=1, d_model=32, num_heads=2, vocab_size=61, max_length=16),
+        data=DataConfig(source="synthetic", seq_len=16),
+        tokenizer=TokenizerConfig(vocab_size=61),
+        train=TrainConfig(steps=100, batch_size=8, spike=6.0, spike_steps=2),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        checkpoint=CheckpointConfig(every=10, keep=3),
+        eval=EvalConfig(every=0),
+        log=LogConfig(every=1, tensorboard=False, timing=False),
+    )
+)
+BAD = range(66, 70)  # batches, from 0: they are read in steps 67 to 70
+
+
+class Spoilt(SyntheticInput):
+    """The same few tokens again and again, which are soon learnt; but noise in some batches."""
+
+    bad = BAD
+
+    def batch(self, step):
+        batch = super().batch(step)
+        if step in self.bad:
+            return batch
+        return batch._replace(tokens_BT=batch.tokens_BT % 2, targets_BT=batch.targets_BT % 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def spoilt():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "open_train", lambda config, directory, *rest: Spoilt(config, *rest))
+        patch.setattr(verbs, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        yield
+
+
+class Flags:
+    """Of the command line."""
+
+    def __init__(self, workdir):
+        self.workdir = str(workdir)
+
+
+def run(workdir, config=CONFIG):
+    return verbs.train(config, Flags(workdir))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that went round a spike, and what it said."""
+    workdir, said = tmp_path_factory.mktemp("finished"), io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert run(workdir)["step"] == 100
+    return workdir, said.getvalue()
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_a_run_goes_back_before_a_spike_and_leaves_its_batches_out(finished):
+    workdir, said = finished
+    assert "in step 68 as in all since 67: going back to step 60, without the 8 batches that came after it" in said
+    # What was left of the noise came first then: that is a spike as well, with no checkpoint from long enough before.
+    assert "in step 62 as in all since 61: going back to step 50, without the 20 batches that came after it" in said
+    assert detours.read(epath.Path(workdir)) == [Detour(50, 20)]
+    found = losses(workdir)
+    assert list(found) == list(range(1, 101)) and max(list(found.values())[30:]) < 1
+    audited = verbs.audit(CONFIG, Flags(workdir))
+    assert (audited["steps"], audited["repeated_steps"], audited["batches_left_out"]) == (100, 8 + 12, 20)
+
+
+def test_a_new_run_that_finds_the_detours_takes_the_same_way_bit_for_bit(finished, tmp_path):
+    shutil.copy(finished[0] / "detours.json", tmp_path)
+    run(tmp_path)
+    assert losses(tmp_path) == losses(finished[0])
+
+
+def test_without_a_checkpoint_from_before_the_run_ends(tmp_path):
+    spike = Spike(67, 68, 0.7, 5.0)
+    with pytest.raises(NumericAbort, match=r"since 67; no checkpoint from before is left .*: raise checkpoint\.keep"):
+        spikes.go_round(epath.Path(tmp_path), CONFIG, spike)
+    told = spikes.go_round(epath.Path(tmp_path), CONFIG, Spike(7, 8, 0.7, 5.0))  # none was due yet
+    assert told.endswith("going back to step 0, without the 8 batches that came after it")
+
+
+def test_a_spike_that_comes_again_however_much_is_left_out_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(Spoilt, "bad", range(66, 10_000))
+    with pytest.raises(NumericAbort, match="leaving out batches after step 40 did not help, 5 times"):
+        run(tmp_path)
+
+
+def test_a_kill_while_going_back_leaves_no_checkpoint_of_the_way_that_was_left(tmp_path, monkeypatch):
+    workdir = epath.Path(tmp_path)
+    config = replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, every=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "discard", lambda path: 1 / 0)  # killed here
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, config)
+    assert checkpoint.list_steps(workdir / "checkpoints")[-1] == 64 and detours.back_to(workdir) == 60
+    assert run(tmp_path, config)["step"] == 100
+    assert detours.back_to(workdir) is None and detours.read(workdir) == [Detour(60, 10)]
+
+
+def test_a_run_whose_detours_were_changed_is_refused(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "detours.json").unlink()
+    more = replace(CONFIG, train=replace(CONFIG.train, steps=110))
+    with pytest.raises(CheckpointRefused, match=r"left out other batches \(\[\[50, 20\]\], now \[\]\)"):
+        run(tmp_path, more)
+    (tmp_path / "detours.json").write_text('{"detours": [60]}')
+    with pytest.raises(DataError, match="does not hold detours"):
+        run(tmp_path, more)
+
+
+def test_what_is_far_above_the_usual_for_long_enough_is_a_spike():
+    rng = np.random.default_rng(0)
+    usual = iter(rng.normal(3.0, 0.1, 10_000))
+    detector = Detector(5.0, 4)
+    for step in range(1, 1001):
+        detector.add(step, next(usual))
+    for step, loss in enumerate([4.0, 4.0, 4.0, 3.0, 4.0, math.nan, 4.0, 4.0], 1001):
+        detector.add(step, loss)  # three in a row, and three with a step between them that was skipped
+    with pytest.raises(Spike, match=r"^the loss was about 2.973 and is 4.000, in step 1009 as in all since 1006$"):
+        detector.add(1009, 4.0)
+
+
+@pytest.mark.parametrize("deviations, losses", [(0.0, [1.0] * 200 + [9.0] * 50), (3.0, [1.0] * 20 + [9.0] * 50)])
+def test_nothing_is_a_spike_where_none_is_asked_for_or_too_little_is_known(deviations, losses):
+    detector = Detector(deviations, 4)
+    for step, loss in enumerate(losses):
+        detector.add(step, loss)
+
+
+def test_detours_add_up_and_those_of_a_way_that_was_left_are_part_of_the_new_one():
+    one = extend([], 60, 69)
+    assert one == [Detour(60, 9)] and [at(step, one) for step in (59, 60, 61)] == [59, 69, 70]
+    again = extend(one, 60, 75)  # batches 69 to 83 are left out as well
+    assert again == [Detour(60, 24, 2)] and at(60, again) == 84
+    further = extend(again, 40, 63)
+    assert further == [Detour(40, 47)] and at(40, further) == at(63, again)
+    later = extend(again, 80, 90)
+    assert later == [Detour(60, 24, 2), Detour(80, 10)] and at(80, later) == at(90, again)
+
+
+def test_rows_over_a_detour_are_those_of_the_single_steps():
+    data, around = SyntheticInput(CONFIG, 61), [Detour(4, 3), Detour(6, 2)]
+    slots = np.array([1, 5])
+    single = [data.rows(at(step, around), slots) for step in range(2, 9)]
+    np.testing.assert_array_equal(detours.rows(data, around, 2, slots, 7), np.concatenate(single))
