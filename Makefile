@@ -33,7 +33,7 @@ lint: $(READY)
 	$(PY) -m pyright --pythonpath $(PY)
 
 bench: $(READY)
-	set -e; for script in benchmarks/*.py; do $(PY) $$script; done
+	set -e; for script in input loop train_step decode checkpoint; do $(PY) benchmarks/$$script.py; done
 
 $(READY): pyproject.toml constraints/py311.txt constraints/py312.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -8,6 +8,7 @@ finished. A checkpoint restores on any mesh.
 
 import contextlib
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -18,7 +19,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from lslm_jax import config_checks, distributed, trees
+from lslm_jax import atomic, config_checks, distributed, trees
 from lslm_jax.config import CheckpointConfig
 from lslm_jax.errors import CheckpointRefused, NumericAbort, SaveError
 from lslm_jax.train import identity as identities
@@ -89,6 +90,15 @@ class Checkpoints:
             )
         if saved is not None and distributed.is_primary():
             self._saving = self._aside.submit(_finish, saved, self._directory / str(step))
+
+    def lack_of_room(self, state: State) -> str:
+        """What is to be said of a disk that has no room for two more checkpoints of this size; "" where it has."""
+        if atomic.is_remote(self._directory):
+            return ""
+        size, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self._directory).free
+        if free >= 2 * size:
+            return ""
+        return f"{self._directory} has room for {free / 1e9:.1f} GB, and a checkpoint is {size / 1e9:.1f} GB"
 
     def memory(self, step: int) -> Mapping[str, Any]:
         """What the loop knew besides the state of a step; nothing where it was not saved."""

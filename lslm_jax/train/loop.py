@@ -103,6 +103,8 @@ def train(
         start = int(state.step)
         record.truncate(start)
         _introduce(config, state, mesh, backend, record, progress)
+        if scarce := checkpoints.lack_of_room(state):
+            progress.message(scarce)
         if exports:
             exports.make_up(state, progress.message)
 

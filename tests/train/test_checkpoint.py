@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -402,3 +403,11 @@ def test_a_save_that_fails_is_told_in_one_line_and_leaves_the_one_before(tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpoint.list_steps(tmp_path / "checkpoints") == [1]
     assert_same(opened(tmp_path).restore(1, abstract(), print), state_at(1))
+
+
+def test_a_disk_that_will_be_full_is_told_beforehand(tmp_path, monkeypatch):
+    run, size = opened(tmp_path), sum(leaf.nbytes for leaf in jax.tree.leaves(state_at(1)))
+    for free, told in ((2 * size, ""), (2 * size - 1, f"{tmp_path}/checkpoints has room for ")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        said = run.lack_of_room(state_at(1))
+        assert said.startswith(told) and bool(said) == bool(told)

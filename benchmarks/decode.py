@@ -1,0 +1,105 @@
+"""Measures generation with a cache: random weights, greedy, no text ends before its time.
+
+    python benchmarks/decode.py --model=llama_1b --batch_sizes=1,32,128
+
+Prints a line of JSON for each batch size: milliseconds to the first token; tokens/s of all rows together, without the
+first; the share of the memory's bandwidth, as a copy reaches it, that reading the weights and the cache takes.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from measure import about, add_model, configured, copy_rate, spread, tell
+
+from lslm_jax.config import Config, GenerateConfig
+from lslm_jax.generate.decode import generate
+from lslm_jax.models import presets
+from lslm_jax.sharding import make_mesh, use
+from lslm_jax.train.state import num_parameters
+
+
+class Words:
+    """As much of a tokenizer as generation asks for; nothing is ever spelt."""
+
+    bos_id, eos_id = 0, 1
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def decode(self, ids: Any) -> str:
+        """No text."""
+        return ""
+
+
+def main() -> None:
+    """Prints a line of JSON for each batch size."""
+    args, config = parse_args()
+    mesh = make_mesh(config)
+    with use(mesh, config.mesh):
+        model = jax.jit(lambda: build(config))()
+        rate, size = copy_rate(), sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+        for batch_size in args.batch_sizes:
+            first, rest = times(args, config, model, batch_size)
+            a_token = (statistics.median(rest) - statistics.median(first)) / (args.tokens - 1)
+            cache = cache_bytes(config) * batch_size * (args.prompt + args.tokens / 2)
+            tell(
+                {"model": args.model, "changes": args.changes}
+                | about()
+                | {
+                    "parameters": num_parameters(model),
+                    "batch_size": batch_size,
+                    "prompt": args.prompt,
+                    "tokens": args.tokens,
+                    "first_token_ms": spread([1e3 * seconds for seconds in first]),
+                    "tokens_per_second": round(batch_size / a_token, 1),
+                    "copy_gbs": round(rate / 1e9, 1),
+                    "share_of_bandwidth": round((size + cache) / a_token / rate, 3),
+                }
+            )
+
+
+def times(args: argparse.Namespace, config: Config, model: Any, batch_size: int) -> tuple[list[float], list[float]]:
+    """Seconds, of each round, to write one token a row; and to write all."""
+    prompts = np.random.default_rng(0).integers(2, config.model.vocab_size, (batch_size, args.prompt - 1))
+
+    def seconds(tokens: int) -> float:
+        settings = GenerateConfig(max_tokens=tokens, temperature=0.0, never_ids=(Words.eos_id,))
+        begun = time.perf_counter()
+        results = generate(model, Words(config.model.vocab_size), list(prompts), settings, 0)
+        assert all(result.num_tokens == tokens for result in results)
+        return time.perf_counter() - begun
+
+    for tokens in (1, args.tokens):  # which compiles
+        seconds(tokens)
+    return [seconds(1) for _ in range(args.rounds)], [seconds(args.tokens) for _ in range(args.rounds)]
+
+
+def build(config: Config) -> Any:
+    """A model with random weights in the type that it computes in."""
+    model = presets.build(config.model, jax.random.key(config.seed), config.task.objective)
+    return jax.tree.map(lambda leaf: leaf.astype(config.model.dtype), model)
+
+
+def cache_bytes(config: Config) -> int:
+    """Of keys and values, for one token of a row."""
+    model = config.model
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * np.dtype(jax.numpy.dtype(model.dtype)).itemsize
+
+
+def parse_args() -> tuple[argparse.Namespace, Config]:
+    """Reads the command line."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model(flags)
+    flags.add_argument("--batch_sizes", type=lambda text: [int(size) for size in text.split(",")], default=[1, 8])
+    flags.add_argument("--prompt", type=int, default=16, help="tokens of a prompt, with bos")
+    flags.add_argument("--tokens", type=int, default=128, help="to write")
+    flags.add_argument("--rounds", type=int, default=5)
+    return configured(flags)
+
+
+if __name__ == "__main__":
+    main()

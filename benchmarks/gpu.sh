@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# All that is measured on one GPU, in under nine minutes:
+#
+#     bash benchmarks/gpu.sh [RESULTS.json]
+#
+# Needs jax for CUDA, flax, optax and orbax-checkpoint; torch and transformers for the peers. Writes one JSON object a
+# line, by default to benchmarks/results/DATE-DEVICE.json. What fails, or would take too long, leaves a line that says so.
+set -u
+cd "$(dirname "$0")/.."
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-.cache/xla}
+export PYTHONPATH=.
+python=${PYTHON:-python3}
+device=$("$python" -c 'import jax; print(jax.devices()[0].device_kind.replace(" ", "-"))') || exit 1
+results=${1:-benchmarks/results/$(date +%F)-$device.json}
+until=$((SECONDS + ${BUDGET:-530}))
+
+# measure SECONDS COMMAND...: one command, for so long at most, its lines to the results.
+measure() {
+  local limit=$1
+  shift
+  if ((SECONDS + 20 > until)); then
+    echo "{\"command\": \"$*\", \"failed\": \"no time left\"}" >>"$results"
+    return
+  fi
+  ((SECONDS + limit > until)) && limit=$((until - SECONDS))
+  echo "$*" >&2
+  timeout "$limit" "$python" "$@" 2>/tmp/gpu.err | grep '^{' >>"$results"
+  local code=${PIPESTATUS[0]}
+  if ((code)); then
+    echo "{\"command\": \"$*\", \"failed\": $code}" >>"$results"
+    tail -3 /tmp/gpu.err >&2
+  fi
+}
+
+step=benchmarks/train_step.py
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv,noheader |
+  sed 's/.*/{"gpu": "&"}/' >>"$results"
+measure 60 $step --model=gpt2_small --config.train.batch_size=64
+measure 60 $step --model=gpt2_small --config.train.batch_size=64 --config.model.scan_layers=false
+measure 60 $step --model=gpt2_small --config.train.batch_size=64 --config.data.mask_documents=true
+measure 60 $step --model=gpt2_small --config.train.batch_size=64 --config.train.loss_chunk=4096
+measure 60 $step --model=gpt2_small --config.train.batch_size=64 --config.train.loss_chunk=16384
+measure 80 $step --model=gpt2_xl --config.train.batch_size=16
+measure 80 $step --model=llama_1b --config.train.batch_size=16
+measure 80 $step --model=llama_1b --config.train.batch_size=16 --config.data.mask_documents=true
+measure 80 $step --model=llama_8b_part --config.train.batch_size=2
+measure 60 benchmarks/decode.py --model=llama_1b --batch_sizes=1,32,128
+measure 60 benchmarks/checkpoint.py --model=gpt2_small
+measure 120 benchmarks/peers.py --model=gpt2_small --batch_size=32 --seq_len=1024 --rounds=1 --cudnn
+measure 60 $step --model=bert_base
+measure 60 $step --model=t5_base
+cat "$results"

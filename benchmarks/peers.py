@@ -1,0 +1,79 @@
+"""Measures the same work here and in Hugging Face transformers on torch, turn by turn, each in a process of its own.
+
+    python benchmarks/peers.py --model=tiny --what=train --rounds=3
+
+Prints one line of JSON: the tokens/s of every turn, their medians, and ours over the best peer's. Needs torch and
+transformers beside this project: pip install torch transformers.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+from measure import tell
+
+HERE = pathlib.Path(__file__).parent
+
+
+def main() -> None:
+    """Prints one line of JSON."""
+    args = parse_args()
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        sys.exit(f"peers.py needs {' and '.join(missing)}: pip install torch transformers")
+    sides = {"ours": ours(args)} | {name: theirs(args, more) for name, more in variants(args).items()}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    told: dict[str, dict] = {}
+    for _ in range(args.rounds):
+        for name, command in sides.items():
+            told[name] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+            found = told[name]["tokens_per_second"]
+            rates[name].append(round(statistics.median(found) if isinstance(found, list) else found, 1))
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    best = max(rate for name, rate in medians.items() if name != "ours")
+    keep = ("device", "jax", "torch", "transformers", "first_step_seconds", "peak_bytes", "compile_seconds")
+    facts = {name: {key: value for key, value in said.items() if key in keep} for name, said in told.items()}
+    tell(vars(args) | {"rates": rates, "medians": medians, "ratio": round(medians["ours"] / best, 3), "facts": facts})
+
+
+def ours(args: argparse.Namespace) -> list[str]:
+    """The command that measures this trainer."""
+    if args.what == "decode":
+        sizes = [f"--batch_sizes={args.batch_size}", f"--tokens={args.tokens}"]
+        return [sys.executable, str(HERE / "decode.py"), f"--model={args.model}", *sizes]
+    size = [f"--config.train.batch_size={args.batch_size}", f"--config.data.seq_len={args.seq_len}"]
+    return [sys.executable, str(HERE / "train_step.py"), f"--model={args.model}", "--steps=7", "--windows=3", *size]
+
+
+def theirs(args: argparse.Namespace, more: list[str]) -> list[str]:
+    """The command that measures a peer."""
+    size = [f"--model={args.model}", f"--batch_size={args.batch_size}", f"--seq_len={args.seq_len}"]
+    return [sys.executable, str(HERE / "peer_torch.py"), args.what, *size, f"--tokens={args.tokens}", *more]
+
+
+def variants(args: argparse.Namespace) -> dict[str, list[str]]:
+    """What a peer's user would try."""
+    if args.what == "decode":
+        return {"transformers": []}
+    plain = {"transformers": [], "transformers, compiled": ["--compile"]}
+    return plain | ({"transformers, compiled, cuDNN": ["--compile", "--cudnn"]} if args.cudnn else {})
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--what", choices=("train", "decode"), default="train")
+    flags.add_argument("--model", default="tiny")
+    flags.add_argument("--batch_size", type=int, default=8)
+    flags.add_argument("--seq_len", type=int, default=256)
+    flags.add_argument("--tokens", type=int, default=128)
+    flags.add_argument("--rounds", type=int, default=3)
+    flags.add_argument("--cudnn", action="store_true", help="try cuDNN's attention too (GPU)")
+    return flags.parse_args()
+
+
+if __name__ == "__main__":
+    main()

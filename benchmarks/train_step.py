@@ -1,0 +1,96 @@
+"""Measures the trainer's own step on random tokens, with nothing around it.
+
+    python benchmarks/train_step.py --model=gpt2_small --config.train.batch_size=32 --config.model.remat=full
+
+Prints one line of JSON: seconds to trace and to compile; milliseconds a step, of windows of steps; tokens/s; the share
+of the device's published peak (`mfu`), and of what a large product reaches in this process; bytes at their peak, as the
+allocator and as the compiler say, and how many of the state's are reused in place.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+from measure import about, add_model, configured, matmul_rate, spread, tell, windows
+
+from lslm_jax import observe
+from lslm_jax.config import Config
+from lslm_jax.data.synthetic import SyntheticInput
+from lslm_jax.evaluate.evaluator import choose_backend
+from lslm_jax.models.presets import flops_per_token
+from lslm_jax.sharding import make_mesh, to_global, use
+from lslm_jax.train.optim import make_optimizer
+from lslm_jax.train.state import abstract_state, init_state, num_parameters
+from lslm_jax.train.step import lower, whole_batch
+
+
+def main() -> None:
+    """Prints one line of JSON."""
+    args, config = parse_args()
+    mesh = make_mesh(config)
+    with use(mesh, config.mesh):
+        data = SyntheticInput(config, config.model.vocab_size)
+        backend = choose_backend(config, mesh, [data])
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        begun = time.perf_counter()
+        shapes = abstract_state(config, optimizer, mesh), whole_batch(config, data.batch(0), mesh)
+        lowered = lower(config, optimizer, backend, *shapes, mesh)
+        traced = time.perf_counter()
+        step = lowered.compile()
+        compiled = time.perf_counter()
+
+        state = init_state(config, optimizer, mesh)
+        batches = [to_global(data.batch(n), mesh) for n in range(4)]
+        metrics = {"loss": None}
+
+        def advance() -> jax.Array:
+            nonlocal state, metrics
+            state, metrics = step(state, batches[0])
+            batches.append(batches.pop(0))
+            return metrics["loss"]
+
+        times = windows(advance, warm=3, count=args.windows, length=args.steps)
+        rate = matmul_rate(config.model.dtype)
+
+    seconds = statistics.median(times)
+    tokens = config.train.batch_size * config.data.seq_len
+    predictions = batches[0].targets_BT.shape[1]
+    task = config.task.objective
+    flops = flops_per_token(config.model, config.data.seq_len, config.data.source_len, task, predictions)
+    kind = mesh.devices.flat[0].device_kind
+    memory = step.memory_analysis()
+    tell(
+        {"model": args.model, "changes": args.changes}
+        | about()
+        | {
+            "attention": backend.name,
+            "parameters": num_parameters(state.model),
+            "trace_seconds": round(traced - begun, 2),
+            "compile_seconds": round(compiled - traced, 2),
+            "step_ms": spread([1e3 * each for each in times]),
+            "tokens_per_second": round(tokens / seconds),
+            "flops_per_token": flops,
+            "mfu": observe.mfu(tokens / seconds, flops, mesh.size, kind),
+            "matmul_tflops": round(rate / 1e12, 3),
+            "share_of_matmul": round(tokens / seconds * flops / (mesh.size * rate), 4),
+            "loss": float(metrics["loss"]),
+            "allocator": observe.device_memory(),
+            "compiler": {
+                name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")
+            },
+        }
+    )
+
+
+def parse_args() -> tuple[argparse.Namespace, Config]:
+    """Reads the command line."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model(flags)
+    flags.add_argument("--windows", type=int, default=5)
+    flags.add_argument("--steps", type=int, default=10, help="of a window")
+    return configured(flags)
+
+
+if __name__ == "__main__":
+    main()
