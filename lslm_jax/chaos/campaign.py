@@ -20,10 +20,20 @@ _WORDS = "the sea light of old river a stone went under night and over hill by s
 class Campaign:
     """Faults until the time is over, and what came of them."""
 
-    def __init__(self, root: pathlib.Path, minutes: float, seed: int):
-        self._root, self._rng = root, random.Random(seed)
+    def __init__(self, root: pathlib.Path, minutes: float, seed: int, only: str = "", most: int | None = None):
+        """Prepares one.
+
+        Args:
+          root: an empty directory.
+          minutes: how long it goes on.
+          seed: of the faults.
+          only: those whose names hold this.
+          most: as many faults end it sooner.
+        """
+        self._root, self._rng, self._most = root, random.Random(seed), most
+        self._faults = [fault for fault in FAULTS if only in fault.name]
         self._seconds, self._until = 60 * minutes, 0.0
-        self.counts = {fault.name: {"injected": 0, "told": 0} for fault in FAULTS}
+        self.counts = {fault.name: {"injected": 0, "told": 0} for fault in self._faults}
         self.broken: list[str] = []
         self.runs, self.repeated = 0, 0
         lines = (" ".join(self._rng.choices(_WORDS, k=self._rng.randint(5, 20))) for _ in range(800))
@@ -40,7 +50,7 @@ class Campaign:
                 raise Broken(f"the undisturbed run ended with {codes}: {run.said()[-500:]}")
             curves[processes] = (run.workdir / "metrics.jsonl").read_bytes()
         self._until = time.monotonic() + self._seconds
-        while time.monotonic() < self._until:
+        while not self._is_over():
             processes = 1 + self.runs % 2
             self.runs += 1
             with _disk(self._root / f"run-{self.runs}") as (workdir, is_small):
@@ -49,14 +59,15 @@ class Campaign:
     def _disturb(self, run: Run, is_small: bool, curve: bytes) -> None:
         """One run to its end, whatever happens to it."""
         faults = [
-            fault for fault in FAULTS if run.processes in fault.processes and (is_small or fault.name != "disk full")
+            fault
+            for fault in self._faults
+            if run.processes in fault.processes and (is_small or fault.name != "disk full")
         ]
         try:
             while True:
                 run.start()
                 place = run.step() + self._rng.randint(1, 3 * EVERY)
-                resting = time.monotonic() > self._until
-                if resting or not run.until(lambda at=place: run.step() >= at):
+                if not faults or self._is_over() or not run.until(lambda at=place: run.step() >= at):
                     codes = run.end()
                     if any(codes):
                         raise Broken(f"ended with {codes}: {run.said()[-300:]}")
@@ -82,6 +93,10 @@ class Campaign:
             say(f"chaos: {self.broken[-1]}")
         finally:
             run.kill()
+
+    def _is_over(self) -> bool:
+        injected = sum(count["injected"] for count in self.counts.values())
+        return time.monotonic() > self._until or (self._most is not None and injected >= self._most)
 
     def report(self) -> dict[str, object]:
         """Prints the table; returns what counts."""

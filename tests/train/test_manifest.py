@@ -1,5 +1,9 @@
 """Damaged checkpoints are set aside, never deleted, and never built upon."""
 
+import pathlib
+import random
+import shutil
+
 import pytest
 from etils import epath
 
@@ -77,3 +81,27 @@ def test_the_newest_unfinished_one_is_taken_only_where_none_is_whole(checkpoints
 
 def test_where_there_is_no_checkpoint_there_is_nothing_to_say(tmp_path):
     settle(epath.Path(tmp_path) / "checkpoints", print)
+
+
+@pytest.mark.parametrize(("kind", "flips"), [("d", 1000), ("others", 200)])
+def test_no_flipped_bit_of_a_real_checkpoint_goes_unseen(kind, flips, tmp_path):
+    golden = pathlib.Path(__file__).parent / "golden" / "0.1.0" / "checkpoints" / "4"
+    saved = epath.Path(shutil.copytree(golden, tmp_path / "4"))
+    check_manifest(saved)
+    files = [
+        path for path in (tmp_path / "4").rglob("*") if path.is_file() and (path.parent.name == "d") == (kind == "d")
+    ]
+    rng, unseen = random.Random(0), []
+    for path in rng.choices(files, [path.stat().st_size for path in files], k=flips):
+        whole = path.read_bytes()
+        spoilt = bytearray(whole)
+        place, bit = rng.randrange(len(whole)), rng.randrange(8)
+        spoilt[place] ^= 1 << bit
+        path.write_bytes(spoilt)
+        try:
+            check_manifest(saved)
+            unseen.append((path, place, bit))
+        except CheckpointRefused:
+            pass
+        path.write_bytes(whole)
+    assert not unseen
