@@ -16,16 +16,17 @@ setup: $(READY)
 PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 test: $(READY)
-	$(PYTEST)
+	$(PYTEST) --ignore=tests/launch/test_schemas.py
 
 test-fast: $(READY)
 	$(PYTEST) -m "not slow" $(TESTS)
 
-# Against Hugging Face transformers and EleutherAI's lm-eval, which the project itself does not install; with models from
-# the package index.
+# Against Hugging Face transformers, EleutherAI's lm-eval, and the schemas of Kubernetes and SkyPilot, which the project
+# itself does not install; with models from the package index.
 test-parity: $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers accelerate gguf peft lm-eval
-	$(PY) -m pytest -q -n 2 $(addprefix tests/convert/test_,parity.py check.py peft.py trained.py marian.py harness.py chat_parity.py)
+	$(PY) -m pytest -q -n 2 $(addprefix tests/convert/test_,parity.py check.py peft.py trained.py marian.py harness.py chat_parity.py) \
+	  tests/launch/test_schemas.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -6,8 +6,14 @@ Prints one line of JSON, with the tokens/s of each window of steps.
 import argparse
 import contextlib
 import json
+import os
 import resource
+import sys
 import time
+
+if "--large_pages" in sys.argv and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, sys.orig_argv)
 
 STARTED = time.perf_counter()
 
@@ -128,6 +134,7 @@ def parse_args() -> argparse.Namespace:
     flags.add_argument("--tokens", type=int, default=128)
     flags.add_argument("--windows", type=int, default=3)
     flags.add_argument("--steps", type=int, default=7)
+    flags.add_argument("--large_pages", action="store_true", help="for what malloc gives, as our own trainer has them")
     flags.add_argument("--compile", action="store_true")
     flags.add_argument("--cudnn", action="store_true")
     flags.add_argument("--checkpointing", action="store_true")

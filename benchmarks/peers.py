@@ -55,10 +55,11 @@ def theirs(args: argparse.Namespace, more: list[str]) -> list[str]:
 
 
 def variants(args: argparse.Namespace) -> dict[str, list[str]]:
-    """What a peer's user would try."""
+    """What a peer's user would try, and large pages besides, which few would."""
     if args.what == "decode":
-        return {"transformers": []}
-    plain = {"transformers": [], "transformers, compiled": ["--compile"]}
+        return {"transformers": [], "transformers, large pages": ["--large_pages"]}
+    plain = {"transformers": [], "transformers, large pages": ["--large_pages"]}
+    plain |= {"transformers, compiled": ["--compile", "--large_pages"]}
     return plain | ({"transformers, compiled, cuDNN": ["--compile", "--cudnn"]} if args.cudnn else {})
 
 

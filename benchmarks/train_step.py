@@ -14,7 +14,7 @@ import time
 import jax
 from measure import about, add_model, configured, matmul_rate, spread, tell, windows
 
-from lslm_jax import observe
+from lslm_jax import hugepages, observe
 from lslm_jax.config import Config
 from lslm_jax.data.synthetic import SyntheticInput
 from lslm_jax.evaluate.evaluator import choose_backend
@@ -93,4 +93,5 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
 
 
 if __name__ == "__main__":
+    hugepages.ensure()
     main()

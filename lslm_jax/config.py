@@ -447,7 +447,7 @@ class LogConfig:
     every: int = 10
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = True
-    """Whether TensorBoard events are written too (needs tensorflow and clu)."""
+    """Whether TensorBoard events are written too (needs tensorflow, clu). False: threads take the place of tf.data."""
     timing: bool = True
     """Whether metrics.jsonl holds wall-clock figures. False: equal runs write equal bytes."""
     profile: tuple[int, ...] = ()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from lslm_jax import config_checks, config_loading, peers
+from lslm_jax import config_checks, config_loading, hugepages, peers
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError, LslmError
 
@@ -183,5 +183,11 @@ def _named(workdir: str | None) -> str:
     return workdir
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """The command, in a process of its own."""
+    hugepages.ensure()
     main()
+
+
+if __name__ == "__main__":
+    run()

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "lslm_jax"
 ROWS = [
     ["config", "batch", "errors"],
     ["config_loading", "config_mesh", "devices", "progress", "atomic", "imports", "peers"],
-    ["config_checks"],
+    ["config_checks", "hugepages"],
     ["sharding", "distributed", "observe", "trees"],
     ["data", "models"],
     [

@@ -134,11 +134,12 @@ def test_losses_and_the_evaluation_of_every_example_are_those_of_one_process(cor
 
 
 def test_a_reproducible_run_is_the_same_to_the_last_bit_for_any_number_of_processes(corpus, tmp_path):
-    flags = ("--config.train.reproducible=true", "--config.mesh.fsdp=1", "--config.model.dropout=0.1")
-    for processes in (1, 2, 4):
+    flags = ["--config.train.reproducible=true", "--config.mesh.fsdp=1", "--config.model.dropout=0.1"]
+    flags += ["--config.train.steps=4"]
+    for processes in (1, 2):
         codes, _, texts = lslm(corpus, processes, tmp_path / str(processes), *flags).end()
         assert codes == [0] * processes, texts
-    metrics = {(tmp_path / str(processes) / "metrics.jsonl").read_bytes() for processes in (1, 2, 4)}
+    metrics = {(tmp_path / str(processes) / "metrics.jsonl").read_bytes() for processes in (1, 2)}
     assert len(metrics) == 1
 
 

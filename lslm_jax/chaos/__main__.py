@@ -1,6 +1,6 @@
 """Breaks real runs on purpose, again and again, and proves that nothing was lost silently.
 
-python -m lslm_jax.chaos [--minutes=20] [--seed=0] [--only=NAME] [--most=N] [--workdir=DIR]
+python -m lslm_jax.chaos [--minutes=20] [--seed=0] [--only=NAME] [--most=N] [--steps=N] [--workdir=DIR]
 
 A small model is trained undisturbed, by one process and by two. Then it is trained again while faults are drawn at
 random: signals at any moment, also of a save; damaged checkpoints, shards and records; a full disk. After each, the
@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from lslm_jax.chaos.campaign import Campaign
 from lslm_jax.chaos.faults import FAULTS
-from lslm_jax.chaos.run import Broken
+from lslm_jax.chaos.run import STEPS, Broken
 from lslm_jax.progress import clock_time, say
 
 
@@ -31,13 +31,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     flags.add_argument("--seed", type=int, default=0, help="of the faults (default 0)")
     flags.add_argument("--only", default="", metavar="NAME", help="faults whose names hold this, as SIGTERM")
     flags.add_argument("--most", type=int, metavar="N", help="end after so many faults")
+    flags.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"of each run (default {STEPS})")
     flags.add_argument("--workdir", type=pathlib.Path, help="an empty directory; default: a temporary one")
     asked = flags.parse_args(argv)
     begun = time.monotonic()
     with contextlib.ExitStack() as stack:
         root = asked.workdir or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         root.mkdir(parents=True, exist_ok=True)
-        campaign = Campaign(root, asked.minutes, asked.seed, asked.only, asked.most)
+        campaign = Campaign(root, asked.minutes, asked.seed, asked.only, asked.most, asked.steps)
         if not campaign.counts:
             flags.error(f"--only={asked.only} names no fault: there are {', '.join(fault.name for fault in FAULTS)}")
         try:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 from lslm_jax.chaos.faults import FAULTS
-from lslm_jax.chaos.run import CONFIG, EVERY, Broken, Run
+from lslm_jax.chaos.run import CONFIG, EVERY, STEPS, Broken, Run
 from lslm_jax.progress import say
 
 _SPACE = 48 << 20  # bytes of the disk that gets full
@@ -20,7 +20,15 @@ _WORDS = "the sea light of old river a stone went under night and over hill by s
 class Campaign:
     """Faults until the time is over, and what came of them."""
 
-    def __init__(self, root: pathlib.Path, minutes: float, seed: int, only: str = "", most: int | None = None):
+    def __init__(
+        self,
+        root: pathlib.Path,
+        minutes: float,
+        seed: int,
+        only: str = "",
+        most: int | None = None,
+        steps: int = STEPS,
+    ):
         """Prepares one.
 
         Args:
@@ -29,6 +37,7 @@ class Campaign:
           seed: of the faults.
           only: those whose names hold this.
           most: as many faults end it sooner.
+          steps: of each run.
         """
         self._root, self._rng, self._most = root, random.Random(seed), most
         self._faults = [fault for fault in FAULTS if only in fault.name]
@@ -38,7 +47,7 @@ class Campaign:
         self.runs, self.repeated = 0, 0
         lines = (" ".join(self._rng.choices(_WORDS, k=self._rng.randint(5, 20))) for _ in range(800))
         (root / "corpus.txt").write_text("".join(f"{line}\n" for line in lines))
-        (root / "config.json").write_text(json.dumps(CONFIG))
+        (root / "config.json").write_text(json.dumps(CONFIG | {"train": CONFIG["train"] | {"steps": steps}}))
 
     def go(self) -> None:
         """Undisturbed runs first, which do not count, then disturbed ones in turn."""

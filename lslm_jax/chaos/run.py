@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-STEPS, EVERY = 240, 12  # of a run; between two checkpoints
+STEPS, EVERY = 240, 12  # of a run, if not told otherwise; between two checkpoints
 PATIENCE = 8.0  # seconds of train.watchdog
 _START = 180.0  # seconds that a run may take to get going
 CONFIG = {

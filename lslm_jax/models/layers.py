@@ -10,7 +10,7 @@ the mesh. They are cast to the type of the activations where they are used.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,12 +104,55 @@ def _along_last(v: jax.Array, like: jax.Array) -> jax.Array:
     return jax.lax.broadcast_in_dim(v, like.shape, range(like.ndim - v.ndim, like.ndim))
 
 
+def _from_input(
+    value_and_slope: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+) -> Callable[[jax.Array], jax.Array]:
+    """An activation whose backward pass works its slope out from what went in.
+
+    Left to itself, autodiff keeps all that the slope is made of, arrays of [B, T, F]: writing and reading them takes
+    longer than computing them again. Values and slopes are float32 inside.
+    """
+
+    @jax.custom_vjp
+    def activation(x: jax.Array) -> jax.Array:
+        return value_and_slope(x.astype(jnp.float32))[0].astype(x.dtype)
+
+    def backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+        return ((g * value_and_slope(x.astype(jnp.float32))[1]).astype(x.dtype),)
+
+    activation.defvjp(lambda x: (activation(x), x), backward)
+    return activation
+
+
+def _gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Hendrycks and Gimpel 2016, by tanh; (1 + tanh z) / 2 is the logistic function of 2 z."""
+    square = jnp.square(x)
+    gate = _logistic(_GELU * x * (1.0 + 0.044715 * square))
+    return x * gate, gate + x * gate * (1.0 - gate) * _GELU * (1.0 + 3 * 0.044715 * square)
+
+
+def _gelu_exact(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    below = 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))  # the normal distribution's, and next its density
+    return x * below, below + x * jnp.exp(-0.5 * jnp.square(x)) * (1.0 / math.sqrt(2.0 * math.pi))
+
+
+def _silu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    gate = _logistic(x)
+    return x * gate, gate * (1.0 + x * (1.0 - gate))
+
+
+def _logistic(x: jax.Array) -> jax.Array:
+    return 1.0 / (1.0 + jnp.exp(-x))
+
+
+_GELU = 2.0 * math.sqrt(2.0 / math.pi)
+
 ACTIVATIONS = {
-    "gelu": jax.nn.gelu,
-    "gelu_exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": _from_input(_gelu),
+    "gelu_exact": _from_input(_gelu_exact),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-    "silu": jax.nn.silu,
+    "silu": _from_input(_silu),
     "tanh": jnp.tanh,
 }
 

@@ -93,17 +93,14 @@ class Checkpoints:
 
     def lack_of_room(self, state: State) -> str:
         """What is to be said of a disk that has no room for two more checkpoints of this size; "" where it has."""
-        if atomic.is_remote(self._directory):
-            return ""
-        size, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self._directory).free
-        if free >= 2 * size:
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if atomic.is_remote(self._directory) or (free := shutil.disk_usage(self._directory).free) >= 2 * size:
             return ""
         return f"{self._directory} has room for {free / 1e9:.1f} GB, and a checkpoint is {size / 1e9:.1f} GB"
 
     def memory(self, step: int) -> Mapping[str, Any]:
         """What the loop knew besides the state of a step; nothing where it was not saved."""
-        made_by: Any = self._orbax.checkpointables_metadata(step).custom_metadata
-        return made_by.get("memory", {})
+        return dict(self._orbax.checkpointables_metadata(step).custom_metadata or {}).get("memory", {})
 
     def restore(self, step: int, abstract: State, log: Callable[[str], None]) -> State:
         """Reads a whole state into the shapes, types and shardings of `abstract`.

@@ -108,9 +108,10 @@ def train(
         if exports:
             exports.make_up(state, progress.message)
 
-        batches = stack.enter_context(
-            contextlib.closing(prefetch.batches(lambda step: data.batch(detours.at(step, around)), start, steps))
-        )
+        # Importing tensorflow takes seconds, which only TensorBoard needs; the batches are the same either way.
+        through = "auto" if config.log.tensorboard else "threads"
+        make_batch = lambda step: data.batch(detours.at(step, around))
+        batches = stack.enter_context(contextlib.closing(prefetch.batches(make_batch, start, steps, through=through)))
         first = next(batches, None)
         train_step = compiling.result()
         attempt = distributed.by_primary("attempt", lambda: attempts(workdir))

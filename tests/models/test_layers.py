@@ -166,3 +166,25 @@ def test_softcap_bounds_what_is_large_and_leaves_what_is_small():
     x = jnp.array([-1000.0, -1.0, 0.0, 0.1, 1000.0])
     np.testing.assert_allclose(softcap(x, 30.0), 30 * np.tanh(x / 30), rtol=1e-6)
     assert softcap(x, 0.0) is x
+
+
+FORMULAS = {
+    "gelu": lambda x: 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_exact": lambda x: 0.5 * x * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0))),
+    "silu": lambda x: x / (1.0 + np.exp(-x)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_activations_and_their_slopes_are_those_of_the_formulas(name, dtype):
+    x = np.concatenate([np.linspace(-12.0, 12.0, 4801), [-100.0, 100.0]]).astype(dtype)
+    g = np.random.default_rng(0).normal(size=x.shape).astype(dtype)
+    formula, wide, step = FORMULAS[name], x.astype(np.float64), 1e-5
+    slope = (formula(wide + step) - formula(wide - step)) / (2 * step)
+    value, pull = jax.vjp(ACTIVATIONS[name], x)
+    back = pull(jnp.asarray(g))[0]
+    assert value.dtype == back.dtype == dtype
+    digits = 1e-6 if dtype == "float32" else 1e-2
+    np.testing.assert_allclose(np.float64(value), formula(wide), rtol=digits, atol=digits)
+    np.testing.assert_allclose(np.float64(back), g.astype(np.float64) * slope, rtol=digits, atol=2 * digits)

@@ -43,6 +43,8 @@ def command(workdir: pathlib.Path, family: str, steps: int, **settings: object) 
 
 def environment(devices: int, cache: pathlib.Path) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
+    if devices > 1:  # which take long to compile for; for one device it is done as users do
+        flags += " --xla_backend_optimization_level=0"
     cached = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return os.environ | {"XLA_FLAGS": flags} | cached
 
