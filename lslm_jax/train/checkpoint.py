@@ -100,7 +100,8 @@ class Checkpoints:
 
     def memory(self, step: int) -> Mapping[str, Any]:
         """What the loop knew besides the state of a step; nothing where it was not saved."""
-        return dict(self._orbax.checkpointables_metadata(step).custom_metadata or {}).get("memory", {})
+        made_by: Any = self._orbax.checkpointables_metadata(step).custom_metadata
+        return made_by.get("memory", {})
 
     def restore(self, step: int, abstract: State, log: Callable[[str], None]) -> State:
         """Reads a whole state into the shapes, types and shardings of `abstract`.
