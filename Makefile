@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo setup test test-fast test-parity lint bench
+.PHONY: demo setup test test-fast test-parity lint audit bench
 
 demo: $(READY)
 	$(PY) -m lslm_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
@@ -32,6 +32,11 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
+
+# Known vulnerabilities of the pinned packages; asks a public service, hence no part of the tests.
+audit: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check pip-audit
+	set -e; for pins in constraints/*.txt; do $(PY) -m pip_audit --strict --no-deps --disable-pip -r $$pins; done
 
 bench: $(READY)
 	set -e; for script in input loop train_step decode checkpoint; do $(PY) benchmarks/$$script.py; done
