@@ -311,7 +311,7 @@ class TrainConfig:
     watchdog: float = 60.0
     """Seconds without a step, or a sign of life of another process, that end a run (77). 0: wait for ever."""
     reproducible: bool = False
-    """Whether 1, 2, 4 or 8 devices, all on data, compute the same bits; to audit by, as it costs time and memory."""
+    """Whether 1, 2, 4 or 8 devices, all on data, train to the same bits; to audit by, as it costs time and memory."""
     spike: float = 0.0
     """Standard deviations above the usual that make a loss a spike, which the run then goes round (PaLM). 0: never."""
     spike_steps: int = 10
