@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 from lslm_jax.chaos.faults import FAULTS
-from lslm_jax.chaos.run import CONFIG, EVERY, STEPS, Broken, Run
+from lslm_jax.chaos.run import CONFIG, EVERY, STEPS, Broken, Over, Run
 from lslm_jax.progress import say
 
 _SPACE = 48 << 20  # bytes of the disk that gets full
@@ -82,7 +82,10 @@ class Campaign:
                         raise Broken(f"ended with {codes}: {run.said()[-300:]}")
                     break
                 fault = min(faults, key=lambda fault: (self.counts[fault.name]["injected"], self._rng.random()))
-                told = fault.inject(run, self._rng)
+                try:
+                    told = fault.inject(run, self._rng)
+                except Over:
+                    told = None
                 if told is None:
                     continue
                 count = self.counts[fault.name]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lslm_jax.chaos.run import PATIENCE, Broken, Run
+from lslm_jax.chaos.run import PATIENCE, Broken, Over, Run
 
 Inject = Callable[[Run, random.Random], bool | None]
 Spoil = Callable[[pathlib.Path, random.Random], None]
@@ -20,7 +20,7 @@ class Fault(NamedTuple):
     Attributes:
       name: in the table.
       inject: brings it about in a run that is under way, which it leaves ended; whether it was told as it should be;
-        None where there was no occasion.
+        None, or Over, where there was no occasion.
       processes: of the runs that it befalls.
     """
 
@@ -33,6 +33,8 @@ def _kill(run: Run, rng: random.Random) -> list[int]:
     process = rng.randrange(run.processes)
     run.signal(signal.SIGKILL, process)
     codes = run.end()
+    if codes == [0] * run.processes:
+        raise Over
     others = codes[:process] + codes[process + 1 :]
     if codes[process] != -signal.SIGKILL or not all(code in (77, -signal.SIGABRT) for code in others):
         raise Broken(f"ended with {codes} after process {process} was killed")

@@ -28,6 +28,10 @@ class Broken(Exception):
     """Something was lost, or not told."""
 
 
+class Over(Exception):
+    """The run was at its end before anything could be done to it."""
+
+
 class Run:
     """One run of so many processes, started as often as needed.
 
