@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lslm_jax import config_loading
 from lslm_jax.config import Config, DataConfig, ModelConfig, TaskConfig, TokenizerConfig, TrainConfig
 from lslm_jax.config_checks import validate
+from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
 
 Seconds = float
@@ -57,9 +58,14 @@ def add_model(flags: argparse.ArgumentParser) -> None:
 def configured(flags: argparse.ArgumentParser) -> tuple[argparse.Namespace, Config]:
     """The parsed flags, and the config of the model as they change it."""
     args, rest = flags.parse_known_args()
+    if strange := [flag for flag in rest if not flag.startswith("--config.")]:
+        flags.error(f"unrecognized arguments: {' '.join(strange)}")
     settings = [setting.removeprefix("--config.").partition("=") for setting in rest]
     args.changes = {key: text for key, _, text in settings}
-    return args, validate(config_loading.override(MODELS[args.model], list(args.changes.items())))
+    try:
+        return args, validate(config_loading.override(MODELS[args.model], list(args.changes.items())))
+    except ConfigError as error:
+        flags.error(str(error))
 
 
 def about() -> dict[str, Any]:

@@ -6,14 +6,8 @@ Prints one line of JSON, with the tokens/s of each window of steps.
 import argparse
 import contextlib
 import json
-import os
 import resource
-import sys
 import time
-
-if "--large_pages" in sys.argv and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, sys.orig_argv)
 
 STARTED = time.perf_counter()
 
@@ -64,8 +58,6 @@ def main() -> None:
 def train(args: argparse.Namespace, model: torch.nn.Module, device: str) -> dict[str, object]:
     """Steps on random tokens: mean loss, gradients clipped to norm 1, AdamW; on a GPU in bfloat16 by autocast."""
     model.train()
-    if args.checkpointing:
-        model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
     forward = torch.compile(model) if args.compile else model
     vocab_size = model.config.vocab_size
@@ -134,10 +126,8 @@ def parse_args() -> argparse.Namespace:
     flags.add_argument("--tokens", type=int, default=128)
     flags.add_argument("--windows", type=int, default=3)
     flags.add_argument("--steps", type=int, default=7)
-    flags.add_argument("--large_pages", action="store_true", help="for what malloc gives, as our own trainer has them")
     flags.add_argument("--compile", action="store_true")
     flags.add_argument("--cudnn", action="store_true")
-    flags.add_argument("--checkpointing", action="store_true")
     return flags.parse_args()
 
 

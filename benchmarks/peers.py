@@ -9,12 +9,15 @@ transformers beside this project: pip install torch transformers.
 import argparse
 import importlib.util
 import json
+import os
 import pathlib
 import statistics
 import subprocess
 import sys
 
 from measure import tell
+
+from lslm_jax import hugepages
 
 HERE = pathlib.Path(__file__).parent
 
@@ -24,12 +27,16 @@ def main() -> None:
     args = parse_args()
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         sys.exit(f"peers.py needs {' and '.join(missing)}: pip install torch transformers")
-    sides = {"ours": ours(args)} | {name: theirs(args, more) for name, more in variants(args).items()}
+    plain, large = dict(os.environ), hugepages.environment(os.environ)  # which the trainer gives itself; few peers do
+    sides = {"ours": (ours(args), plain)}
+    for name, more in variants(args).items():
+        sides |= {name: (theirs(args, more), plain), f"{name}, large pages": (theirs(args, more), large)}
     rates: dict[str, list[float]] = {name: [] for name in sides}
     told: dict[str, dict] = {}
     for _ in range(args.rounds):
-        for name, command in sides.items():
-            told[name] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+        for name, (command, environ) in sides.items():
+            done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, check=True)
+            told[name] = json.loads(done.stdout.splitlines()[-1])
             found = told[name]["tokens_per_second"]
             rates[name].append(round(statistics.median(found) if isinstance(found, list) else found, 1))
     medians = {name: statistics.median(found) for name, found in rates.items()}
@@ -55,11 +62,10 @@ def theirs(args: argparse.Namespace, more: list[str]) -> list[str]:
 
 
 def variants(args: argparse.Namespace) -> dict[str, list[str]]:
-    """What a peer's user would try, and large pages besides, which few would."""
+    """What a peer's user would try."""
     if args.what == "decode":
-        return {"transformers": [], "transformers, large pages": ["--large_pages"]}
-    plain = {"transformers": [], "transformers, large pages": ["--large_pages"]}
-    plain |= {"transformers, compiled": ["--compile", "--large_pages"]}
+        return {"transformers": []}
+    plain = {"transformers": [], "transformers, compiled": ["--compile"]}
     return plain | ({"transformers, compiled, cuDNN": ["--compile", "--cudnn"]} if args.cudnn else {})
 
 

@@ -7,16 +7,20 @@ be told when a process starts.
 
 import os
 import sys
+from collections.abc import Mapping
 
-_NAME, _SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+_NAME, _SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """That of a process which is to have large pages, unless it says of them already."""
+    tunables = environ.get(_NAME, "")
+    if _SETTING in tunables:
+        return dict(environ)
+    return {**environ, _NAME: ":".join(filter(None, [tunables, f"{_SETTING}=1"]))}
 
 
 def ensure() -> None:
     """Starts this command anew, in its process, with large pages; returns where it was, or where that means nothing."""
-    tunables = os.environ.get(_NAME, "")
-    if sys.platform != "linux" or "glibc.malloc.hugetlb" in tunables:
-        return
-    os.environ[_NAME] = ":".join(filter(None, [tunables, _SETTING]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, sys.orig_argv)
+    if sys.platform == "linux" and (wanted := environment(os.environ)) != os.environ:
+        os.execve(sys.executable, sys.orig_argv, wanted)

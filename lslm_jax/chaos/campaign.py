@@ -106,19 +106,21 @@ class Campaign:
         finally:
             run.kill()
 
+    @property
+    def _injected(self) -> int:
+        return sum(count["injected"] for count in self.counts.values())
+
     def _is_over(self) -> bool:
-        injected = sum(count["injected"] for count in self.counts.values())
-        return time.monotonic() > self._until or (self._most is not None and injected >= self._most)
+        return time.monotonic() > self._until or (self._most is not None and self._injected >= self._most)
 
     def report(self) -> dict[str, object]:
         """Prints the table; returns what counts."""
         say(f"{'fault':34}{'injected':>10}{'survived':>10}")
         for name, count in self.counts.items():
             say(f"{name:34}{count['injected']:10}{count['told']:10}")
-        injected = sum(count["injected"] for count in self.counts.values())
         kinds = sum(count["injected"] > 0 for count in self.counts.values())
         return {
-            "faults": injected,
+            "faults": self._injected,
             "kinds": kinds,
             "runs": self.runs,
             "repeated_steps": self.repeated,

@@ -25,8 +25,8 @@ class Copies:
     def __init__(self, state: Any, mesh: Mesh):
         """Compiles the comparison for such a state, of which there may be parts that have no copies."""
         self._devices = mesh.devices.ravel()
-        self._groups = {name: groups for name, leaf in flatten(state).items() if (groups := self._group(leaf))}
         leaves = flatten(state)
+        self._groups = {name: groups for name, leaf in leaves.items() if (groups := self._group(leaf))}
         specs = tuple(leaves[name].sharding.spec for name in self._groups)
         all_devices = PartitionSpec(mesh.axis_names)
         hashes = jax.shard_map(_hashes, mesh=mesh, in_specs=specs, out_specs=all_devices, check_vma=False)

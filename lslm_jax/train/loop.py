@@ -120,7 +120,8 @@ def train(
         stacks = workdir / f"stacks-{jax.process_index()}.txt"
         copies = Copies(state, mesh) if config.train.check_copies else None
         spikes = Detector(config.train.spike, config.train.spike_steps)
-        spikes.remember(checkpoints.memory(start) if start else {})
+        if start and config.train.spike:
+            spikes.remember(checkpoints.memory(start))
         watchdog = stack.enter_context(Watchdog(config.train.watchdog, stacks))
 
         def report(step: int, metrics: dict[str, jax.Array]) -> None:

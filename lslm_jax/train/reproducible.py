@@ -53,6 +53,7 @@ def make_step(
     devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     alone = {device: Mesh(np.reshape(device, (1,) * mesh.devices.ndim), mesh.axis_names) for device in devices}
     each = PARTS // mesh.size
+    first = {device: number * each for number, device in enumerate(mesh.devices.flat)}
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     # Computes nothing: every device gets all parts.
     spread = jax.jit(lambda found: found, out_shardings=whole)
@@ -71,14 +72,13 @@ def make_step(
         states, batches, found = _per_device(state), _per_device(batch), {}
         for device in devices:
             rows = len(batches[device].tokens_BT) // each
-            first = mesh.devices.ravel().tolist().index(device) * each
             with use(alone[device], config.mesh):
                 parts = [
                     gradients(
                         states[device].model,
                         states[device].step,
                         jax.tree.map(lambda a, i=i, rows=rows: a[i * rows : (i + 1) * rows], batches[device]),
-                        jax.device_put(np.int32(first + i), device),
+                        jax.device_put(np.int32(first[device] + i), device),
                     )
                     for i in range(each)
                 ]
