@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from measure import about, add_model, configured, copy_rate, spread, tell
+from measure import about, add_model, busiest, configured, copy_rate, spread, tell
 
 from lslm_jax import hugepages
 from lslm_jax.config import Config, GenerateConfig
@@ -44,7 +44,7 @@ def main() -> None:
         model = jax.jit(lambda: build(config))()
         rate, size = copy_rate(), sum(leaf.nbytes for leaf in jax.tree.leaves(model))
         for batch_size in args.batch_sizes:
-            first, rest = times(args, config, model, batch_size)
+            first, rest, kernels = times(args, config, model, batch_size)
             a_token = (statistics.median(rest) - statistics.median(first)) / (args.tokens - 1)
             cache = cache_bytes(config) * batch_size * (args.prompt + args.tokens / 2)
             tell(
@@ -60,11 +60,14 @@ def main() -> None:
                     "copy_gbs": round(rate / 1e9, 1),
                     "share_of_bandwidth": round((size + cache) / a_token / rate, 3),
                 }
+                | kernels
             )
 
 
-def times(args: argparse.Namespace, config: Config, model: Any, batch_size: int) -> tuple[list[float], list[float]]:
-    """Seconds, of each round, to write one token a row; and to write all."""
+def times(
+    args: argparse.Namespace, config: Config, model: Any, batch_size: int
+) -> tuple[list[float], list[float], dict[str, Any]]:
+    """Seconds, of each round, to write one token a row; and to write all; and the kernels of that, if wanted."""
     prompts = np.random.default_rng(0).integers(2, config.model.vocab_size, (batch_size, args.prompt - 1))
 
     def seconds(tokens: int) -> float:
@@ -76,7 +79,8 @@ def times(args: argparse.Namespace, config: Config, model: Any, batch_size: int)
 
     for tokens in (1, args.tokens):  # which compiles
         seconds(tokens)
-    return [seconds(1) for _ in range(args.rounds)], [seconds(args.tokens) for _ in range(args.rounds)]
+    short, long = ([seconds(tokens) for _ in range(args.rounds)] for tokens in (1, args.tokens))
+    return short, long, busiest(lambda: seconds(args.tokens), args.kernels, steps=1) if args.kernels else {}
 
 
 def build(config: Config) -> Any:
@@ -99,6 +103,7 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     flags.add_argument("--prompt", type=int, default=16, help="tokens of a prompt, with bos")
     flags.add_argument("--tokens", type=int, default=128, help="to write")
     flags.add_argument("--rounds", type=int, default=5)
+    flags.add_argument("--kernels", type=int, default=0, help="list so many of a GPU's kernels, busiest first")
     return configured(flags)
 
 

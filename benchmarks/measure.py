@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,6 +70,17 @@ def configured(flags: argparse.ArgumentParser) -> tuple[argparse.Namespace, Conf
         flags.error(str(error))
 
 
+def add_options(flags: argparse.ArgumentParser) -> None:
+    """`--option=NAME=VALUE`, as often as wanted: what XLA is told besides the program, kept in `options`."""
+
+    class Keep(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            name, _, value = values.partition("=")
+            namespace.options = namespace.options | {name: {"true": True, "false": False}.get(value, value)}
+
+    flags.add_argument("--option", action=Keep, dest="options", default={}, metavar="NAME=VALUE", help="for XLA")
+
+
 def about() -> dict[str, Any]:
     """The device and the versions that a figure holds for."""
     device = jax.devices()[0]
@@ -87,6 +100,26 @@ def windows(step: Callable[[], Any], *, warm: int, count: int, length: int) -> l
         jax.block_until_ready(last)
         found.append((time.perf_counter() - begun) / length)
     return found
+
+
+def busiest(step: Callable[[], Any], count: int, steps: int = 3) -> dict[str, Any]:
+    """Milliseconds a step of a GPU's busiest kernels, those of one name together, and of all the others."""
+    with tempfile.TemporaryDirectory() as directory:
+        jax.block_until_ready(step())
+        with jax.profiler.trace(directory):
+            for _ in range(steps):
+                last = step()
+            jax.block_until_ready(last)
+        paths = list(pathlib.Path(directory).rglob("*.xplane.pb"))
+        planes = [plane for path in paths for plane in jax.profiler.ProfileData.from_file(str(path)).planes]
+    spent: dict[str, float] = {}
+    for plane in planes:
+        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+            for event in line.events if line.name.startswith("Stream") else ():
+                spent[event.name] = spent.get(event.name, 0.0) + event.duration_ns / 1e6 / steps
+    ordered = sorted(spent.items(), key=lambda pair: -pair[1])
+    named = {name: round(each, 3) for name, each in ordered[:count]}
+    return {"kernels_ms": named, "other_kernels_ms": round(sum(each for _, each in ordered[count:]), 3)}
 
 
 def spread(values: list[float], digits: int = 3) -> dict[str, float]:

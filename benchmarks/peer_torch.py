@@ -43,7 +43,8 @@ def main() -> None:
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if hasattr(config, name):
             setattr(config, name, 0.0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     result = train(args, model, device) if args.what == "train" else decode(args, model, device)
     peak = (
         torch.cuda.max_memory_allocated()

@@ -30,7 +30,8 @@ def main() -> None:
     plain, large = dict(os.environ), hugepages.environment(os.environ)  # which the trainer gives itself; few peers do
     sides = {"ours": (ours(args), plain)}
     for name, more in variants(args).items():
-        sides |= {name: (theirs(args, more), plain), f"{name}, large pages": (theirs(args, more), large)}
+        sides |= {name: (theirs(args, more), plain)}
+        sides |= {} if args.gpu else {f"{name}, large pages": (theirs(args, more), large)}
     rates: dict[str, list[float]] = {name: [] for name in sides}
     told: dict[str, dict] = {}
     for _ in range(args.rounds):
@@ -65,8 +66,10 @@ def variants(args: argparse.Namespace) -> dict[str, list[str]]:
     """What a peer's user would try."""
     if args.what == "decode":
         return {"transformers": []}
-    plain = {"transformers": [], "transformers, compiled": ["--compile"]}
-    return plain | ({"transformers, compiled, cuDNN": ["--compile", "--cudnn"]} if args.cudnn else {})
+    compiled = {"transformers, compiled": ["--compile"]}
+    return compiled | (
+        {"transformers, compiled, cuDNN": ["--compile", "--cudnn"]} if args.gpu else {"transformers": []}
+    )
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,7 +81,7 @@ def parse_args() -> argparse.Namespace:
     flags.add_argument("--seq_len", type=int, default=256)
     flags.add_argument("--tokens", type=int, default=128)
     flags.add_argument("--rounds", type=int, default=3)
-    flags.add_argument("--cudnn", action="store_true", help="try cuDNN's attention too (GPU)")
+    flags.add_argument("--gpu", action="store_true", help="try cuDNN's attention too, and nothing for CPUs alone")
     return flags.parse_args()
 
 

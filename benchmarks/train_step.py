@@ -4,15 +4,17 @@
 
 Prints one line of JSON: seconds to trace and to compile; milliseconds a step, of windows of steps; tokens/s; the share
 of the device's published peak (`mfu`), and of what a large product reaches in this process; bytes at their peak, as the
-allocator and as the compiler say, and how many of the state's are reused in place.
+allocator and as the compiler say, and how many of the state's are reused in place; with --kernels, the busiest ones
+and what share of the time some kernel runs.
 """
 
 import argparse
 import statistics
 import time
+from typing import Any
 
 import jax
-from measure import about, add_model, configured, matmul_rate, spread, tell, windows
+from measure import about, add_model, add_options, busiest, configured, matmul_rate, spread, tell, windows
 
 from lslm_jax import hugepages, observe
 from lslm_jax.config import Config
@@ -28,6 +30,11 @@ from lslm_jax.train.step import lower, whole_batch
 def main() -> None:
     """Prints one line of JSON."""
     args, config = parse_args()
+    tell({"model": args.model, "changes": args.changes, "options": args.options} | about() | measured(args, config))
+
+
+def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """What is found of one config."""
     mesh = make_mesh(config)
     with use(mesh, config.mesh):
         data = SyntheticInput(config, config.model.vocab_size)
@@ -37,7 +44,7 @@ def main() -> None:
         shapes = abstract_state(config, optimizer, mesh), whole_batch(config, data.batch(0), mesh)
         lowered = lower(config, optimizer, backend, *shapes, mesh)
         traced = time.perf_counter()
-        step = lowered.compile()
+        step = lowered.compile(compiler_options=args.options)
         compiled = time.perf_counter()
 
         state = init_state(config, optimizer, mesh)
@@ -51,6 +58,9 @@ def main() -> None:
             return metrics["loss"]
 
         times = windows(advance, warm=3, count=args.windows, length=args.steps)
+        kernels = busiest(advance, args.kernels) if args.kernels else {}
+        parameters, allocator = num_parameters(state.model), observe.device_memory()
+        del state
         rate = matmul_rate(config.model.dtype)
 
     seconds = statistics.median(times)
@@ -60,27 +70,23 @@ def main() -> None:
     flops = flops_per_token(config.model, config.data.seq_len, config.data.source_len, task, predictions)
     kind = mesh.devices.flat[0].device_kind
     memory = step.memory_analysis()
-    tell(
-        {"model": args.model, "changes": args.changes}
-        | about()
-        | {
-            "attention": backend.name,
-            "parameters": num_parameters(state.model),
-            "trace_seconds": round(traced - begun, 2),
-            "compile_seconds": round(compiled - traced, 2),
-            "step_ms": spread([1e3 * each for each in times]),
-            "tokens_per_second": round(tokens / seconds),
-            "flops_per_token": flops,
-            "mfu": observe.mfu(tokens / seconds, flops, mesh.size, kind),
-            "matmul_tflops": round(rate / 1e12, 3),
-            "share_of_matmul": round(tokens / seconds * flops / (mesh.size * rate), 4),
-            "loss": float(metrics["loss"]),
-            "allocator": observe.device_memory(),
-            "compiler": {
-                name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")
-            },
-        }
-    )
+    return {
+        "attention": backend.name,
+        "parameters": parameters,
+        "trace_seconds": round(traced - begun, 2),
+        "compile_seconds": round(compiled - traced, 2),
+        "step_ms": spread([1e3 * each for each in times]),
+        "tokens_per_second": round(tokens / seconds),
+        "flops_per_token": flops,
+        "mfu": observe.mfu(tokens / seconds, flops, mesh.size, kind),
+        "matmul_tflops": round(rate / 1e12, 3),
+        "share_of_matmul": round(tokens / seconds * flops / (mesh.size * rate), 4),
+        "loss": float(metrics["loss"]),
+        "allocator": allocator,
+        "compiler": {
+            name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")
+        },
+    } | kernels
 
 
 def parse_args() -> tuple[argparse.Namespace, Config]:
@@ -89,6 +95,8 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     add_model(flags)
     flags.add_argument("--windows", type=int, default=5)
     flags.add_argument("--steps", type=int, default=10, help="of a window")
+    flags.add_argument("--kernels", type=int, default=0, help="list so many of a GPU's kernels, busiest first")
+    add_options(flags)
     return configured(flags)
 
 

@@ -133,8 +133,8 @@ class ModelConfig:
     """Type of activations and matrix products. Parameters are always float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel: `xla` anywhere, `cudnn` on GPUs, `splash` on TPUs, `auto` the fastest that is correct."""
-    scan_layers: bool = True
-    """Whether one compiled block is scanned over the layers; False unrolls them: slower to compile, at times faster."""
+    scan_layers: Literal["auto", True, False] = "auto"
+    """Scan one compiled block over the layers, or compile each; auto: scan, but up to 16 on GPUs with whole weights."""
     remat: Literal["none", "full", "dots", "save_attention"] = "none"
     """What the backward pass recomputes: nothing, blocks, all but matrix products, or all but these and attention."""
     microbatches: int = 0
@@ -296,6 +296,8 @@ class TrainConfig:
     """Parts that a batch is worked through in, to save memory; the result is the same."""
     loss_chunk: int = 0
     """Tokens whose logits exist at once on a device. 0: 512 on CPU, 8192 elsewhere."""
+    loss_logits: Literal["float32", "compute"] = "float32"
+    """Type of the logits on their way to the loss; `compute` is model.dtype, half the traffic. Sums are float32."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser in the loss (PaLM uses 1e-4)."""
     balance_loss: float = 0.01

@@ -132,6 +132,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f"; did you mean {whole[0]}?" if whole else "; --config.help lists all"
 
 
+_BOOLS = {"true": True, "false": False, "1": True, "0": False}
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -144,12 +145,12 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         return tuple(_parse(part.strip(), kind, key) for part in text.split(",") if part.strip())
     try:
         if hint is bool:
-            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+            return _BOOLS[text.lower()]
         if hint in (int, float):
             return hint(text)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{key} wants {_WANTED[hint]}, got {text!r}") from error
-    return _typed(text, hint, key)
+    return _typed(_BOOLS.get(text.lower(), text) if True in get_args(hint) else text, hint, key)
 
 
 def _typed(value: Any, hint: Any, key: str) -> Any:
@@ -158,7 +159,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         return _build(hint, value, key)
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            choices = ", ".join(map(str, get_args(hint)))
+            choices = ", ".join(str(choice).lower() if choice in (True, False) else choice for choice in get_args(hint))
             raise ConfigError(f"{key} wants one of {choices}; got {value!r}")
         return value
     if get_origin(hint) is tuple:

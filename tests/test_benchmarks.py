@@ -21,6 +21,11 @@ SMALL = ["--config.model.num_layers=1", "--config.model.d_model=32", "--config.m
             [*SMALL, "--windows=1", "--steps=1"],
             {"step_ms", "tokens_per_second", "compile_seconds", "compiler"},
         ),
+        (
+            "attention",
+            ["--batch_size=1", "--seq_len=64", "--steps=1", "--xla", "packed 8"],
+            {"ms", "tflops", "error", "alone"},
+        ),
         ("decode", [*SMALL, "--rounds=1", "--tokens=8", "--batch_sizes=2"], {"first_token_ms", "tokens_per_second"}),
         ("checkpoint", [*SMALL, "--rounds=1"], {"blocking", "total", "restore", "per_gib"}),
         ("loop", ["--rounds=1", "--steps=6", "--skip=2", "--d_model=32"], {"bare_ms", "trainer_ms", "overhead"}),

@@ -103,5 +103,5 @@ class Embedding(nnx.Module):
 
 
 def places(tokens_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
-    """The positions given, or else 0..T-1 in every row."""
-    return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape) if positions_BT is None else positions_BT
+    """The positions given, or else 0..T-1, [1, T] for all rows: what is made of them is made once."""
+    return jnp.arange(tokens_BT.shape[1])[None] if positions_BT is None else positions_BT

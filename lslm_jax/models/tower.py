@@ -59,7 +59,7 @@ class Tower(nnx.Module):
 
         Args:
           x_BTD: from an embedding.
-          positions_BT: place of each token in its document.
+          positions_BT: place of each token in its document, [1, T] where all rows are alike.
           segments_BT: which document of its row a token belongs to, from 1, 0 for padding. None: one a row.
           backend: attention kernel, from `attention.choose`.
           key: dropout key, or None.
@@ -227,6 +227,7 @@ class Tower(nnx.Module):
         keys = None if key is None or not config.dropout else jax.random.split(key, config.num_layers)
         with jax.named_scope("blocks"):
             if caches is None and pipeline.splits(config.num_layers, config.pipeline_rounds):
+                rows = rows._replace(positions_BT=jnp.broadcast_to(rows.positions_BT, x_BTD.shape[:2]))
                 x_BTD, (caches, routing) = pipeline.run(
                     self.blocks,
                     x_BTD,
@@ -243,7 +244,7 @@ class Tower(nnx.Module):
             else:
                 apply = reading(rows, shared)
                 x_BTD, kept = stack.run(
-                    self.blocks, x_BTD, apply, caches=beside, keys=keys, remat=config.remat, scan=config.scan_layers
+                    self.blocks, x_BTD, apply, caches=beside, keys=keys, remat=config.remat, scan=stack.scans(config)
                 )
                 both: Any = map(list, zip(*kept, strict=True)) if isinstance(kept, list) else kept
                 caches, routing = both

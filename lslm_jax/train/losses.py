@@ -54,6 +54,7 @@ class Settings(NamedTuple):
       softcap: of the logits, 0 for none.
       z_loss: weight of the squared log-normaliser (Chowdhery et al. 2022).
       label_smoothing: probability spread evenly over the vocabulary (Szegedy et al. 2016).
+      narrow: whether logits are written in the compute type, half the memory traffic; all sums are float32.
     """
 
     vocab_size: int
@@ -61,6 +62,7 @@ class Settings(NamedTuple):
     softcap: float = 0.0
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    narrow: bool = False
 
 
 def cross_entropy(
@@ -174,6 +176,8 @@ def _score(settings, w_VD, b_V, x_NSD, targets_NS, weights_NS):
     top_NS = jnp.max(logits_NSV, axis=-1)
     normaliser_NS = top_NS + jnp.log(jnp.sum(jnp.exp(logits_NSV - top_NS[..., None]), axis=-1))
     target_NS = jnp.sum(jnp.where(hit_NSV, logits_NSV, 0.0), axis=-1)
+    # All sums before the gradient, which is then one pass of its own: a GPU's kernel for both takes half as long again.
+    normaliser_NS, target_NS = jax.lax.optimization_barrier((normaliser_NS, target_NS))
     nll_NS = normaliser_NS - target_NS
     objective_NS = nll_NS + z * jnp.square(normaliser_NS)
     if smooth:
@@ -192,7 +196,10 @@ def _score(settings, w_VD, b_V, x_NSD, targets_NS, weights_NS):
 
 def _scores(settings, w_VD, b_V, x_NSD):
     """The scores of all rows of the output layer, squashed, with the rows' ids and which of them are tokens."""
-    raw_NSV = jnp.einsum("nsd,vd->nsv", x_NSD, w_VD, preferred_element_type=jnp.float32)
+    dtype = x_NSD.dtype if settings.narrow else jnp.float32
+    raw_NSV = jnp.einsum("nsd,vd->nsv", x_NSD, w_VD, preferred_element_type=dtype)
+    if settings.narrow:  # the barrier, for XLA is free to write float32 where it is asked for next
+        raw_NSV = jax.lax.optimization_barrier(raw_NSV).astype(jnp.float32)
     raw_NSV = constrain(raw_NSV if b_V is None else raw_NSV + b_V[None, None], ("tokens", None, "vocab"))
     cap = settings.softcap
     ids_V = jnp.arange(w_VD.shape[0], dtype=jnp.int32)

@@ -218,7 +218,7 @@ def _score(config: Config, model: Any, x_BPD: jax.Array, batch: Batch, settings:
 
 
 def _evaluation_settings(config: Config) -> losses.Settings:
-    return _loss_settings(config)._replace(z_loss=0.0, label_smoothing=0.0)
+    return _loss_settings(config)._replace(z_loss=0.0, label_smoothing=0.0, narrow=False)
 
 
 def _loss_settings(config: Config) -> losses.Settings:
@@ -226,6 +226,7 @@ def _loss_settings(config: Config) -> losses.Settings:
     return losses.Settings(
         vocab_size=config.model.num_labels if labelled else config.model.vocab_size,
         chunk=config.train.loss_chunk or (512 if platform() == "cpu" else 8192),
+        narrow=config.train.loss_logits == "compute",
         softcap=config.model.logit_softcap,
         z_loss=config.train.z_loss,
         label_smoothing=config.train.label_smoothing,

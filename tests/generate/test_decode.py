@@ -57,6 +57,19 @@ def test_the_seed_decides(llama, tokenizer):
     assert all(a.ids != b.ids for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("settings", [{}, {"stop": ("e",)}, {"repetition_penalty": 1.3}], ids=str)
+def test_one_row_is_read_twice_on_gpus_and_says_the_same(settings, llama, tokenizer, monkeypatch):
+    settings, prompt = GenerateConfig(max_tokens=24, **settings), tokenizer.encode("the")
+    alone = generate(llama, tokenizer, [prompt], settings, 5)
+    read = []
+    pad = decode.reading.pad
+    monkeypatch.setattr(decode.reading, "pad", lambda rows, *rest: read.append(len(rows)) or pad(rows, *rest))
+    monkeypatch.setattr(decode, "platform", lambda: "gpu")
+    assert generate(llama, tokenizer, [prompt], settings, 5) == alone and read == [2]
+    assert "".join(stream(llama, tokenizer, prompt, settings, 5)) == alone[0].text
+    assert len(generate(llama, tokenizer, [prompt] * 3, settings, 5)) == 3 and read == [2, 2, 3]
+
+
 def test_equal_prompts_in_a_batch_draw_differently(llama, tokenizer):
     results = generate(llama, tokenizer, [PROMPTS[0]] * 4, WARM, 0)
     assert len({tuple(result.ids) for result in results}) == 4

@@ -55,6 +55,37 @@ def test_norms_follow_their_formulas(kind):
     np.testing.assert_allclose(norm(X), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("axes", [{"width": 12}, {"heads": 3, "head_dim": 4}], ids=["one axis", "two axes"])
+@pytest.mark.parametrize("config", [{}, {"norm": "rmsnorm"}, {"norm": "rmsnorm", "norm_offset": True}], ids=str)
+def test_the_slopes_of_norms_are_those_of_their_formulas(config, axes):
+    norm, rng = Norm(ModelConfig(**config), axes), np.random.default_rng(1)
+    sizes = tuple(axes.values())
+    structure = jax.tree.structure(norm)
+    weights = [jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for leaf in jax.tree.leaves(norm)]
+    x, g = (jnp.asarray(rng.normal(size=(2, 5, *sizes)), jnp.float32) for _ in range(2))
+
+    def plain(x, weights):
+        norm = structure.unflatten(weights)
+        over = tuple(range(-len(sizes), 0))
+        if norm.kind == "layernorm":
+            x = x - x.mean(over, keepdims=True)
+        y = x / jnp.sqrt(jnp.square(x).mean(over, keepdims=True) + norm.eps)
+        y = y * (norm.scale.get_value() + norm.offset)[None, None]
+        return y if norm.bias is None else y + norm.bias.get_value()[None, None]
+
+    _, found = jax.vjp(lambda x, weights: structure.unflatten(weights)(x), x, weights)
+    _, wanted = jax.vjp(plain, x, weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found(g), wanted(g))
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_norms_keep_nothing_float32_as_large_as_what_they_read(kind):
+    norm = Norm(ModelConfig(norm=kind), {"width": 12})
+    kept = jax.eval_shape(lambda x: jax.vjp(norm, x)[1], jax.ShapeDtypeStruct((4, 64, 12), jnp.bfloat16))
+    large = [leaf.dtype for leaf in jax.tree.leaves(kept) if leaf.size >= 4 * 64 * 12]
+    assert large == [jnp.bfloat16]
+
+
 def test_norms_are_computed_in_float32_whatever_goes_in():
     norm = Norm(ModelConfig(), {"width": 12})
     large = jnp.asarray(X + 100.0, jnp.bfloat16)

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lslm_jax.config import ModelConfig
+from lslm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config_checks import fill_sizes
 from lslm_jax.models import presets, stack
 from lslm_jax.models.decoder import Decoder
 from lslm_jax.models.layers import Linear
+from lslm_jax.sharding import make_mesh
 
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=61, max_length=16, dropout=0.2))
 LLAMA = fill_sizes(replace(presets.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, vocab_size=61))
@@ -52,6 +53,23 @@ def test_scan_and_every_remat_equal_the_plain_loop(config, variants):
         np.testing.assert_allclose(other, value, rtol=1e-6, err_msg=f"{scan=} {remat=}")
         for a, b in zip(other_gradient, gradient, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=f"{scan=} {remat=}")
+
+
+@pytest.mark.parametrize(
+    ("platform", "layers", "mesh", "scans"),
+    [
+        ("gpu", 16, MeshConfig(data=8), False),
+        ("gpu", 17, MeshConfig(data=8), True),
+        ("gpu", 12, MeshConfig(fsdp=8), True),
+        ("tpu", 12, MeshConfig(data=8), True),
+        ("cpu", 12, MeshConfig(data=8), True),
+    ],
+)
+def test_few_layers_are_unrolled_on_gpus_that_hold_whole_weights(platform, layers, mesh, scans, monkeypatch):
+    monkeypatch.setattr(stack, "platform", lambda: platform)
+    with jax.set_mesh(make_mesh(Config(train=TrainConfig(batch_size=8), mesh=mesh))):
+        assert stack.scans(replace(GPT, num_layers=layers)) == scans
+        assert stack.scans(replace(GPT, num_layers=layers, scan_layers=not scans)) != scans
 
 
 def test_the_tree_of_weights_does_not_depend_on_scan_or_remat():

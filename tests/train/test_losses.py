@@ -195,6 +195,19 @@ def test_bfloat16_states_lose_no_more_than_their_own_rounding():
     np.testing.assert_allclose(dw, expected_dw, atol=0.05)
 
 
+def test_narrow_logits_lose_no_more_than_their_own_rounding():
+    x_BTD, w_VD, *rest = example()
+    arrays = x_BTD.astype(jnp.bfloat16), w_VD, *rest
+    wide, (wide_dx, wide_dw) = value_and_gradients(arrays, Settings(V, 25))
+    narrow, (dx, dw) = value_and_gradients(arrays, Settings(V, 25, narrow=True))
+    assert narrow.objective != wide.objective and dw.dtype == jnp.float32
+    np.testing.assert_allclose(narrow.objective, wide.objective, rtol=2e-3)
+    np.testing.assert_allclose(dx.astype(jnp.float32), wide_dx.astype(jnp.float32), atol=0.05)
+    np.testing.assert_allclose(dw, wide_dw, atol=0.1)
+    exact = value_and_gradients((x_BTD, w_VD, *rest), Settings(V, 25, narrow=True))
+    jax.tree.map(np.testing.assert_array_equal, exact, value_and_gradients((x_BTD, w_VD, *rest), Settings(V, 25)))
+
+
 def test_evaluation_and_training_give_the_same_sums():
     arrays, settings = example(), Settings(V, 12, 4.0, 0.01, 0.1)
     sums, _ = value_and_gradients(arrays, settings)
