@@ -23,7 +23,7 @@ from lslm_jax.errors import PeerLost
 _BEAT = 2.0  # seconds between two signs of life
 _SUSPICION = 10.0  # seconds of silence that are enough where a collective has failed
 _GRACE = 30.0  # seconds in which the others may come to the same end by themselves
-_PARTING = 5.0  # seconds that process 0, which holds the store, leaves to the others to hear the verdict
+_PARTING = 15.0  # seconds at most that process 0, which holds the store, leaves to the others to hear the verdict
 _FAREWELL = 1800.0  # seconds to wait for the others at a good end
 _ALIVE, _LEFT, _VERDICT = "lslm/alive/", "lslm/left/", "lslm/verdict"
 

@@ -3,7 +3,10 @@
 import importlib.metadata
 import os
 import pathlib
+import signal
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes most of the time of these tests: what is compiled is small and need not be fast. The last flag more
 # than halves it; later versions, which do not know it, would end the process.
