@@ -79,10 +79,10 @@ def measure(program: Program, network: "Network", seen: float) -> Cost:
         if not run.fused:
             moved += times * _moved(program, run)
             cycles += times * sum(map(int, _CYCLES.findall(instruction.attributes)))
-        kind = instruction.opcode.removesuffix("-start")
+        kind = _between_slices(instruction) or instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             sent = network.send(kind, _operand_bytes(run), instruction.attributes)
-            blocking = not (run.fused or instruction.opcode.endswith("-start"))
+            blocking = not (run.fused or instruction.opcode == "send" or instruction.opcode.endswith("-start"))
             totals = joined.setdefault((kind, sent.axes, sent.group, sent.network), [0, 0, 0.0, 0.0])
             for i, more in enumerate((1, sent.bytes, sent.seconds, sent.seconds * blocking)):
                 totals[i] += times * more
@@ -91,6 +91,12 @@ def measure(program: Program, network: "Network", seen: float) -> Cost:
         for (kind, axes, group, outside), (count, size, seconds, blocking) in joined.items()
     ]
     return Cost(flops + kernel, kernel, moved, cycles, sorted(found, key=lambda each: -each.bytes))
+
+
+def _between_slices(instruction: Instruction) -> str:
+    """The kind of a collective between slices, which the TPU compiler hands to a runtime of its own; or nothing."""
+    named = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    return named[1].lower().replace("_", "-") if named and instruction.opcode == "send" else ""
 
 
 class Sent(NamedTuple):
@@ -152,14 +158,22 @@ class Network:
 
     def _joined(self, attributes: str) -> tuple[np.ndarray, tuple[str, ...]]:
         """Groups of a collective, and the axes of the mesh along which their devices differ."""
+        slices = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', attributes)
         key = re.sub(r".*?((?:replica_groups|source_target_pairs)=.*)", r"\1", attributes, flags=re.DOTALL)[:4096]
+        key = slices[0] if slices else key
         if key not in self._groups:
-            groups = hlo.groups(attributes, int(np.prod(self._shape)))
+            groups = self._across(slices[1]) if slices else hlo.groups(attributes, int(np.prod(self._shape)))
             places = np.stack(np.unravel_index(groups, self._shape))  # [axes, groups, devices of each]
             differ = (places != places[:, :, :1]).any(axis=(1, 2)) if groups.size else np.zeros(len(self._shape), bool)
             axes = tuple(name for name, varies in zip(self._names, differ, strict=True) if varies)
             self._groups[key] = groups, axes
         return self._groups[key]
+
+    def _across(self, slices: str) -> np.ndarray:
+        """Each device of a slice with its like in others: `1,2` or `1:4`, numbered from 1."""
+        ends = [list(map(int, part.split(":"))) for part in slices.split(",")]
+        wanted = np.unique(self._domains)[[n - 1 for part in ends for n in range(part[0], part[-1] + 1)]]
+        return np.stack([np.flatnonzero(self._domains == domain) for domain in wanted], axis=1)
 
 
 def _operand_bytes(run: Run) -> int:

@@ -146,3 +146,20 @@ def test_a_torus_has_two_ways_along_each_ring_and_one_along_a_line():
     assert speed(along((2,))) == 400  # a plane of rings
     assert speed(along((1,))) == 300
     assert speed(np.array([0])) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "sent"),
+    [("ALL_REDUCE", "1,2", 4096), ("ALL_GATHER", "1:2", 4096), ("REDUCE_SCATTER", "1,2", 2048)],
+)
+def test_what_the_tpu_compiler_hands_to_the_network_between_slices_counts_too(kind, target, sent):
+    handed = f'_xla_megascale_target="{{{target}}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"'
+    lines = [
+        "%a = f32[1024] parameter(0)",
+        "%t = token[] after-all()",
+        f"%s = (f32[1024], u32[], token[]) send(%a, %t), is_host_transfer=true, frontend_attributes={{{handed}}}",
+        "%d = token[] send-done(%s), is_host_transfer=true",
+    ]
+    (found,) = measure(lines).collectives
+    assert (found.kind, found.axes, found.group) == (kind.lower().replace("_", "-"), ("data",), 2)
+    assert found.network and found.bytes == sent and found.seconds == sent / 10.0 and found.blocking == 0.0
