@@ -136,12 +136,10 @@ def documents(number: int, B: int, T: int) -> jax.Array:
 
 def pairs(case: Case, segments_BT: jax.Array | None, T: int) -> float:
     """Queries and keys that see each other, mean over rows."""
-    segments = np.zeros((1, T)) if segments_BT is None else np.asarray(segments_BT)
-    distance = np.arange(T)[:, None] - np.arange(T)[None]
-    near = (distance >= 0) | (not case.causal)
-    near &= (np.abs(distance) < case.window) | (not case.window)
-    real = (segments > 0) | (segments_BT is None)  # every token, where there are no documents
-    return float(np.mean([(near & (row[:, None] == row) & r).sum() for row, r in zip(segments, real, strict=True)]))
+    seen_BTS = np.asarray(attention.visible(T, T, segments_BT, causal=case.causal, window=case.window))
+    if segments_BT is not None:
+        seen_BTS = seen_BTS & np.asarray(segments_BT > 0)[:, :, None]
+    return float(seen_BTS.sum() / len(seen_BTS))
 
 
 def parse_args() -> argparse.Namespace:

@@ -70,17 +70,6 @@ def configured(flags: argparse.ArgumentParser) -> tuple[argparse.Namespace, Conf
         flags.error(str(error))
 
 
-def add_options(flags: argparse.ArgumentParser) -> None:
-    """`--option=NAME=VALUE`, as often as wanted: what XLA is told besides the program, kept in `options`."""
-
-    class Keep(argparse.Action):
-        def __call__(self, parser, namespace, values, option_string=None):
-            name, _, value = values.partition("=")
-            namespace.options = namespace.options | {name: {"true": True, "false": False}.get(value, value)}
-
-    flags.add_argument("--option", action=Keep, dest="options", default={}, metavar="NAME=VALUE", help="for XLA")
-
-
 def about() -> dict[str, Any]:
     """The device and the versions that a figure holds for."""
     device = jax.devices()[0]

@@ -4,8 +4,8 @@
 
 Prints one line of JSON: seconds to trace and to compile; milliseconds a step, of windows of steps; tokens/s; the share
 of the device's published peak (`mfu`), and of what a large product reaches in this process; bytes at their peak, as the
-allocator and as the compiler say, and how many of the state's are reused in place; with --kernels, the busiest ones
-and what share of the time some kernel runs.
+allocator and as the compiler say, and how many of the state's are reused in place; with --kernels, milliseconds a step
+of the busiest ones and of all the others.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import jax
-from measure import about, add_model, add_options, busiest, configured, matmul_rate, spread, tell, windows
+from measure import about, add_model, busiest, configured, matmul_rate, spread, tell, windows
 
 from lslm_jax import hugepages, observe
 from lslm_jax.config import Config
@@ -30,7 +30,9 @@ from lslm_jax.train.step import lower, whole_batch
 def main() -> None:
     """Prints one line of JSON."""
     args, config = parse_args()
-    tell({"model": args.model, "changes": args.changes, "options": args.options} | about() | measured(args, config))
+    tell(
+        {"model": args.model, "changes": args.changes, "options": dict(args.options)} | about() | measured(args, config)
+    )
 
 
 def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
         shapes = abstract_state(config, optimizer, mesh), whole_batch(config, data.batch(0), mesh)
         lowered = lower(config, optimizer, backend, *shapes, mesh)
         traced = time.perf_counter()
-        step = lowered.compile(compiler_options=args.options)
+        step = lowered.compile(compiler_options=dict(args.options))
         compiled = time.perf_counter()
 
         state = init_state(config, optimizer, mesh)
@@ -59,8 +61,6 @@ def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
 
         times = windows(advance, warm=3, count=args.windows, length=args.steps)
         kernels = busiest(advance, args.kernels) if args.kernels else {}
-        parameters, allocator = num_parameters(state.model), observe.device_memory()
-        del state
         rate = matmul_rate(config.model.dtype)
 
     seconds = statistics.median(times)
@@ -72,7 +72,7 @@ def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     memory = step.memory_analysis()
     return {
         "attention": backend.name,
-        "parameters": parameters,
+        "parameters": num_parameters(state.model),
         "trace_seconds": round(traced - begun, 2),
         "compile_seconds": round(compiled - traced, 2),
         "step_ms": spread([1e3 * each for each in times]),
@@ -82,7 +82,7 @@ def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
         "matmul_tflops": round(rate / 1e12, 3),
         "share_of_matmul": round(tokens / seconds * flops / (mesh.size * rate), 4),
         "loss": float(metrics["loss"]),
-        "allocator": allocator,
+        "allocator": observe.device_memory(),
         "compiler": {
             name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")
         },
@@ -96,8 +96,14 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     flags.add_argument("--windows", type=int, default=5)
     flags.add_argument("--steps", type=int, default=10, help="of a window")
     flags.add_argument("--kernels", type=int, default=0, help="list so many of a GPU's kernels, busiest first")
-    add_options(flags)
+    flags.add_argument("--option", dest="options", type=option, action="append", default=[], help="NAME=VALUE, for XLA")
     return configured(flags)
+
+
+def option(text: str) -> tuple[str, str | bool]:
+    """What XLA is told besides the program."""
+    name, _, value = text.partition("=")
+    return name, {"true": True, "false": False}.get(value, value)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def _stage_problems(config: Config, stages: int) -> Iterator[str]:
         yield "mesh.stage cannot be -1: say into how many stages the layers are split"
     if stages <= 1 or rounds < 1:
         return
-    if model.scan_layers is False:
+    if not model.scan_layers:
         yield f"mesh.stage={stages} needs model.scan_layers=true"
     groups = stages * rounds
     named = f"mesh.stage={stages}" if rounds == 1 else f"mesh.stage * model.pipeline_rounds={groups}"

@@ -160,7 +160,7 @@ def _drive(
     eos_ids = (tokenizer.eos_id, *settings.stop_ids)
     rules = _Rules(drawing, min(tokenizer.vocab_size, model.config.vocab_size), eos_ids)
     # For one row, XLA's GPU compiler makes sums of the products with matrices and writes all products out: the same row
-    # twice takes half the time.
+    # twice takes 30 % less time (Llama 1B on an H200).
     twice = len(rows) == 1 and settings.beams == 1 and platform() == "gpu"
     read_rows = rows * 2 if twice else rows
     prompts = reading.pad(read_rows, seed, model.config)
@@ -175,7 +175,7 @@ def _drive(
     state, read = _prefill(model, prompts, rules, room), 0
     while True:
         step, ids_BN = jax.device_get((state.step, state.ids_BN))
-        for row, ids_N in zip(rows, ids_BN, strict=not twice):
+        for row, ids_N in zip(rows, ids_BN[: len(rows)], strict=True):
             _push(row, ids_N[read:step])
         yield
         ended_B = np.array([bool(row.ended) for row in read_rows])

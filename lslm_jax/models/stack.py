@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import get_abstract_mesh
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.models import grouped
@@ -82,7 +81,7 @@ def scans(config: ModelConfig) -> bool:
     """
     if config.scan_layers != "auto":
         return config.scan_layers
-    splits_weights = any(size > 1 for axis, size in get_abstract_mesh().shape.items() if axis != "data")
+    splits_weights = any(size > 1 for axis, size in jax.sharding.get_abstract_mesh().shape.items() if axis != "data")
     return platform() != "gpu" or config.num_layers > UNROLLED or splits_weights
 
 
