@@ -94,6 +94,7 @@ class Job:
         finally:
             for part in self.parts:
                 part.kill()
+                part.communicate()
         return [part.returncode for part in self.parts], *zip(*texts, strict=True)
 
 

@@ -1,5 +1,6 @@
-"""Runs a step over a finite set of batches without waiting between them, and puts together what it returns."""
+"""Runs a step over a finite set of batches, a few of them under way at a time, and puts together what it returns."""
 
+import collections
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,10 @@ from jax.sharding import Mesh
 
 from lslm_jax.batch import Batch
 from lslm_jax.sharding import to_global
+
+# Enough that no device waits for the host. All at once would hold all batches on the devices, and may never end: XLA
+# takes 32 programs a CPU device, and stops where processes have each filled up another one's queue.
+_UNDER_WAY = 4
 
 
 def run(
@@ -27,7 +32,12 @@ def run(
       mesh: where the batches go.
       batch_size: rows of a global batch. None: all of them are here.
     """
-    return jax.device_get([step(model, to_global(batch, mesh, batch_size)) for batch in batches])
+    found, under_way = [], collections.deque()
+    for batch in batches:
+        if len(under_way) == _UNDER_WAY:
+            found.append(jax.device_get(under_way.popleft()))
+        under_way.append(step(model, to_global(batch, mesh, batch_size)))
+    return found + jax.device_get(list(under_way))
 
 
 def added(parts: Sequence[Any]) -> Any:
