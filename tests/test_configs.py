@@ -40,7 +40,10 @@ def resolved(config):
 def test_a_config_is_sound_survives_json_and_says_its_command(path):
     config = config_checks.validate(config_loading.load(str(path)))
     assert config_loading.from_dict(config_loading.to_dict(config)) == config
-    assert f"python -m lslm_jax.main --config=configs/{path.name}" in path.read_text()
+    text = path.read_text()
+    assert f"python -m lslm_jax.main --config=configs/{path.name}" in text
+    if not config.tokenizer.path and "--pretrained" not in text:  # a vocabulary of its own, all of which is of use
+        assert config.model.vocab_size <= 1.01 * config.tokenizer.vocab_size
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
