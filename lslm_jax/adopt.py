@@ -98,7 +98,7 @@ def compare(loaded: Any, source: Pretrained, config: Config, file: str | None, t
     """
     objective = config.task.objective
     if file:
-        reference = check.read_reference(epath.Path(file).expanduser().absolute(), config.model)
+        reference = check.read_reference(atomic.place(file), config.model)
     else:
         reference = theirs.read(source, objective, check.sample_rows(source, config.seed))
     return check.compare(loaded.model, objective, reference, tolerance, heads=not loaded.fresh)

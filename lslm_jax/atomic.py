@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 import weakref
 from collections.abc import Iterator
 from typing import IO, Any
@@ -11,6 +12,8 @@ from typing import IO, Any
 from etils import epath
 
 from lslm_jax.errors import ConfigError, DataError, SaveError
+
+_SYNC_SECONDS = 60.0  # after which added lines are put into a bucket unasked
 
 
 class WholeFile:
@@ -42,6 +45,50 @@ class WholeFile:
         return {"file": self._path.name, "size": self._size, "sha256": self._sha256.hexdigest()}
 
 
+class Lines:
+    """A text file that grows by whole lines, each at once on disk.
+
+    What lies in a bucket cannot grow. There the lines are kept here, and the whole file is written anew when `sync` is
+    called, and by the way.
+    """
+
+    def __init__(self, path: epath.Path):
+        """Goes on with the file that is there, if there is one; SaveError where the disk refuses, as of all methods."""
+        self._path, self._stream, self._content = path, None, bytearray()
+        self._synced = time.monotonic()
+        with saving(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not is_remote(path):
+                self._stream = path.open("a")
+            elif path.exists():
+                self._content += path.read_bytes()
+        self._whole = len(self._content)  # bytes of it that are in the bucket
+
+    def add(self, line: str) -> None:
+        """Appends a line, which is given without its end."""
+        if self._stream is not None:
+            with saving(self._path):
+                self._stream.write(line + "\n")
+                self._stream.flush()
+            return
+        self._content += line.encode() + b"\n"
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Puts what was added where other processes, and later ones, find it."""
+        if self._stream is None and len(self._content) > self._whole:
+            write(self._path, bytes(self._content))
+            self._whole, self._synced = len(self._content), time.monotonic()
+
+    def close(self) -> None:
+        """Syncs, and ends."""
+        self.sync()
+        if self._stream is not None:
+            with saving(self._path):
+                self._stream.close()
+
+
 def _abandon(stream: IO[Any]) -> None:
     """Closes a file that was given up half-way; that its last bytes found no room was told already."""
     with contextlib.suppress(OSError):
@@ -60,6 +107,12 @@ def saving(path: epath.Path) -> Iterator[None]:
 def is_remote(path: epath.Path) -> bool:
     """Whether a path is an address such as gs://bucket/name."""
     return "://" in os.fspath(path)
+
+
+def place(path: str | os.PathLike[str]) -> epath.Path:
+    """What a user wrote as a path that holds in any directory; an address is one already (epath would prepend ours)."""
+    path = epath.Path(path)
+    return path if is_remote(path) else path.expanduser().absolute()
 
 
 def exists(path: epath.Path) -> bool:

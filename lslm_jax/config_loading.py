@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from etils import epath
+
 from lslm_jax import config as schema
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError, InputMissing, LslmError
@@ -29,14 +31,17 @@ def load(spec: str) -> Config:
       InputMissing: there is no such file.
       ConfigError: the file does not yield a well-typed Config.
     """
-    name, _, argument = spec.partition(":") if not pathlib.Path(spec).exists() else (spec, "", "")
-    path = pathlib.Path(name)
+    scheme, bucket, rest = spec.rpartition("://")
+    name, _, argument = rest.partition(":") if bucket or not pathlib.Path(spec).exists() else (spec, "", "")
+    path = epath.Path(scheme + bucket + name)
     if not path.is_file():
-        raise InputMissing(f"config file {name} does not exist")
+        raise InputMissing(f"config file {path} does not exist")
     if path.suffix == ".json":
         config = _read_json(path)
+    elif bucket:
+        raise ConfigError(f"{path} is code, which must lie on this machine; only .json is read from a bucket")
     else:
-        config = _run_python(path, "" if argument == "smoke" else argument)
+        config = _run_python(pathlib.Path(path), "" if argument == "smoke" else argument)
     if argument == "smoke":
         return smoke(config)
     if argument and path.suffix == ".json":
@@ -44,7 +49,7 @@ def load(spec: str) -> Config:
     return config
 
 
-def _read_json(path: pathlib.Path) -> Config:
+def _read_json(path: epath.Path) -> Config:
     try:
         tree = json.loads(path.read_text())
     except ValueError as error:

@@ -1,5 +1,9 @@
-"""Tensorflow, imported late: it takes seconds, talks, and would take a GPU. This module imports nothing slow itself."""
+"""Packages that are imported late, or not at all. This module imports nothing slow itself.
 
+Tensorflow takes seconds, talks, and would take a GPU.
+"""
+
+import importlib
 import os
 from typing import Any
 
@@ -20,3 +24,12 @@ def import_tensorflow() -> Any:
         raise ConfigError(f"tensorflow cannot be imported ({error}): pip install tensorflow-cpu") from error
     tf.config.set_visible_devices([], "GPU")
     return tf
+
+
+def require_google_cloud(address: str) -> None:
+    """Raises a ConfigError where the packages are missing with which Orbax deletes checkpoints at gs:// addresses."""
+    try:
+        for name in ("google.cloud.storage", "google.cloud.storage_control_v2"):
+            importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"{address} needs google-cloud-storage: pip install 'lslm_jax[gcs]'") from error

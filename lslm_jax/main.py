@@ -129,10 +129,13 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         from lslm_jax.plan import topology
 
         topology.prepare(flags.topology)
-    from lslm_jax import distributed, verbs  # not before the config is known to be sound: this imports jax
+    # Not before the config is known to be sound: this imports jax.
+    from lslm_jax import compile_cache, distributed, verbs
 
     if flags.verb != "plan":  # for which one process is enough, whatever hardware it is for
         distributed.start(flags.coordinator, flags.processes, flags.process, config.train.watchdog)
+    if flags.workdir:
+        compile_cache.keep(flags.workdir)
     return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
 
 

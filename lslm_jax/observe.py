@@ -103,7 +103,7 @@ class Metrics:
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._log = log
         self._primary = primary
-        self._file: Any = None
+        self._file: atomic.Lines | None = None
         self._tensorboard = TensorBoard(f"{workdir}/tensorboard") if primary and log.tensorboard else None
 
     def __enter__(self) -> Self:
@@ -132,12 +132,9 @@ class Metrics:
         scalars = {name: _number(value) for name, value in values.items()}
         clock = {name: _number(value) for name, value in (timing or {}).items()}
         line = {"step": step, **scalars, **(clock if self._log.timing else {})}
-        with atomic.saving(self._path):
-            if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("a")
-            self._file.write(json.dumps(json_values(line)) + "\n")
-            self._file.flush()
+        if self._file is None:
+            self._file = atomic.Lines(self._path)
+        self._file.add(json.dumps(json_values(line)))
         if self._tensorboard:
             self._tensorboard.scalars(step, scalars | clock, often=timing is not None)
 
@@ -164,6 +161,11 @@ class Metrics:
                 self._close_file()
                 atomic.write(self._path, b"".join(kept))
         return len(lines) - len(kept)
+
+    def sync(self) -> None:
+        """Puts metrics.jsonl where a later run will look for it, as far as it goes; SaveError if that fails."""
+        if self._file is not None:
+            self._file.sync()
 
     def close(self) -> None:
         """Ends the record; waits for TensorBoard's queue."""

@@ -12,7 +12,7 @@ from lslm_jax.errors import InputMissing
 
 def data_dir(config: Config, workdir: epath.Path) -> epath.Path:
     """Where the prepared data of a run are."""
-    return epath.Path(config.data.dir).expanduser().absolute() if config.data.dir else workdir / "data"
+    return atomic.place(config.data.dir) if config.data.dir else workdir / "data"
 
 
 def by_data(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any]]:
@@ -36,5 +36,5 @@ def by_data(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any
 def by_tokenizer(config: Config) -> tuple[Config, dict[str, Any]]:
     """A config with the vocabulary and labels that it names itself, and what a manifest would say of them."""
     path = epath.Path(config.tokenizer.path)
-    facts = {"tokenizer": tokenizer.load(path).facts() | {"file": str(path)}, "labels": list(config.data.labels)}
+    facts = {"tokenizer": tokenizer.load(path).facts() | {"file": path.name}, "labels": list(config.data.labels)}
     return special.resolve(config, facts)

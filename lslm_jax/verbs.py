@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import adopt, atomic, config_loading, distributed, resolving, respond
+from lslm_jax import adopt, atomic, config_loading, distributed, imports, resolving, respond
 from lslm_jax.config import Config
 from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of
@@ -214,7 +214,7 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         result = workdir / "result.json"
         metrics = json.loads(result.read_text()) if result.exists() else {}
         measured = metrics if metrics.get("step") == step else {}
-        to = epath.Path(flags.to).expanduser().absolute()
+        to = atomic.place(flags.to)
         if flags.adapter:
             return {"step": step} | write_adapter(to, model, config)
         return {"step": step} | write_pretrained(to, model, _exporter(setting, flags.dtype or "float32"), measured)
@@ -271,14 +271,21 @@ def _workdir(flags: argparse.Namespace) -> epath.Path:
     """The run directory, made if it is missing.
 
     Raises:
+      ConfigError: it is in a bucket, and a package is missing.
       SaveError: it cannot be written.
     """
-    workdir = epath.Path(flags.workdir).expanduser().absolute()
+    workdir = atomic.place(flags.workdir)
+    if os.fspath(workdir).startswith("gs://"):
+        imports.require_google_cloud(flags.workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"cannot create {workdir}: {error.strerror}") from error
-    if workdir.as_uri().startswith("file:") and not os.access(workdir, os.W_OK):
+        if atomic.is_remote(workdir) and distributed.is_primary():  # where directories are nothing, and all will do
+            (workdir / ".probe").write_text("")
+            (workdir / ".probe").unlink()
+    except Exception as error:  # an OSError, or whatever those raise that speak to a bucket
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise SaveError(f"cannot create {workdir}: {reason}") from error
+    if not atomic.is_remote(workdir) and not os.access(workdir, os.W_OK):
         raise SaveError(f"cannot write in {workdir}: permission denied for user id {os.getuid()}")
     return workdir
 
@@ -286,7 +293,7 @@ def _workdir(flags: argparse.Namespace) -> epath.Path:
 def _model_alone(config: Config, flags: argparse.Namespace) -> tuple[Config, dict[str, Any], epath.Path]:
     """A run's, or a pretrained model's, config and facts, for commands that read no examples; where its files are."""
     if flags.pretrained:
-        return *resolving.by_tokenizer(config), epath.Path()
+        return *resolving.by_tokenizer(config), epath.Path(config.tokenizer.path).parent
     data_dir = resolving.data_dir(config, _workdir(flags))
     return *resolving.by_data(config, data_dir), data_dir
 

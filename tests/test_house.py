@@ -18,7 +18,7 @@ ROWS = [
     ["config", "batch", "errors"],
     ["config_loading", "config_mesh", "devices", "progress", "atomic", "imports", "peers"],
     ["config_checks", "hugepages"],
-    ["sharding", "distributed", "observe", "trees"],
+    ["sharding", "distributed", "observe", "trees", "compile_cache"],
     ["data", "models"],
     [
         "generate",

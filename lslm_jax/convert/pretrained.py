@@ -68,7 +68,7 @@ def describe(directory: epath.Path | str) -> Pretrained:
       InputMissing: there is none; and the errors of `hub.local`.
       ConfigError: it is of a family, or has a setting, that our blocks do not express exactly.
     """
-    directory = hub.local(directory).expanduser().absolute()
+    directory = atomic.place(hub.local(directory))
     if adapters.is_adapter(directory):
         adapter = adapters.describe(directory)
         return describe(adapters.base_of(adapter))._replace(adapter=adapter)

@@ -4,8 +4,6 @@ import html
 import math
 from typing import Any
 
-from etils import epath
-
 from lslm_jax import atomic
 from lslm_jax.errors import ConfigError
 from lslm_jax.plan.compiling import Compiled
@@ -56,7 +54,7 @@ def draw(path: str, compiled: Compiled, found: dict[str, Any]) -> None:
         f"<h2>Which axis splits which tensor</h2>{_table(compiled)}"
         f"<h2>In words</h2><pre>{html.escape(text(found))}</pre>"
     )
-    atomic.write(epath.Path(path).expanduser().absolute(), page.encode())
+    atomic.write(atomic.place(path), page.encode())
 
 
 def _bars(memory: dict[str, Any]) -> str:

@@ -131,7 +131,7 @@ class Checkpoints:
         Raises:
           CheckpointRefused: the other run had another tokenizer, or its body another shape.
         """
-        directory = epath.Path(source).resolve() / str(latest_step(source))
+        directory = atomic.place(source) / str(latest_step(source))
         part = "ema" if (directory / "ema").is_dir() else "model"
         _check(directory, part, "metrics")
         found: Any = ocp.metadata(directory, part)
@@ -224,7 +224,7 @@ def load_model(directory: epath.Path, abstract: Any, step: int) -> Any:
     Raises:
       CheckpointRefused: the checkpoint is damaged, or its weights have other names or shapes.
     """
-    path = epath.Path(directory).resolve() / str(step)
+    path = atomic.place(directory) / str(step)
     name = "ema" if (path / "ema").is_dir() else "model"
     _check(path, name, "metrics")
     return unflatten(abstract, _load(path, {name: flatten(abstract)}, cast=True)[name])

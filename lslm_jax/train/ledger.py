@@ -51,12 +51,11 @@ class Ledger:
         self._data, self._slots, self._detours = data, slots, detours
         self._first, self._last, self._skipped = start + 1, start, []
         with atomic.saving(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists() and (whole := _whole_lines(self._path)) != self._path.read_bytes():
                 atomic.write(self._path, whole)
-            self._stream = self._path.open("a")
+        self._lines = atomic.Lines(self._path)
         line = {"attempt": attempt, "from": start, "slots": _ranges(slots)}
-        self._append(line | ({"detours": [list(detour) for detour in detours]} if detours else {}))
+        self._add(line | ({"detours": [list(detour) for detour in detours]} if detours else {}))
 
     def add(self, step: int, skipped: bool) -> None:
         """A step is done, or was skipped as its loss or gradient was not finite."""
@@ -70,18 +69,21 @@ class Ledger:
             return
         digest = _digest(self._data, self._detours, self._slots, self._first, self._last)
         line = {"steps": [self._first, self._last], "sha256": digest}
-        self._append(line | ({"skipped": self._skipped} if self._skipped else {}))
+        self._add(line | ({"skipped": self._skipped} if self._skipped else {}))
         self._first, self._skipped = self._last + 1, []
+
+    def sync(self) -> None:
+        """Writes, and puts the file where a later run, and an audit, will look for it."""
+        self.write()
+        self._lines.sync()
 
     def close(self) -> None:
         """Writes, and ends."""
         self.write()
-        self._stream.close()
+        self._lines.close()
 
-    def _append(self, line: dict[str, Any]) -> None:
-        with atomic.saving(self._path):
-            self._stream.write(json.dumps(line) + "\n")
-            self._stream.flush()
+    def _add(self, line: dict[str, Any]) -> None:
+        self._lines.add(json.dumps(line))
 
 
 def attempts(workdir: epath.Path) -> int:

@@ -171,7 +171,8 @@ def train(
                 if evaluating:
                     results, facts = _evaluate(state, evaluate, sample, record, progress, workdir)
                 if saving:
-                    read.write()
+                    read.sync()  # what is on file goes as far as the checkpoint
+                    record.sync()
                     checkpoints.save(state, results if evaluating else None, spikes.memory)
                     if exports:
                         exports.save(state, results if evaluating else None)

@@ -1,0 +1,68 @@
+"""What one run has compiled the next one beside it finds, unless others could have put it there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from lslm_jax import compile_cache
+
+RUN = {
+    "model": {"num_layers": 2, "d_model": 32, "num_heads": 4, "max_length": 32},
+    "tokenizer": {"vocab_size": 64},
+    "data": {"source": "synthetic", "seq_len": 32},
+    "train": {"steps": 3, "batch_size": 8},
+    "log": {"every": 1, "timing": False, "tensorboard": False},
+}
+
+
+@pytest.mark.slow
+def test_a_second_run_compiles_nothing_and_is_the_same(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(RUN))
+    environ = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    found = []
+    for run in ("one", "two"):
+        command = [sys.executable, "-m", "lslm_jax.main", "--config=config.json", f"--workdir=runs/{run}"]
+        done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        assert "ache" not in done.stderr
+        found.append({path.name for path in (tmp_path / "runs" / compile_cache.NAME).iterdir()})
+    assert any(name.startswith("jit_train_step") for name in found[0]), found
+    assert found[0] == found[1]
+    records = [(tmp_path / "runs" / run / "metrics.jsonl").read_bytes() for run in ("one", "two")]
+    assert records[0] == records[1]
+
+
+@pytest.fixture
+def named():
+    """JAX's own setting, which is put back."""
+    before = jax.config.jax_compilation_cache_dir
+    yield lambda directory: jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(
+    ("mode", "mine", "expected"),
+    [(0o755, None, "runs/.xla_cache"), (0o755, "elsewhere", "elsewhere"), (0o777, None, None), (0o1777, None, None)],
+)
+def test_programs_are_taken_from_where_the_user_says_or_only_the_user_can_write(named, tmp_path, mode, mine, expected):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs").chmod(mode)
+    named(mine)
+    compile_cache.keep(str(tmp_path / "runs" / "one"))
+    found = jax.config.jax_compilation_cache_dir
+    assert found == (str(tmp_path / expected) if expected == "runs/.xla_cache" else expected)
+
+
+def test_a_place_to_be_made_and_one_in_a_bucket_will_do(named, tmp_path):
+    for workdir, expected in (
+        (str(tmp_path / "new" / "one"), tmp_path / "new"),
+        ("gs://mine/runs/one", "gs://mine/runs"),
+    ):
+        named(None)
+        compile_cache.keep(workdir)
+        assert jax.config.jax_compilation_cache_dir == f"{expected}/.xla_cache"
