@@ -3,6 +3,10 @@ r"""One small T5 for four tasks, text to text: translation, sentiment, questions
     python -m lslm_jax.main --config=configs/t5_tasks.py --workdir=runs/t5_tasks
 
 It reads the files named below; set the folder that holds them with `--config=configs/t5_tasks.py:FOLDER`.
+
+Measured on 2026-11-27 on two busy CPU cores, 800 of its 3,000 steps in an hour: BLEU 9.0 in translation (Multi30k),
+0.60 of the sentiments (SST-2); questions (SQuAD) and stories, which ask for more than 11M parameters, as good as
+unlearnt: F1 0.0, perplexity 470.
 """
 
 from dataclasses import replace

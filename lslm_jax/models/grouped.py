@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 SAVED = "grouped_dot"  # under this name the products can be kept for the backward pass
 
 _MAX_BLOCK, _MIN_BLOCK = 512, 8
+_MAX_TILE = 1024  # of either side of a weight's gradient, in a TPU's kernel
 
 
 class Layout(NamedTuple):
@@ -100,8 +101,14 @@ def _ragged(block, x_RD, w_GDF, ends_G):
     return jax.lax.ragged_dot(x_RD, w_GDF, block * jnp.diff(ends_G, prepend=0))
 
 
-def _ragged_gradients(block, x_RD, w_GDF, ends_G, dy_RF):
-    return jax.vjp(lambda x_RD, w_GDF: _ragged(block, x_RD, w_GDF, ends_G), x_RD, w_GDF)[1](dy_RF)
+def _ragged_gradients(block, x_RD, w_GDF, ends_G, dy_RF, interpret=False):
+    # XLA would make of the second one a product of all rows with those of all groups, masked.
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    tiling = block, min(_MAX_TILE, x_RD.shape[1]), min(_MAX_TILE, dy_RF.shape[1])
+    sizes_G = block * jnp.diff(ends_G, prepend=0)
+    dw_GDF = tgmm(x_RD.T, dy_RF, sizes_G, preferred_element_type=w_GDF.dtype, tiling=tiling, interpret=interpret)
+    return _ragged(block, dy_RF, w_GDF.swapaxes(1, 2), ends_G), dw_GDF
 
 
 def _products(block, contract, x_RD, w_GDF, ends_G):

@@ -48,8 +48,8 @@ class Cost(NamedTuple):
     """Of one step, on one device.
 
     Attributes:
-      flops: of matrix products and attention kernels.
-      kernel_flops: those of attention kernels among them.
+      flops: of matrix products and kernels, which are attention and, on TPUs, products of rows in groups.
+      kernel_flops: those of kernels among them.
       bytes: read from and written to its memory.
       cycles: that the TPU compiler expects of all but collectives and kernels; 0 elsewhere.
       collectives: those of a step, most bytes first.
@@ -62,20 +62,22 @@ class Cost(NamedTuple):
     collectives: list[Collective]
 
 
-def measure(program: Program, network: "Network", seen: float) -> Cost:
+def measure(program: Program, network: "Network", seen: float, routed: float = 1.0) -> Cost:
     """Adds up a step.
 
     Args:
       program: from `hlo.parse`.
       network: that its devices are joined by.
       seen: share of a row that a query sees on average, of which attention kernels make use.
+      routed: share of the rows that lie before a device's experts which go to them if all get the same; kernels over
+        groups of rows work on no others.
     """
     flops, kernel, moved, cycles = 0.0, 0.0, 0, 0
     joined: dict[tuple, list[float]] = {}
     for run in hlo.runs(program):
         instruction, times = run.instruction, run.times
         flops += times * _flops(run)
-        kernel += times * seen * _kernel_flops(run)
+        kernel += times * (seen * _attention_flops(run) + routed * _grouped_flops(run))
         if not run.fused:
             moved += times * _moved(program, run)
             cycles += times * sum(map(int, _CYCLES.findall(instruction.attributes)))
@@ -223,11 +225,25 @@ def _convolution(run: Run) -> float:
     return total
 
 
-def _kernel_flops(run: Run) -> float:
+_GROUPED = re.compile(r"ragged-dot|tgmm")  # XLA's kernel, and that of a weight's gradient
+
+
+def _grouped_flops(run: Run) -> float:
+    """Of a kernel that multiplies all rows [R, D] with one matrix [D, F] each, or makes those matrices' gradient."""
+    instruction = run.instruction
+    if instruction.opcode != "custom-call" or not _GROUPED.match(instruction.name):
+        return 0.0
+    arrays = [run.among[name].arrays[0] for name in instruction.operands]
+    rows = [array.dims for array in arrays if len(array.dims) == 2]
+    both = rows if len(rows) == 2 else rows + [array.dims for array in instruction.arrays if len(array.dims) == 2]
+    return 2.0 * both[0][0] * both[0][1] * both[1][1] if rows else 0.0  # without rows it only lists the groups
+
+
+def _attention_flops(run: Run) -> float:
     """Of an attention kernel over whole rows: two products forward, five backward."""
     instruction = run.instruction
     target = re.search(r'custom_call_target="(__cudnn\$fmha|tpu_custom_call)', instruction.attributes)
-    if instruction.opcode != "custom-call" or target is None:
+    if instruction.opcode != "custom-call" or target is None or _GROUPED.match(instruction.name):
         return 0.0
     read = [array.dims for name in instruction.operands for array in run.among[name].arrays if array.dtype == "bf16"]
     q, k = [dims for dims in read if len(dims) >= 3][:2]

@@ -54,7 +54,9 @@ def figures(compiled: Compiled, topology: Topology | None, memory: int | None, p
     }
     if compiled.program is None:
         return found
-    measured = cost.measure(hlo.parse(compiled.program.as_text() or ""), network(mesh, device), share_seen(config))
+    routed = 1 / mesh.shape.get("expert", 1)
+    program = hlo.parse(compiled.program.as_text() or "")
+    measured = cost.measure(program, network(mesh, device), share_seen(config), routed)
     found["per_device"] = {"flops": measured.flops, "bytes": measured.bytes, "cycles": measured.cycles}
     found["collectives"] = [each._asdict() for each in measured.collectives]
     found |= bounds(measured, device, flops * tokens, tokens, mesh.size)

@@ -10,7 +10,7 @@ import pytest
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, MeshConfig, ModelConfig
 from lslm_jax.config_checks import fill_sizes
-from lslm_jax.models import attention, experts, presets
+from lslm_jax.models import attention, experts, grouped, presets
 from lslm_jax.models.attention import KeyValues
 from lslm_jax.models.block import Mlp
 from lslm_jax.models.experts import Experts
@@ -97,6 +97,20 @@ def test_a_grouped_product_is_that_of_each_row_with_its_groups_matrix(sizes):
     gradients = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1))(x_ND, w_GDF) for f in (grouped, masked)]
     for a, b in zip(*gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[5, 0, 40, 19], [0, 0, 0, 64], [0, 0, 0, 0]], ids=str)
+def test_what_tpus_make_of_a_grouped_products_gradient_is_what_the_loop_makes(sizes):
+    N, block = 64, 8
+    rng = np.random.default_rng(0)
+    places = lay_out(jnp.asarray(np.append(np.repeat(np.arange(4), sizes), np.full(N - sum(sizes), 7))), 4, N, block)
+    inside = jnp.arange(len(places.row_R)) < block * places.ends_G[-1]  # what lies behind may be anything
+    x_RD, dy_RF = (jnp.where(inside[:, None], rng.normal(size=(len(inside), size)), jnp.nan) for size in (D, F))
+    w_GDF = jnp.asarray(rng.normal(size=(4, D, F)), jnp.float32)
+    found = grouped._ragged_gradients(block, x_RD, w_GDF, places.ends_G, dy_RF, interpret=True)
+    expected = grouped._gradients(block, x_RD, w_GDF, places.ends_G, dy_RF)
+    np.testing.assert_allclose(found[0][inside], expected[0][inside], atol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
 
 
 def test_blocks_are_small_beside_what_an_expert_gets():

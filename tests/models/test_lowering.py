@@ -210,10 +210,11 @@ def kernels(text):
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=-1, expert=4)], ids=["one", "mesh"])
 @pytest.mark.parametrize(
-    # Up and down, forward, and each twice backward; only `full` does them once more.
-    ("platform", "remat", "products"),
-    [("tpu", "none", 6), ("tpu", "dots", 6), ("tpu", "full", 8), ("cuda", "none", 0)],
+    # Up and down, forward, and each twice backward, once by a kernel; only `full` does the first ones once more.
+    ("platform", "remat", "products", "gradients"),
+    [("tpu", "none", 4, 2), ("tpu", "dots", 4, 2), ("tpu", "full", 6, 2), ("cuda", "none", 0, 0)],
 )
-def test_experts_are_grouped_products_on_tpus_and_loops_elsewhere(mesh, platform, remat, products):
+def test_experts_are_grouped_products_on_tpus_and_loops_elsewhere(mesh, platform, remat, products, gradients):
     text = lowered(Backend("xla", ""), platform, mesh=mesh, num_experts=4, remat=remat)
     assert text.count('composite "chlo.ragged_dot') == products
+    assert len(kernels(text)) == gradients

@@ -17,11 +17,11 @@ def network(shape=(2, 2, 2), domains=None, link=100.0, slow=10.0):
     return cost.Network(mesh, domains, lambda group: link if len(group) > 1 else 0.0, slow)
 
 
-def measure(lines, computations=""):
+def measure(lines, computations="", routed=1.0):
     """Cost of an entry computation of these lines."""
     body = "\n".join(f"  {line.strip()}" for line in lines)
     text = f"{computations}\nENTRY %main (p: f32[]) -> f32[] {{\n{body}\n}}\n"
-    return cost.measure(hlo.parse(text), network(), 0.5)
+    return cost.measure(hlo.parse(text), network(), 0.5, routed)
 
 
 ATTENTION = "custom-call(%a, %b, %b), custom_call_target="
@@ -60,6 +60,22 @@ def test_products_are_counted_in_every_form(a, b, product, flops):
     name = "splash_mha_dkv.1" if "tpu" in product else "product"
     lines = [f"%a = {a} parameter(0)", f"%b = {b} parameter(1)", f"ROOT %{name} = {product}"]
     assert measure(lines).flops == flops
+
+
+@pytest.mark.parametrize(
+    ("name", "result", "operands"),
+    [
+        ("ragged-dot-none.3", "bf16[64,6]", ("s32[4]", "bf16[64,5]", "bf16[4,5,6]")),
+        ("tgmm.1", "bf16[4,5,6]", ("s32[4]", "bf16[64,5]", "bf16[64,6]")),
+        ("ragged-dot-metadata", "(s32[5], s32[9])", ("s32[4]",)),
+    ],
+)
+def test_of_rows_in_groups_those_count_that_a_device_gets(name, result, operands):
+    lines = [f"%p{i} = {operand} parameter({i})" for i, operand in enumerate(operands)]
+    read = ", ".join(f"%p{i}" for i in range(len(operands)))
+    call = f'ROOT %{name} = {result} custom-call({read}), custom_call_target="tpu_custom_call"'
+    found = measure([*lines, call], routed=0.25)
+    assert found.flops == found.kernel_flops == (0 if "metadata" in name else 2 * 64 * 5 * 6 / 4)
 
 
 def test_a_slice_costs_what_is_sliced_and_local_memory_is_free():
