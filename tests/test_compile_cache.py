@@ -30,7 +30,8 @@ def test_a_second_run_compiles_nothing_and_is_the_same(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr
         assert "ache" not in done.stderr
-        found.append({path.name for path in (tmp_path / "runs" / compile_cache.NAME).iterdir()})
+        (kind,) = (tmp_path / "runs" / compile_cache.NAME).iterdir()
+        found.append({path.name for path in kind.iterdir()})
     assert any(name.startswith("jit_train_step") for name in found[0]), found
     assert found[0] == found[1]
     records = [(tmp_path / "runs" / run / "metrics.jsonl").read_bytes() for run in ("one", "two")]
@@ -55,7 +56,7 @@ def test_programs_are_taken_from_where_the_user_says_or_only_the_user_can_write(
     named(mine)
     compile_cache.keep(str(tmp_path / "runs" / "one"))
     found = jax.config.jax_compilation_cache_dir
-    assert found == (str(tmp_path / expected) if expected == "runs/.xla_cache" else expected)
+    assert found == expected if mine or expected is None else found.startswith(f"{tmp_path}/{expected}/")
 
 
 def test_a_place_to_be_made_and_one_in_a_bucket_will_do(named, tmp_path):
@@ -65,4 +66,4 @@ def test_a_place_to_be_made_and_one_in_a_bucket_will_do(named, tmp_path):
     ):
         named(None)
         compile_cache.keep(workdir)
-        assert jax.config.jax_compilation_cache_dir == f"{expected}/.xla_cache"
+        assert jax.config.jax_compilation_cache_dir.startswith(f"{expected}/.xla_cache/")
