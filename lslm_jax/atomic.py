@@ -49,7 +49,7 @@ class Lines:
     """A text file that grows by whole lines, each at once on disk.
 
     What lies in a bucket cannot grow. There the lines are kept here, and the whole file is written anew when `sync` is
-    called, and by the way.
+    called, and once a minute unasked.
     """
 
     def __init__(self, path: epath.Path):
