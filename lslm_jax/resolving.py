@@ -1,13 +1,50 @@
-"""Where the data of a run are, and what its config leaves to them: vocabulary, special tokens and labels."""
+"""Where a run and its data are, and what its config leaves to them: vocabulary, special tokens and labels."""
 
+import functools
+import os
 from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic
+from lslm_jax import atomic, distributed, imports
 from lslm_jax.config import Config
 from lslm_jax.data import records, special, synthetic, tokenizer
-from lslm_jax.errors import InputMissing
+from lslm_jax.errors import InputMissing, SaveError
+
+
+def workdir(path: str) -> epath.Path:
+    """The run directory, made if it is missing; a bucket is tried once.
+
+    Raises:
+      ConfigError: it is in a bucket, and a package is missing.
+      SaveError: it cannot be written.
+    """
+    directory = atomic.place(path)
+    if atomic.is_remote(directory):
+        if path.startswith("gs://"):
+            imports.require_google_cloud(path)
+        if distributed.is_primary():
+            _try(directory)
+        return directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot create {directory}: {error.strerror}") from error
+    if not os.access(directory, os.W_OK):
+        raise SaveError(f"cannot write in {directory}: permission denied for user id {os.getuid()}")
+    return directory
+
+
+@functools.cache
+def _try(directory: epath.Path) -> None:
+    """Writes to a bucket, where directories are nothing and all can be made, and takes it back."""
+    probe = directory / ".probe"
+    try:
+        probe.write_text("")
+        probe.unlink()
+    except Exception as error:  # whatever those raise that speak to it
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise SaveError(f"cannot create {directory}: {reason}") from error
 
 
 def data_dir(config: Config, workdir: epath.Path) -> epath.Path:

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import adopt, atomic, config_loading, distributed, imports, resolving, respond
+from lslm_jax import adopt, atomic, config_loading, distributed, resolving, respond
 from lslm_jax.config import Config
 from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of
@@ -21,7 +20,7 @@ from lslm_jax.convert.export import export_adapter as write_adapter
 from lslm_jax.data import chat, detours, pipeline, records, templates, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
-from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
+from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import harness, tasks
 from lslm_jax.evaluate.evaluator import Report, Setting, choose_backend
 from lslm_jax.models.attention import Backend
@@ -39,7 +38,7 @@ _KEYS = {"valid": "valid_files, _fraction or _split", "test": "test_files or _sp
 
 def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`prepare`: raw text to shards; returns what `data.prepare` counts."""
-    return _prepare(config, resolving.data_dir(config, _workdir(flags)))
+    return _prepare(config, resolving.data_dir(config, resolving.workdir(flags.workdir)))
 
 
 def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:
@@ -51,7 +50,7 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`train`: prepares what is missing, trains from wherever the run stands, evaluates; returns the run's summary."""
     mesh = make_mesh(config)  # before anything slow: it may be refused
     reproducible.check(config, mesh)
-    workdir = _workdir(flags)
+    workdir = resolving.workdir(flags.workdir)
     result = workdir / "result.json"
     read = lambda: json.loads(result.read_text()) if result.exists() else {"step": 0}
     finished = distributed.by_primary("result", read)
@@ -113,7 +112,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 def audit(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`audit`: what a run read, over all its starts, compared with what seed and data say."""
-    workdir = _workdir(flags)
+    workdir = resolving.workdir(flags.workdir)
     data_dir = resolving.data_dir(config, workdir)
     config, _ = resolving.by_data(config, data_dir)
     data = pipeline.open_train(config, data_dir, config.model.vocab_size)
@@ -127,7 +126,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     if unused := [name for name in ("harness_path", "fewshot", "limit") if getattr(flags, name) is not None]:
         raise ConfigError(f"--{unused[0]} is for tasks of lm-eval: add --harness=TASKS")
     mesh = make_mesh(config)
-    workdir = _workdir(flags)
+    workdir = resolving.workdir(flags.workdir)
     data_dir = resolving.data_dir(config, workdir)
     if flags.pretrained:
         _prepare(config, data_dir)
@@ -171,7 +170,7 @@ def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str,
         model, step = _load_model(config, flags, mesh)
         report = harness.evaluate(setting, model, asked, backend_of)
     if flags.workdir:
-        _write_samples(_workdir(flags), str(step), report)
+        _write_samples(resolving.workdir(flags.workdir), str(step), report)
     results = {f"harness/{name}": value for name, value in (report.metrics | report.facts).items()}
     return json_values({"step": step, **results})
 
@@ -204,7 +203,7 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     if not flags.to:
         raise ConfigError("export needs --to=DIR, where to write")
     mesh = _mesh_without_batch(config)
-    workdir = _workdir(flags)
+    workdir = resolving.workdir(flags.workdir)
     data_dir = resolving.data_dir(config, workdir)
     config, facts = resolving.by_data(config, data_dir)
     with use(mesh, config.mesh):
@@ -238,7 +237,7 @@ def import_(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     if not flags.tolerance > 0:
         raise ConfigError(f"--tolerance must be positive, got {flags.tolerance}")
     mesh, source = _mesh_without_batch(config), pretrained.describe(flags.pretrained)
-    workdir = _workdir(flags) if flags.workdir else None
+    workdir = resolving.workdir(flags.workdir) if flags.workdir else None
     if workdir:
         adopt.require_free(workdir)
     config = adopt.settle(config, source)
@@ -267,34 +266,11 @@ def _require_words(setting: Setting, data_dir: epath.Path) -> None:
         raise InputMissing(f"{data_dir} holds no tokenizer: this run was trained on synthetic data")
 
 
-def _workdir(flags: argparse.Namespace) -> epath.Path:
-    """The run directory, made if it is missing.
-
-    Raises:
-      ConfigError: it is in a bucket, and a package is missing.
-      SaveError: it cannot be written.
-    """
-    workdir = atomic.place(flags.workdir)
-    if os.fspath(workdir).startswith("gs://"):
-        imports.require_google_cloud(flags.workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if atomic.is_remote(workdir) and distributed.is_primary():  # where directories are nothing, and all will do
-            (workdir / ".probe").write_text("")
-            (workdir / ".probe").unlink()
-    except Exception as error:  # an OSError, or whatever those raise that speak to a bucket
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        raise SaveError(f"cannot create {workdir}: {reason}") from error
-    if not atomic.is_remote(workdir) and not os.access(workdir, os.W_OK):
-        raise SaveError(f"cannot write in {workdir}: permission denied for user id {os.getuid()}")
-    return workdir
-
-
 def _model_alone(config: Config, flags: argparse.Namespace) -> tuple[Config, dict[str, Any], epath.Path]:
     """A run's, or a pretrained model's, config and facts, for commands that read no examples; where its files are."""
     if flags.pretrained:
         return *resolving.by_tokenizer(config), epath.Path(config.tokenizer.path).parent
-    data_dir = resolving.data_dir(config, _workdir(flags))
+    data_dir = resolving.data_dir(config, resolving.workdir(flags.workdir))
     return *resolving.by_data(config, data_dir), data_dir
 
 
@@ -315,7 +291,7 @@ def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[
     if flags.pretrained:
         source = pretrained.describe(flags.pretrained)
         return pretrained.load(source, config.task.objective, abstract).model, 0
-    directory = _workdir(flags) / "checkpoints"
+    directory = resolving.workdir(flags.workdir) / "checkpoints"
     if flags.step is not None:
         step = flags.step
         if step not in (steps := checkpoint.list_steps(directory)):

@@ -6,11 +6,11 @@ Its packages are no part of the project's: epath speaks to it through gcsfs, Orb
 import json
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
+from loopback import free_port
 
 server = pytest.importorskip("gcp_storage_emulator.server")
 objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
@@ -44,9 +44,7 @@ MOVE = r"^/storage/v1/b/(?P<bucket_name>[-.\w]+)/o/(?P<object_id>.*[^/]+)/moveTo
 def bucket(monkeypatch):
     """Reads what lies in gs://mine; processes that are started find it there."""
     monkeypatch.setattr(server, "HANDLERS", ((MOVE, {"POST": _move}), *server.HANDLERS))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="mine")
     started.start()
     at = f"http://127.0.0.1:{port}"
@@ -110,11 +108,8 @@ def test_two_processes_share_a_bucket(bucket, tmp_path):
     config = CONFIG | {"data": CONFIG["data"] | {"files": ["gs://mine/text/*.py"]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for steps in (20, 40):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            at = f"127.0.0.1:{free.getsockname()[1]}"
         command = [sys.executable, "-m", "lslm_jax.main", "--config=config.json", "--workdir=gs://mine/runs/two"]
-        command += [f"--config.train.steps={steps}", f"--coordinator={at}", "--processes=2"]
+        command += [f"--config.train.steps={steps}", f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
         parts = [
             subprocess.Popen([*command, f"--process={number}"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
             for number in range(2)

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from loopback import free_port
 
 from lslm_jax.errors import PeerLost
 
@@ -50,9 +51,7 @@ peers.end()
 class Job:
     def __init__(self, tmp_path, processes, failing="nobody", rounds=100_000, patience=PATIENCE):
         (tmp_path / "program.py").write_text(PROGRAM)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            at = f"127.0.0.1:{free.getsockname()[1]}"
+        at = f"127.0.0.1:{free_port()}"
         environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
         self.out = [tmp_path / f"{process}.out" for process in range(processes)]
         self.parts = []

@@ -4,13 +4,13 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from loopback import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -70,9 +70,7 @@ class Job:
     """Processes that share four devices among them."""
 
     def __init__(self, corpus, processes, arguments):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            at = f"127.0.0.1:{free.getsockname()[1]}"
+        at = f"127.0.0.1:{free_port()}"
         flags = f"--xla_force_host_platform_device_count={4 // processes} --xla_backend_optimization_level=0"
         environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         self.parts = [

@@ -62,7 +62,7 @@ class Cost(NamedTuple):
     collectives: list[Collective]
 
 
-def measure(program: Program, network: "Network", seen: float, routed: float = 1.0) -> Cost:
+def measure(program: Program, network: "Network", seen: float, routed: float) -> Cost:
     """Adds up a step.
 
     Args:

@@ -55,7 +55,7 @@ class Ledger:
                 atomic.write(self._path, whole)
         self._lines = atomic.Lines(self._path)
         line = {"attempt": attempt, "from": start, "slots": _ranges(slots)}
-        self._add(line | ({"detours": [list(detour) for detour in detours]} if detours else {}))
+        self._lines.add(json.dumps(line | ({"detours": [list(detour) for detour in detours]} if detours else {})))
 
     def add(self, step: int, skipped: bool) -> None:
         """A step is done, or was skipped as its loss or gradient was not finite."""
@@ -69,7 +69,7 @@ class Ledger:
             return
         digest = _digest(self._data, self._detours, self._slots, self._first, self._last)
         line = {"steps": [self._first, self._last], "sha256": digest}
-        self._add(line | ({"skipped": self._skipped} if self._skipped else {}))
+        self._lines.add(json.dumps(line | ({"skipped": self._skipped} if self._skipped else {})))
         self._first, self._skipped = self._last + 1, []
 
     def sync(self) -> None:
@@ -81,9 +81,6 @@ class Ledger:
         """Writes, and ends."""
         self.write()
         self._lines.close()
-
-    def _add(self, line: dict[str, Any]) -> None:
-        self._lines.add(json.dumps(line))
 
 
 def attempts(workdir: epath.Path) -> int:

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from loopback import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -65,12 +66,6 @@ def get_config():
         log=LogConfig(every=1, tensorboard=False, timing=False),
     )
 """
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def until(condition, seconds, what):
