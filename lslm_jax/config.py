@@ -353,7 +353,7 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest global norm of the gradient. 0: no clipping."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which the first moment is kept."""
+    """Type in which moments are kept; bfloat16 is rounded up or down at random, so that small changes add up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,6 +428,8 @@ class GenerateConfig:
     """Leave out tokens less likely than this share of the likeliest one's probability."""
     repetition_penalty: float = 1.0
     """Divides (or multiplies, below 0) the logits of tokens seen before."""
+    lookup: int = 0
+    """Tokens guessed at once from what the text says already: no text changes, but some come sooner. 0: off."""
     beams: int = 1
     """Texts kept side by side in beam search. 1: one, drawn as above."""
     length_penalty: float = 0.6

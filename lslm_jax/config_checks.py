@@ -107,6 +107,8 @@ def _out_of_range(config: Config) -> Iterator[str]:
     for key in ("generate.top_p", "optimizer.final_ratio", "model.rope_fraction"):
         if not 0 <= value(key) <= 1:
             yield f"{key} must be in [0, 1], got {value(key)}"
+    if not 0 <= config.generate.lookup <= 16:  # each is drawn for in a part of the program of its own
+        yield f"generate.lookup must be in [0, 16], got {config.generate.lookup}"
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:
@@ -300,7 +302,7 @@ def _export_problems(config: Config) -> Iterator[str]:
         yield f"checkpoint.export_every={export} needs a vocabulary, which data.source=synthetic lacks"
 
 
-_DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "lookup")
 
 
 def generate_problems(generate: GenerateConfig) -> Iterator[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from lslm_jax import config_checks
 from lslm_jax.config import GenerateConfig, ModelConfig
 from lslm_jax.errors import ConfigError
-from lslm_jax.generate import beam, reading, sampling
+from lslm_jax.generate import beam, lookup, reading, sampling
 from lslm_jax.generate.reading import Memory, Prompts
 from lslm_jax.generate.text import Result, Row
 from lslm_jax.sharding import constrain, platform
@@ -161,7 +161,7 @@ def _drive(
     rules = _Rules(drawing, min(tokenizer.vocab_size, model.config.vocab_size), eos_ids)
     # For one row, XLA's GPU compiler makes sums of the products with matrices and writes all products out: the same row
     # twice takes 30 % less time (Llama 1B on an H200).
-    twice = len(rows) == 1 and settings.beams == 1 and platform() == "gpu"
+    twice = len(rows) == 1 and settings.beams == 1 and not settings.lookup and platform() == "gpu"
     read_rows = rows * 2 if twice else rows
     prompts = reading.pad(read_rows, seed, model.config)
     room = min(settings.max_tokens, reading.bucket(max(row.limit for row in rows)))
@@ -199,13 +199,14 @@ def _unstacked(model: Any) -> Any:
 def _prefill(model: Any, prompts: Prompts, rules: _Rules, room: int) -> _State:
     """Reads the prompts in one pass and draws each row's first token."""
     B, P = prompts.tokens_BP.shape
+    room += rules.settings.lookup  # guesses may go beyond the last token
     logits_BV, memory = reading.begin(model, prompts, room)
     seen_BV = None
     if rules.settings.repetition_penalty != 1.0:
         real_BP = jnp.arange(P)[None, :] >= prompts.start_B[:, None]
         seen_BV = jnp.zeros(logits_BV.shape, bool).at[jnp.arange(B)[:, None], prompts.tokens_BP].max(real_BP)
     state = _State(jnp.int32(0), memory, jnp.zeros((B, room), jnp.int32), jnp.zeros(B, bool), seen_BV)
-    return _pinned(_draw(prompts, state, logits_BV, rules))
+    return _pinned(_draw(prompts, state, logits_BV[:, None], jnp.zeros((B, 0), jnp.int32), rules))
 
 
 @functools.partial(jax.jit, static_argnames=("rules",), donate_argnames=("state",))
@@ -217,24 +218,42 @@ def _decode(model: Any, prompts: Prompts, state: _State, ended_B: jax.Array, unt
 
 
 def _step(model: Any, prompts: Prompts, rules: _Rules, state: _State) -> _State:
-    """Reads the token drawn last and draws the next."""
+    """Reads the token drawn last, and guesses at those to come, and draws what follows as far as they were right."""
     last_B1 = jax.lax.dynamic_slice_in_dim(state.ids_BN, state.step - 1, 1, axis=1)
-    logits_BV, memory = reading.go_on(model, prompts, state.memory, last_B1[:, 0], state.step)
-    return _draw(prompts, state._replace(memory=memory), logits_BV, rules)
+    guesses_BK = jnp.zeros((len(last_B1), 0), jnp.int32)
+    if rules.settings.lookup:
+        parts = prompts.source_BS, prompts.tokens_BP, state.ids_BN
+        text_BL = jnp.concatenate([part for part in parts if part is not None], axis=1)
+        end = text_BL.shape[1] - state.ids_BN.shape[1] + state.step
+        guesses_BK = lookup.guess(text_BL, end, rules.settings.lookup)
+    tokens_BT = jnp.concatenate([last_B1, guesses_BK], axis=1)
+    logits_BTV, memory = reading.go_on(model, prompts, state.memory, tokens_BT, state.step)
+    return _draw(prompts, state._replace(memory=memory), logits_BTV, guesses_BK, rules)
 
 
-def _draw(prompts: Prompts, state: _State, logits_BV: jax.Array, rules: _Rules) -> _State:
-    """Draws one token a row; what rows that have ended draw is never read."""
-    keys_B = sampling.step_keys(jax.random.wrap_key_data(prompts.keys_B2), state.step)
-    ids_B = sampling.sample(_tokens_only(logits_BV, rules), keys_B, rules.settings, state.seen_BV)
-    step = state.step + 1
-    return _State(
-        step=step,
-        memory=state.memory,
-        ids_BN=jax.lax.dynamic_update_slice_in_dim(state.ids_BN, ids_B[:, None], state.step, axis=1),
-        done_B=state.done_B | jnp.isin(ids_B, jnp.array(rules.eos_ids)) | (step >= prompts.limit_B),
-        seen_BV=state.seen_BV if state.seen_BV is None else state.seen_BV.at[jnp.arange(len(ids_B)), ids_B].set(True),
-    )
+def _draw(prompts: Prompts, state: _State, logits_BTV: jax.Array, guesses_BK: jax.Array, rules: _Rules) -> _State:
+    """Draws a token a row, and another for each guess that was right; what rows that have ended draw is never read.
+
+    All rows go on by as many tokens as the one whose guesses were wrong first. Each token is drawn with the key of its
+    own step, whether it was guessed or not: guesses change how long a text takes, not what it says.
+    """
+    rows_B, eos_ids = jnp.arange(len(state.done_B)), jnp.array(rules.eos_ids)
+    keys_B = jax.random.wrap_key_data(prompts.keys_B2)
+    ids_BN, done_B, seen_BV = state.ids_BN, state.done_B, state.seen_BV
+    step, right = state.step, jnp.bool(True)  # whether all before was guessed: if not, nothing here counts
+    for t in range(logits_BTV.shape[1]):
+        ids_B = sampling.sample(
+            _tokens_only(logits_BTV[:, t], rules), sampling.step_keys(keys_B, state.step + t), rules.settings, seen_BV
+        )
+        ids_BN = jax.lax.dynamic_update_slice_in_dim(ids_BN, ids_B[:, None], state.step + t, axis=1)
+        ended_B = jnp.isin(ids_B, eos_ids) | (state.step + t + 1 >= prompts.limit_B)
+        done_B |= right & ended_B
+        if seen_BV is not None:
+            seen_BV = seen_BV.at[rows_B, ids_B].max(right)
+        step += right
+        if t < guesses_BK.shape[1]:
+            right &= jnp.all(done_B | (ids_B == guesses_BK[:, t]))
+    return _State(step, state.memory, ids_BN, done_B, seen_BV)
 
 
 def _tokens_only(logits_BV: jax.Array, rules: _Rules) -> jax.Array:
@@ -265,8 +284,9 @@ def _search(model: Any, prompts: Prompts, rules: _Rules, room: int) -> tuple[jax
 
     def step(cache: Any, tokens_BW: jax.Array, count: jax.Array) -> tuple[jax.Array, Any]:
         memory = Memory(jax.tree.map(lambda a: a.reshape(B * W, *a.shape[2:]), cache), cross)
-        logits, memory = reading.go_on(model, prompts_of_beams, memory, tokens_BW.reshape(-1), count)
-        return jax.tree.map(lambda a: a.reshape(B, W, *a.shape[1:]), (_tokens_only(logits, rules), memory.cache))
+        logits_BTV, memory = reading.go_on(model, prompts_of_beams, memory, tokens_BW.reshape(-1, 1), count)
+        found = _tokens_only(logits_BTV[:, 0], rules), memory.cache
+        return jax.tree.map(lambda a: a.reshape(B, W, *a.shape[1:]), found)
 
     found = beam.search(
         step,

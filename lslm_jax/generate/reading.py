@@ -105,15 +105,18 @@ def begin(model: Any, prompts: Prompts, room: int) -> tuple[jax.Array, Memory]:
 
 
 def go_on(
-    model: Any, prompts: Prompts, memory: Memory, tokens_B: jax.Array, count: jax.Array
+    model: Any, prompts: Prompts, memory: Memory, tokens_BT: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, Memory]:
-    """Reads the token that each row drew last, the `count`th from 1; returns logits of the next [B, V]."""
-    slot = prompts.tokens_BP.shape[1] + count - 1
+    """Reads tokens behind the prompts, the first of them the `count`th from 1; returns logits of what follows each.
+
+    What the cache held at their slots is overwritten, and what it holds behind them is not seen.
+    """
+    slots_T = prompts.tokens_BP.shape[1] + count - 1 + jnp.arange(tokens_BT.shape[1])
     # Rows that ended at max_length keep step with the others, beyond the table of positions.
-    positions_B1 = jnp.minimum(slot - prompts.start_B, model.config.max_length - 1)[:, None]
-    mask_B1S = _visible(slot[None], memory.cache[0].k_BSKC.shape[1], prompts.start_B)
-    x_B1D, memory = _read(model, prompts, memory, tokens_B[:, None], positions_B1, slot, mask_B1S)
-    return model.logits(x_B1D)[:, 0], memory
+    positions_BT = jnp.minimum(slots_T[None, :] - prompts.start_B[:, None], model.config.max_length - 1)
+    mask_BTS = _visible(slots_T, memory.cache[0].k_BSKC.shape[1], prompts.start_B)
+    x_BTD, memory = _read(model, prompts, memory, tokens_BT, positions_BT, slots_T[0], mask_BTS)
+    return model.logits(x_BTD), memory
 
 
 def pinned(memory: Memory) -> Memory:

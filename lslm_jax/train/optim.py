@@ -37,29 +37,63 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, the named optimizer on the schedule, a smaller rate for lower layers."""
     rate = schedule(config, steps)
-    dtype = jnp.dtype(config.moment_dtype)
     decay = {"weight_decay": config.weight_decay, "mask": is_decayed}
     match config.name:
         case "sgd":
             core = optax.chain(
                 optax.add_decayed_weights(config.weight_decay, is_decayed),
-                optax.sgd(rate, momentum=config.b1 or None, nesterov=config.nesterov, accumulator_dtype=dtype),
+                optax.sgd(rate, momentum=config.b1 or None, nesterov=config.nesterov),
             )
         case "adam":
-            core = optax.adam(rate, config.b1, config.b2, config.eps, mu_dtype=dtype, nesterov=config.nesterov)
+            core = optax.adam(rate, config.b1, config.b2, config.eps, nesterov=config.nesterov)
         case "adamw":
-            core = optax.adamw(
-                rate, config.b1, config.b2, config.eps, mu_dtype=dtype, nesterov=config.nesterov, **decay
-            )
+            core = optax.adamw(rate, config.b1, config.b2, config.eps, nesterov=config.nesterov, **decay)
         case "adafactor":
             core = optax.adafactor(rate, weight_decay_rate=config.weight_decay or None, weight_decay_mask=is_decayed)
         case "lion":
-            core = optax.lion(rate, config.b1, config.b2, mu_dtype=dtype, **decay)
+            core = optax.lion(rate, config.b1, config.b2, **decay)
         case "muon":
-            core = _muon(config, rate, dtype)
+            core = _muon(config, rate)
+    if config.moment_dtype == "bfloat16":
+        core = _with_short_moments(core)
     before = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     after = [optax.stateless(functools.partial(_scale_by_depth, config.layer_decay))] if config.layer_decay < 1 else []
     return optax.chain(*before, core, *after) if before or after else core
+
+
+def _with_short_moments(core: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer with all its moments kept as bfloat16; each update is worked out in float32.
+
+    A moment takes in 1 - b of something each step, which is often less than half the distance between two such
+    numbers, and rounded to the nearest would never move. It is rounded up or down at random, right on average.
+    """
+    is_moment = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 0
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if is_moment(leaf) else leaf, core.init(params))
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if is_moment(leaf) else leaf, state)
+        updates, state = core.update(grads, widened, params)
+        key = jax.random.key(optax.tree.get_all_with_path(state, "count")[0][1])
+        leaves, structure = jax.tree.flatten(state)
+        for i, leaf in enumerate(leaves):
+            if is_moment(leaf):
+                leaves[i] = _round_at_random(leaf, jax.random.fold_in(key, i))
+        return updates, jax.tree.unflatten(structure, leaves)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Each float32 as one of the two bfloat16 around it, the nearer one more often: right on average.
+
+    A bfloat16 is the first half of a float32. What is added to the second half carries over as often as that is large.
+    """
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    carried = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    rounded = jax.lax.bitcast_convert_type((carried >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))  # a carry would make a number of NaN
 
 
 _TOP = ("norm", "head", "output_bias", "top")  # what hidden states pass after the last layer
@@ -81,12 +115,11 @@ def _scale_by_depth(decay: float, updates: Any, params: Any = None) -> Any:
     return jax.tree_util.tree_map_with_path(scaled, updates, is_leaf=is_param)
 
 
-def _muon(config: OptimizerConfig, rate: optax.Schedule, dtype: Any) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     directions = optax.contrib.muon(
         1.0,
         beta=config.b1,
         eps=config.eps,
-        mu_dtype=dtype,
         nesterov=config.nesterov,
         adam_b1=config.b1,
         adam_b2=config.b2,
