@@ -354,6 +354,8 @@ class OptimizerConfig:
     """Largest global norm of the gradient. 0: no clipping."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which moments are kept; bfloat16 is rounded up or down at random, so that small changes add up."""
+    offload: bool = False
+    """Whether moments wait in the host's memory between steps, which leaves room on devices and costs time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -275,6 +275,8 @@ def _run_problems(config: Config) -> Iterator[str]:
             f"train.reproducible works through eight parts of a batch: set train.accumulate=1 and "
             f"train.batch_size={multiples(train.batch_size, 8)}"
         )
+    if train.reproducible and config.optimizer.offload:
+        yield "train.reproducible keeps moments on devices: leave optimizer.offload alone"
     if config.optimizer.nesterov and config.optimizer.name in ("adafactor", "lion"):
         yield f"optimizer.nesterov does not go with optimizer.name={config.optimizer.name}"
     if not 0 < config.optimizer.layer_decay <= 1:

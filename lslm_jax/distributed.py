@@ -132,7 +132,7 @@ def start(
             coordinator_bind_address=address,
         )
     except (ValueError, RuntimeError) as error:
-        raise PeerLost(f"cannot join the other processes ({cluster.kind}): {_first_line(error)}") from error
+        raise PeerLost(f"cannot join the other processes ({cluster.kind}): {first_line(error)}") from error
     if not is_primary():
         progress.be_quiet()
     if patience:
@@ -185,7 +185,7 @@ def _await(key: str) -> str:
             return _client().blocking_key_value_get(key, int(_POLL_SECONDS * 1000))
         except RuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                raise PeerLost(f"the primary process is gone: {_first_line(error)}") from error
+                raise PeerLost(f"the primary process is gone: {first_line(error)}") from error
 
 
 def _client() -> Any:
@@ -194,7 +194,8 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What it says, without the rest that libraries add."""
     return str(error).partition("\n")[0]
 
 

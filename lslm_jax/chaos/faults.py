@@ -37,7 +37,7 @@ def _kill(run: Run, rng: random.Random) -> list[int]:
         raise Over
     others = codes[:process] + codes[process + 1 :]
     if codes[process] != -signal.SIGKILL or not all(code in (77, -signal.SIGABRT) for code in others):
-        raise Broken(f"ended with {codes} after process {process} was killed")
+        raise Broken(f"ended with {codes} after process {process} was killed: {run.said()[-300:]}")
     return codes
 
 
@@ -50,7 +50,7 @@ def _sigkill(run: Run, rng: random.Random) -> bool:
 def _sigkill_in_save(run: Run, rng: random.Random) -> bool | None:
     """As soon as files of a checkpoint appear, or a little later."""
     saved = set(run.workdir.glob("checkpoints/*"))
-    if not run.until(lambda: set(run.workdir.glob("checkpoints/*")) > saved):
+    if not run.until(lambda: bool(set(run.workdir.glob("checkpoints/*")) - saved)):
         return None if run.end() == [0] * run.processes else False
     time.sleep(rng.choice([0.0, rng.random() * 0.05, rng.random() * 0.3]))
     _kill(run, rng)

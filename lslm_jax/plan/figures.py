@@ -120,6 +120,7 @@ def _memory(compiled: Compiled, limit: int | None) -> dict[str, Any]:
     found = {
         "parameters": local_bytes(state.model),
         "optimizer": local_bytes(state.optimizer),
+        "host": local_bytes(state.optimizer, on_host=True),
         "average": local_bytes(state.ema),
         "batch": local_bytes(compiled.batch),
         "gradients": local_bytes(trained),
@@ -139,9 +140,10 @@ def _memory(compiled: Compiled, limit: int | None) -> dict[str, Any]:
     return {**found, "needed": needed, "limit": limit, "fits": None if limit is None else needed <= limit}
 
 
-def local_bytes(tree: Any) -> int:
-    """Bytes of a tree of shapes with shardings on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def local_bytes(tree: Any, *, on_host: bool = False) -> int:
+    """Bytes of a tree of shapes with shardings in the memory of one device; or what it keeps in its host's."""
+    leaves = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == "pinned_host") == on_host]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def network(mesh: Any, device: Device | None) -> Network:

@@ -33,7 +33,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 
 def _memory_lines(memory: dict[str, Any]) -> Iterator[str]:
     shown = [name for name in ("parameters", "optimizer", "average", "batch", "gradients") if memory[name]]
-    yield "a device      " + ", ".join(f"{name} {gib(memory[name])}" for name in shown)
+    host = f"; optimizer in its host's memory {gib(memory['host'])}" if memory["host"] else ""
+    yield "a device      " + ", ".join(f"{name} {gib(memory[name])}" for name in shown) + host
     if "peak" in memory:
         yield (
             f"              activations and temporaries {gib(memory['activations'])}; the compiler says: arguments "

@@ -19,12 +19,12 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from lslm_jax import atomic, config_checks, distributed, trees
+from lslm_jax import atomic, config_checks, distributed, peers, trees
 from lslm_jax.config import CheckpointConfig
 from lslm_jax.errors import CheckpointRefused, NumericAbort, SaveError
 from lslm_jax.train import identity as identities
 from lslm_jax.train.manifest import check_manifest, has_manifest, write_manifest
-from lslm_jax.train.state import State
+from lslm_jax.train.state import State, on_device
 from lslm_jax.trees import flatten, unflatten
 
 _HEAD = "top."  # of the names of what an encoder ends with
@@ -261,7 +261,7 @@ def _not_finite(state: State) -> list[str]:
 
 
 def _are_finite(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(array).all() for array in arrays])
+    return jnp.stack([jnp.isfinite(array).all() for array in on_device(arrays)])
 
 
 def _load(
@@ -320,9 +320,9 @@ def _as_save_error(path: epath.Path) -> Iterator[None]:
     """Turns what a failing disk raises, here or in Orbax's threads, into a SaveError."""
     try:
         yield
-    except (OSError, ValueError) as error:  # tensorstore's failures are ValueErrors
-        reason = str(error).partition("\n")[0]
-        raise SaveError(f"cannot save {path}: {reason}") from error
+    except (OSError, ValueError) as error:  # tensorstore's failures are ValueErrors,
+        peers.explain(error)  # and so are those of collectives where a process is gone
+        raise SaveError(f"cannot save {path}: {distributed.first_line(error)}") from error
 
 
 def _finish(saved: Any, directory: epath.Path) -> None:

@@ -23,7 +23,7 @@ class State(NamedTuple):
     Attributes:
       step: steps taken, skipped ones included; int32 scalar.
       model: the module with its parameters, float32.
-      optimizer: optax's state, of the parameters that are trained.
+      optimizer: optax's state, of the parameters that are trained; in the host's memory with `optimizer.offload`.
       ema: the module with averaged parameters, or None.
       skipped: steps in a row whose update was not finite and was left out; int32 scalar.
     """
@@ -39,7 +39,8 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     """Shapes, types and shardings of the state, without allocating it."""
     shapes = jax.eval_shape(lambda: _create(config, optimizer))
     rest = _placed(shapes._replace(optimizer=None), mesh)
-    return rest._replace(optimizer=_placed(shapes.optimizer, mesh, moments=not config.train.reproducible))
+    moments = _placed(shapes.optimizer, mesh, moments=not config.train.reproducible)
+    return rest._replace(optimizer=jax.tree.map(_in_host, moments) if config.optimizer.offload else moments)
 
 
 def abstract_model(config: Config, mesh: Mesh, dtype: str | None = None) -> Any:
@@ -55,6 +56,16 @@ def _placed(shapes: Any, mesh: Mesh, *, moments: bool = False) -> Any:
         shapes,
         shardings_of(shapes, mesh, moments=moments),
     )
+
+
+def _in_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """An array in the memory of the host of the devices that it would lie on; a scalar stays there."""
+    return leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
+
+
+def on_device(tree: Any) -> Any:
+    """Inside a program, arrays of a tree with those that lie in the host's memory brought to the devices."""
+    return jax.device_put(tree, jax.memory.Space.Device)
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:

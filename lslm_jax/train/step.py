@@ -15,7 +15,7 @@ from lslm_jax.models.attention import Backend
 from lslm_jax.sharding import batch_sharding, constrain, platform
 from lslm_jax.train import losses, optim
 from lslm_jax.train.losses import Sums
-from lslm_jax.train.state import State, divide
+from lslm_jax.train.state import State, divide, on_device
 from lslm_jax.trees import join
 
 Metrics = dict[str, jax.Array]
@@ -59,9 +59,10 @@ def apply_gradients(
     finite = jnp.isfinite(sums.objective) & jnp.isfinite(norm)
 
     with jax.named_scope("optimizer"):
-        updates, moments = optimizer.update(grads, state.optimizer, trained)
+        before = on_device(state.optimizer)
+        updates, moments = optimizer.update(grads, before, trained)
         moved = optax.apply_updates(trained, updates)
-        trained, moments = _where(finite, (moved, moments), (trained, state.optimizer))
+        trained, moments = _where(finite, (moved, moments), (trained, before))
     ema = state.ema
     if ema is not None:
         decay = config.train.ema

@@ -111,6 +111,20 @@ def test_a_checkpoint_restores_bit_for_bit_on_any_mesh_and_lies_as_that_mesh_say
         assert layout(restored) == layout(wanted)
 
 
+def test_moments_in_the_hosts_memory_are_saved_and_come_back_to_it_or_to_the_devices(tmp_path):
+    offloading = changed(optimizer={"offload": True})
+    run = opened(tmp_path, offloading)
+    state = state_at(7, offloading, mesh_of((2, 2, 2)))
+    run.save(state)
+    run.close()
+    for config in (offloading, CONFIG):
+        wanted = abstract(config, mesh_of((1, 8, 1)))
+        restored = opened(tmp_path, config).restore(7, wanted, print)
+        assert_same(restored, state)
+        places = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(restored.optimizer) if leaf.ndim}
+        assert places == {"pinned_host" if config is offloading else "device"}
+
+
 def test_the_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
     run, state = opened(tmp_path), state_at(3)
     expected = jax.tree.map(lambda leaf: np.array(leaf), state)

@@ -207,6 +207,17 @@ def test_the_whole_state_is_donated(mesh, devices):
     assert run.compiled.memory_analysis().alias_size_in_bytes == size
 
 
+@pytest.mark.parametrize(("mesh", "devices"), [({"data": 1}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)])
+def test_moments_that_wait_in_the_hosts_memory_change_nothing(mesh, devices):
+    here, there = (Run(changed(mesh=mesh, optimizer={"offload": offload}), devices) for offload in (False, True))
+    for i in range(3):
+        assert here.step(batch(i)) == there.step(batch(i))
+    assert_same(here.state, there.state)
+    places = lambda tree: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
+    assert places(there.state.optimizer) == {"pinned_host"} and places(there.state.model) == {"device"}
+    assert places(here.state) == {"device"}
+
+
 def test_weights_moments_and_average_are_born_in_parts():
     config = changed(mesh={"data": 1, "fsdp": 4, "tensor": 2}, train={"ema": 0.9})
     mesh = make_mesh(config)
