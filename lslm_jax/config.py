@@ -295,7 +295,7 @@ class TrainConfig:
     accumulate: int = 1
     """Parts that a batch is worked through in, to save memory; the result is the same."""
     loss_chunk: int = 0
-    """Tokens whose logits exist at once on a device. 0: 512 on CPU, 8192 elsewhere."""
+    """Tokens whose logits exist at once on a device. 0: 512 on CPU, 8192 on GPU, those of 1 GiB on TPU."""
     loss_logits: Literal["float32", "compute"] = "float32"
     """Type of the logits on their way to the loss; `compute` is model.dtype, half the traffic. Sums are float32."""
     z_loss: float = 0.0

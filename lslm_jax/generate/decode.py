@@ -235,7 +235,8 @@ def _draw(prompts: Prompts, state: _State, logits_BTV: jax.Array, guesses_BK: ja
     """Draws a token a row, and another for each guess that was right; what rows that have ended draw is never read.
 
     All rows go on by as many tokens as the one whose guesses were wrong first. Each token is drawn with the key of its
-    own step, whether it was guessed or not: guesses change how long a text takes, not what it says.
+    own step, whether it was guessed or not: guesses change how long a text takes, not what it says, unless two tokens
+    are as likely to within rounding, which differs between products of one row and of several.
     """
     rows_B, eos_ids = jnp.arange(len(state.done_B)), jnp.array(rules.eos_ids)
     keys_B = jax.random.wrap_key_data(prompts.keys_B2)

@@ -72,9 +72,9 @@ def _with_short_moments(core: optax.GradientTransformation) -> optax.GradientTra
     def init(params: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if is_moment(leaf) else leaf, core.init(params))
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if is_moment(leaf) else leaf, state)
-        updates, state = core.update(grads, widened, params)
+        updates, state = core.update(updates, widened, params)
         key = jax.random.key(optax.tree.get_all_with_path(state, "count")[0][1])
         leaves, structure = jax.tree.flatten(state)
         for i, leaf in enumerate(leaves):

@@ -20,6 +20,8 @@ from lslm_jax.trees import join
 
 Metrics = dict[str, jax.Array]
 
+_TPU_LOGITS = 1 << 28  # 1 GiB of them at once, if not told otherwise
+
 
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation, backend: Backend
@@ -224,9 +226,11 @@ def _evaluation_settings(config: Config) -> losses.Settings:
 
 def _loss_settings(config: Config) -> losses.Settings:
     labelled = config.task.objective in ("classification", "tagging")
+    vocab_size = config.model.num_labels if labelled else config.model.vocab_size
+    usual = {"cpu": 512, "tpu": min(8192, _TPU_LOGITS // max(vocab_size, 1))}.get(platform(), 8192)
     return losses.Settings(
-        vocab_size=config.model.num_labels if labelled else config.model.vocab_size,
-        chunk=config.train.loss_chunk or (512 if platform() == "cpu" else 8192),
+        vocab_size=vocab_size,
+        chunk=config.train.loss_chunk or usual,
         narrow=config.train.loss_logits == "compute",
         softcap=config.model.logit_softcap,
         z_loss=config.train.z_loss,

@@ -59,6 +59,15 @@ def test_a_step_is_compiled_with_the_platforms_own_kernel_and_counts_as_the_form
     assert not any(each["network"] for each in found["collectives"] if each["axes"] == ["fsdp"])
 
 
+@pytest.mark.parametrize("topology", [pytest.param("v5e:2x2", marks=tpu), pytest.param("h200:4", marks=gpu)])
+def test_moments_in_the_hosts_memory_leave_their_room_on_the_device(topology, tmp_path):
+    here = plan(tmp_path, topology)["memory"]
+    there = plan(tmp_path, topology, "--config.optimizer.offload=true")["memory"]
+    assert there["optimizer"] < 1024 and there["host"] == pytest.approx(here["optimizer"], abs=1024)
+    assert here["arguments"] - there["arguments"] == pytest.approx(here["optimizer"], rel=0.01)
+    assert there["needed"] < here["needed"]
+
+
 @tpu
 @pytest.mark.parametrize("expert", [1, 4])
 def test_experts_cost_what_their_tokens_cost_wherever_they_lie(expert, tmp_path):
