@@ -107,8 +107,6 @@ def _out_of_range(config: Config) -> Iterator[str]:
     for key in ("generate.top_p", "optimizer.final_ratio", "model.rope_fraction"):
         if not 0 <= value(key) <= 1:
             yield f"{key} must be in [0, 1], got {value(key)}"
-    if not 0 <= config.generate.lookup <= 16:  # each is drawn for in a part of the program of its own
-        yield f"generate.lookup must be in [0, 16], got {config.generate.lookup}"
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:
@@ -311,6 +309,8 @@ def generate_problems(generate: GenerateConfig) -> Iterator[str]:
     """What is wrong with settings of generation."""
     if "" in generate.stop:
         yield "generate.stop holds an empty string, which would end every text at once"
+    if not 0 <= generate.lookup <= 16:  # each is drawn for in a part of the program of its own
+        yield f"generate.lookup must be in [0, 16], got {generate.lookup}"
     neutral = [GenerateConfig(), GenerateConfig(temperature=0.0)]
     drawing = [name for name in _DRAWING if getattr(generate, name) not in [getattr(each, name) for each in neutral]]
     if generate.beams > 1 and drawing:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lslm_jax import errors, peers, progress
-from lslm_jax.errors import ConfigError, LslmError, PeerLost
+from lslm_jax.errors import ConfigError, LslmError, PeerLost, first_line
 
 _JOIN_SECONDS = 600.0  # for the other processes to come
 _ABORT_SECONDS = 100.0  # of silence until JAX aborts everyone: the last resort, where nobody watches
@@ -192,11 +192,6 @@ def _client() -> Any:
     from jax._src import distributed  # jax has no public way to its key-value store and barriers
 
     return distributed.global_state.client
-
-
-def first_line(error: Exception) -> str:
-    """What it says, without the rest that libraries add."""
-    return str(error).partition("\n")[0]
 
 
 class Agreement:

@@ -68,3 +68,8 @@ class PeerLost(LslmError):
     """Another process of the run did not come, or is gone; or steps have stopped coming."""
 
     exit_code = 77
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without the lines that follow, for a message of ours."""
+    return str(error).partition("\n")[0]

@@ -9,7 +9,7 @@ from etils import epath
 from lslm_jax import atomic, distributed, imports
 from lslm_jax.config import Config
 from lslm_jax.data import records, special, synthetic, tokenizer
-from lslm_jax.errors import InputMissing, SaveError
+from lslm_jax.errors import InputMissing, SaveError, first_line
 
 
 def workdir(path: str) -> epath.Path:
@@ -43,7 +43,7 @@ def _try(directory: epath.Path) -> None:
         probe.write_text("")
         probe.unlink()
     except Exception as error:  # whatever those raise that speak to it
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error) or type(error).__name__
         raise SaveError(f"cannot create {directory}: {reason}") from error
 
 

@@ -22,7 +22,7 @@ from etils import epath
 from lslm_jax.config import Source
 from lslm_jax.data import squad
 from lslm_jax.data.columns import Column, columns, pick
-from lslm_jax.errors import ConfigError, DataError, InputMissing
+from lslm_jax.errors import ConfigError, DataError, InputMissing, first_line
 
 Split = Literal["train", "valid", "test"]
 Raw = tuple[dict[str, Any], str]
@@ -305,7 +305,7 @@ def _read_parquet(path: epath.Path, stream: IO[bytes], wanted: list[Column]) -> 
                 origin = f"{path}:{number}"
                 yield {column.name: pick(record, column, origin) for column in wanted}, origin
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(f"{path}: not readable Parquet: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path}: not readable Parquet: {first_line(error)}") from error
 
 
 def _top(path: epath.Path, names: list[str], column: Column) -> str:

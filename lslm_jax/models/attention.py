@@ -229,14 +229,10 @@ def attend(
     segments = segments_BT, source_segments_BS
     if backend.name == "xla" and not is_split:
         mask_BTS = visible(*lengths, *segments, causal=causal, window=window, everywhere=everywhere)
-        parts = []
-        for rows, seen in _stretches(*lengths, causal, 0 if everywhere is not None else window):
-            bias_HRU = None if bias_HTS is None else bias_HTS[:, rows, seen]
-            q_BRHC, k_BUKC, mask_BRU = q_BTHC[:, rows], k_BSKC[:, seen], mask_BTS[:, rows, seen]
-            parts.append(
-                attend_masked(q_BRHC, k_BUKC, v_BSKC[:, seen], mask_BRU, bias_HTS=bias_HRU, scale=scale, cap=cap)
-            )
-        return checkpoint_name(jnp.concatenate(parts, axis=1), kernels.SAVED)
+        attend_part = functools.partial(_attend_stretch, q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_HTS, scale, cap)
+        stretches = _stretches(*lengths, causal, 0 if everywhere is not None else window)
+        out_BTHC = jnp.concatenate([attend_part(*stretch) for stretch in stretches], axis=1)
+        return checkpoint_name(out_BTHC, kernels.SAVED)
     scale = scale or q_BTHC.shape[-1] ** -0.5
     if is_split:
         table_NH, farthest = distances or (None, 0)
@@ -256,6 +252,13 @@ def _stretches(length: int, source_length: int, causal: bool, window: int) -> It
     for begin in range(0, length, size):
         first = max(0, begin - window + 1) if window and causal else 0
         yield slice(begin, begin + size), slice(first, begin + size if causal else source_length)
+
+
+def _attend_stretch(q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_HTS, scale, cap, rows: slice, seen: slice) -> jax.Array:
+    """`attend_masked` of some queries and some keys."""
+    mask_BTS, bias_HTS = mask_BTS[:, rows, seen], None if bias_HTS is None else bias_HTS[:, rows, seen]
+    parts = q_BTHC[:, rows], k_BSKC[:, seen], v_BSKC[:, seen]
+    return attend_masked(*parts, mask_BTS, bias_HTS=bias_HTS, scale=scale, cap=cap)
 
 
 def visible(

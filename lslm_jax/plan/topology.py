@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lslm_jax.devices import DEVICES, Device
-from lslm_jax.errors import ConfigError
+from lslm_jax.errors import ConfigError, first_line
 
 _TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # dimensions of their torus
 _SAMPLES = "v5e:4x4, v5p:4x4x4, 2xv5p:4x4x4 (slices), h200:8, h200:4x8 (hosts x GPUs), cpu:8"
@@ -150,7 +150,7 @@ def devices(topology: Topology | None) -> Sequence[Any]:
             f"{topology.kind}:{shape}", "tpu", num_slices=topology.slices, chips_per_host_bounds=bounds, **kind
         )
     except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(f"no {topology.kind} is built as {shape}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"no {topology.kind} is built as {shape}: {first_line(error)}") from error
     return found.devices
 
 

@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from lslm_jax import atomic, config_checks, distributed, peers, trees
 from lslm_jax.config import CheckpointConfig
-from lslm_jax.errors import CheckpointRefused, NumericAbort, SaveError
+from lslm_jax.errors import CheckpointRefused, NumericAbort, SaveError, first_line
 from lslm_jax.train import identity as identities
 from lslm_jax.train.manifest import check_manifest, has_manifest, write_manifest
 from lslm_jax.train.state import State, on_device
@@ -237,7 +237,7 @@ def _open(directory: epath.Path, **options: Any) -> ocp.training.Checkpointer:
     except ValueError as error:
         for path in filter(has_manifest, directory.iterdir()):
             check_manifest(path)  # which names the file
-        raise CheckpointRefused(f"{directory} cannot be read: {str(error).splitlines()[0]}") from error
+        raise CheckpointRefused(f"{directory} cannot be read: {first_line(error)}") from error
 
 
 def _check(directory: epath.Path, *parts: str) -> None:
@@ -322,7 +322,7 @@ def _as_save_error(path: epath.Path) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:  # tensorstore's failures are ValueErrors,
         peers.explain(error)  # and so are those of collectives where a process is gone
-        raise SaveError(f"cannot save {path}: {distributed.first_line(error)}") from error
+        raise SaveError(f"cannot save {path}: {first_line(error)}") from error
 
 
 def _finish(saved: Any, directory: epath.Path) -> None:

@@ -18,7 +18,7 @@ from etils import epath
 
 from lslm_jax import atomic
 from lslm_jax.data.detours import Detour, Rows, at, parse, rows
-from lslm_jax.errors import DataError, InputMissing
+from lslm_jax.errors import DataError, InputMissing, first_line
 
 _PIECE = 1 << 16  # rows that are looked up at once
 
@@ -233,7 +233,7 @@ def _lines(path: epath.Path) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except ValueError as error:
-            raise DataError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _whole_lines(path: epath.Path) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from etils import epath
 
 from lslm_jax import atomic
-from lslm_jax.errors import CheckpointRefused
+from lslm_jax.errors import CheckpointRefused, first_line
 
 _NAME = "manifest.json"
 
@@ -113,7 +113,7 @@ def _read(manifest: epath.Path) -> dict[str, tuple[int, str]]:
         files = json.loads(manifest.read_text())["files"]
         return {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointRefused(f"{manifest} is damaged: {str(error).splitlines()[0]}") from error
+        raise CheckpointRefused(f"{manifest} is damaged: {first_line(error)}") from error
 
 
 def _files(directory: epath.Path) -> Iterator[epath.Path]:

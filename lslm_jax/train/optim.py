@@ -61,6 +61,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(*before, core, *after) if before or after else core
 
 
+def updates_done(state: Any) -> jax.Array:
+    """The optimizer's own count, which skipped steps do not move; the schedule follows it."""
+    return optax.tree.get_all_with_path(state, "count")[0][1]
+
+
 def _with_short_moments(core: optax.GradientTransformation) -> optax.GradientTransformation:
     """The optimizer with all its moments kept as bfloat16; each update is worked out in float32.
 
@@ -68,14 +73,14 @@ def _with_short_moments(core: optax.GradientTransformation) -> optax.GradientTra
     numbers, and rounded to the nearest would never move. It is rounded up or down at random, right on average.
     """
     is_moment = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 0
+    cast = lambda state, dtype: jax.tree.map(lambda leaf: leaf.astype(dtype) if is_moment(leaf) else leaf, state)
 
     def init(params: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if is_moment(leaf) else leaf, core.init(params))
+        return cast(core.init(params), jnp.bfloat16)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if is_moment(leaf) else leaf, state)
-        updates, state = core.update(updates, widened, params)
-        key = jax.random.key(optax.tree.get_all_with_path(state, "count")[0][1])
+        updates, state = core.update(updates, cast(state, jnp.float32), params)
+        key = jax.random.key(updates_done(state))
         leaves, structure = jax.tree.flatten(state)
         for i, leaf in enumerate(leaves):
             if is_moment(leaf):

@@ -76,7 +76,7 @@ def apply_gradients(
     metrics = {
         "loss": sums.nll * scale,
         "grad_norm": norm,
-        "learning_rate": jnp.asarray(rate(_updates_done(state.optimizer)), jnp.float32),
+        "learning_rate": jnp.asarray(rate(optim.updates_done(state.optimizer)), jnp.float32),
         "tokens": sums.weight,
         "skipped": skipped,
     } | ({} if routing is None else losses.routing_metrics(routing, sums.weight))
@@ -109,11 +109,6 @@ def whole_batch(config: Config, batch: Batch, mesh: Mesh) -> Batch:
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=batch_sharding(mesh, shape))
 
     return jax.tree.map(whole, batch)
-
-
-def _updates_done(optimizer_state: Any) -> jax.Array:
-    """The optimizer's own count, which skipped steps do not move; the schedule follows it."""
-    return optax.tree.get_all_with_path(optimizer_state, "count")[0][1]
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
