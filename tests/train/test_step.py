@@ -307,9 +307,9 @@ def test_every_optimizer_counts_the_updates_that_the_schedule_follows(name):
     optimizer = optim.make_optimizer(OptimizerConfig(name=name), steps=50)
     params = Linear(jax.random.key(0), {"embed": 6}, {"mlp": 4}, bias=True)
     state = optimizer.init(params)
-    assert step._updates_done(state) == 0
+    assert optim.updates_done(state) == 0
     _, state = jax.jit(optimizer.update)(params, state, params)
-    assert step._updates_done(state) == 1
+    assert optim.updates_done(state) == 1
 
 
 def test_the_program_does_not_grow_with_depth():
