@@ -36,7 +36,11 @@ class State(NamedTuple):
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
-    """Shapes, types and shardings of the state, without allocating it."""
+    """Shapes, types and shardings of the state, without allocating it.
+
+    Raises:
+      ConfigError: moments cannot wait where `optimizer.offload` wants them.
+    """
     shapes = jax.eval_shape(lambda: _create(config, optimizer))
     rest = _placed(shapes._replace(optimizer=None), mesh)
     moments = _placed(shapes.optimizer, mesh, moments=not config.train.reproducible)
@@ -59,8 +63,17 @@ def _placed(shapes: Any, mesh: Mesh, *, moments: bool = False) -> Any:
 
 
 def _in_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """An array in the memory of the host of the devices that it would lie on; a scalar stays there."""
-    return leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host")) if leaf.ndim else leaf
+    """An array in the memory of the host of the devices that it would lie on; a scalar stays there.
+
+    Raises:
+      ConfigError: jax knows of no such memory, as where GPUs are planned for that are not there.
+    """
+    if not leaf.ndim:
+        return leaf
+    sharding = leaf.sharding.with_memory_kind("pinned_host")
+    if sharding.memory_kind is None:  # jax leaves out what it does not know, and says nothing
+        raise ConfigError("optimizer.offload=true cannot be had here: jax knows of no host's memory at these devices")
+    return leaf.update(sharding=sharding)
 
 
 def on_device(tree: Any) -> Any:

@@ -59,13 +59,25 @@ def test_a_step_is_compiled_with_the_platforms_own_kernel_and_counts_as_the_form
     assert not any(each["network"] for each in found["collectives"] if each["axes"] == ["fsdp"])
 
 
-@pytest.mark.parametrize("topology", [pytest.param("v5e:2x2", marks=tpu), pytest.param("h200:4", marks=gpu)])
-def test_moments_in_the_hosts_memory_leave_their_room_on_the_device(topology, tmp_path):
-    here = plan(tmp_path, topology)["memory"]
-    there = plan(tmp_path, topology, "--config.optimizer.offload=true")["memory"]
+@tpu
+@pytest.mark.timeout(900)
+def test_moments_in_the_hosts_memory_leave_their_room_on_the_device(tmp_path):
+    here = plan(tmp_path, "v5e:2x2")["memory"]
+    there = plan(tmp_path, "v5e:2x2", "--config.optimizer.offload=true")["memory"]
     assert there["optimizer"] < 1024 and there["host"] == pytest.approx(here["optimizer"], abs=1024)
     assert here["arguments"] - there["arguments"] == pytest.approx(here["optimizer"], rel=0.01)
     assert there["needed"] < here["needed"]
+
+
+@gpu
+def test_what_cannot_be_planned_for_gpus_that_are_not_there_is_refused_and_not_left_out(tmp_path):
+    (tmp_path / "config.json").write_text(config_loading.to_json(CONFIG))
+    command = [sys.executable, "-m", "lslm_jax.main", "plan", f"--config={tmp_path}/config.json"]
+    done = subprocess.run(
+        [*command, "--topology=h200:4", "--config.optimizer.offload=true"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("lslm: optimizer.offload=true cannot be had here")
 
 
 @tpu
