@@ -31,7 +31,7 @@ from lslm_jax.train.watchdog import Watchdog
 with Watchdog({seconds}, epath.Path({str(tmp_path / stacks)!r})) as watchdog:
     for step in range(1, 7):
         watchdog.step(step)
-        time.sleep(0.01)
+        time.sleep(0.1)
 {textwrap.indent(then, "    ")}
 print("done")
 """
@@ -41,7 +41,7 @@ print("done")
 def test_a_run_without_steps_ends_with_77_and_leaves_what_each_thread_is_at(tmp_path):
     ended = run(tmp_path, 1.0, STUCK)
     assert ended.returncode == PeerLost.exit_code and not ended.stdout
-    assert ended.stderr.startswith("lslm: no step for 1 s after step 6, where one takes 0.01 s; ")
+    assert ended.stderr.startswith("lslm: no step for 1 s after step 6, where one takes 0.1 s; ")
     assert ended.stderr.endswith("stacks-0.txt has what each thread is at\n")
     assert "waits_for_what_never_comes" in (tmp_path / "stacks-0.txt").read_text()
 
