@@ -35,11 +35,17 @@ def get_config() -> Config:
         ),
         clean=CleanConfig(whitespace="collapse"),
         task=TaskConfig(objective="classification"),
-        model=ModelConfig(family="encoder", pool="mean"),
-        train=TrainConfig(steps=650, batch_size=32),
+        model=ModelConfig(family="encoder", pool="mean", dropout=0.1),
+        train=TrainConfig(steps=650, batch_size=32, ema=0.99),
         optimizer=OptimizerConfig(
-            learning_rate=5e-5, b2=0.98, schedule="linear", warmup_steps=65, final_ratio=0.0, weight_decay=0.01
+            learning_rate=2e-4,
+            b2=0.98,
+            schedule="linear",
+            warmup_steps=65,
+            final_ratio=0.0,
+            weight_decay=0.01,
+            layer_decay=0.9,
         ),
-        checkpoint=CheckpointConfig(every=325, best="eval/accuracy"),
-        eval=EvalConfig(every=325),
+        checkpoint=CheckpointConfig(every=217, best="eval/accuracy"),
+        eval=EvalConfig(every=217),
     )

@@ -14,9 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from lslm_jax import atomic, config_checks, distributed, peers, trees
@@ -24,10 +22,11 @@ from lslm_jax.config import CheckpointConfig
 from lslm_jax.errors import CheckpointRefused, NumericAbort, SaveError, first_line
 from lslm_jax.train import identity as identities
 from lslm_jax.train.manifest import check_manifest, has_manifest, write_manifest
-from lslm_jax.train.state import State, on_device
+from lslm_jax.train.state import State, not_finite
 from lslm_jax.trees import flatten, unflatten
 
 _HEAD = "top."  # of the names of what an encoder ends with
+_PIECE = 16 << 20  # bytes that each of several devices with one array saves, or one saves all: a cut is compiled
 
 
 class Checkpoints:
@@ -80,11 +79,11 @@ class Checkpoints:
           NumericAbort: the state has values that are not finite, which nothing could go on from.
         """
         step = int(state.step)
-        if bad := _not_finite(state):
+        parts = {name: flatten(part) for name, part in _parts(state).items()}
+        if bad := not_finite({f"{part}.{name}": leaf for part in parts for name, leaf in parts[part].items()}):
             raise NumericAbort(f"{bad[0]} is not finite at step {step} ({len(bad)} arrays are not): nothing is saved")
         self._wait()
         with _as_save_error(self._directory / str(step)):
-            parts = {name: flatten(part) for name, part in _parts(state).items()}
             saved = self._orbax.save_checkpointables_async(
                 step, parts, metrics=dict(metrics or {}), custom_metadata=self.identity | {"memory": dict(memory or {})}
             )
@@ -232,8 +231,10 @@ def load_model(directory: epath.Path, abstract: Any, step: int) -> Any:
 
 def _open(directory: epath.Path, **options: Any) -> ocp.training.Checkpointer:
     """Orbax's view of a directory; it reads the metrics of every checkpoint at once."""
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = _PIECE
     try:
-        return ocp.training.Checkpointer(directory, **options)
+        return ocp.training.Checkpointer(directory, context=context, **options)
     except ValueError as error:
         for path in filter(has_manifest, directory.iterdir()):
             check_manifest(path)  # which names the file
@@ -249,19 +250,6 @@ def _parts(state: State) -> dict[str, Any]:
     parts = {"model": state.model, "optimizer": state.optimizer, "ema": state.ema}
     counters = {"step": state.step, "skipped": state.skipped}
     return {name: part for name, part in parts.items() if part is not None} | {"counters": counters}
-
-
-def _not_finite(state: State) -> list[str]:
-    """Names of the arrays that hold anything that is not a finite number."""
-    arrays = {f"{part}.{name}": leaf for part, tree in _parts(state).items() for name, leaf in flatten(tree).items()}
-    where = next(iter(arrays.values())).sharding
-    whole = NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
-    finite = jax.device_get(jax.jit(_are_finite, out_shardings=whole)(list(arrays.values())))
-    return [name for name, good in zip(arrays, finite, strict=True) if not good]
-
-
-def _are_finite(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(array).all() for array in on_device(arrays)])
 
 
 def _load(

@@ -98,7 +98,8 @@ def train(
 
         # XLA compiles the step while the weights are made or read; then tensorflow is imported for the first batch.
         aside = stack.enter_context(ThreadPoolExecutor(1))
-        compiling = aside.submit(_compile, config, optimizer, backend, example, mesh)
+        abstract = abstract_state(config, optimizer, mesh)
+        compiling = aside.submit(_compile, config, optimizer, backend, abstract, example, mesh)
         state = begin(config, optimizer, mesh, checkpoints, progress.message)
         start = int(state.step)
         record.truncate(start)
@@ -217,14 +218,18 @@ def _introduce(config: Config, state: State, mesh: Mesh, backend: Backend, recor
 
 
 def _compile(
-    config: Config, optimizer: optax.GradientTransformation, backend: Backend, batch: Batch, mesh: Mesh
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    backend: Backend,
+    state: State,
+    batch: Batch,
+    mesh: Mesh,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """The step compiled for exactly these shapes, so that it can never be compiled again behind our back."""
     with use(mesh, config.mesh):  # which is set for each thread on its own
         if config.train.reproducible:
             return reproducible.make_step(config, optimizer, backend, mesh)
-        state, batch = abstract_state(config, optimizer, mesh), whole_batch(config, batch, mesh)
-        return lower(config, optimizer, backend, state, batch, mesh).compile()
+        return lower(config, optimizer, backend, state, whole_batch(config, batch, mesh), mesh).compile()
 
 
 def _evaluate(

@@ -1,12 +1,13 @@
 """All that training changes, born where it will live."""
 
 import fnmatch
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError
@@ -41,7 +42,7 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     Raises:
       ConfigError: moments cannot wait where `optimizer.offload` wants them.
     """
-    shapes = jax.eval_shape(lambda: _create(config, optimizer))
+    shapes = jax.jit(_create, static_argnums=(0, 1)).eval_shape(config, optimizer)
     rest = _placed(shapes._replace(optimizer=None), mesh)
     moments = _placed(shapes.optimizer, mesh, moments=not config.train.reproducible)
     return rest._replace(optimizer=jax.tree.map(_in_host, moments) if config.optimizer.offload else moments)
@@ -87,7 +88,8 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # It runs once: on CPUs optimizing it takes five times as long as it saves.
     options = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-    return jax.jit(lambda: _create(config, optimizer), out_shardings=shardings, compiler_options=options)()
+    create = jax.jit(_create, static_argnums=(0, 1), out_shardings=shardings, compiler_options=options)
+    return create(config, optimizer)
 
 
 def divide(config: Config, model: Any) -> tuple[Any, Any]:
@@ -108,6 +110,14 @@ def divide(config: Config, model: Any) -> tuple[Any, Any]:
     return split(model, trained)
 
 
+def not_finite(arrays: Mapping[str, jax.Array]) -> list[str]:
+    """Names of the arrays that hold anything that is not a finite number."""
+    where = next(iter(arrays.values())).sharding
+    whole = NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
+    finite = jax.device_get(jax.jit(_are_finite, out_shardings=whole)(list(arrays.values())))
+    return [name for name, good in zip(arrays, finite, strict=True) if not good]
+
+
 def num_parameters(model: Any) -> int:
     """Entries of all parameters together."""
     return sum(leaf.size for leaf in jax.tree.leaves(model))
@@ -116,6 +126,10 @@ def num_parameters(model: Any) -> int:
 def evaluated_model(state: State) -> Any:
     """The weights that evaluation, generation and export use: the average where there is one."""
     return state.model if state.ema is None else state.ema
+
+
+def _are_finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(array).all() for array in on_device(arrays)])
 
 
 def _create(config: Config, optimizer: optax.GradientTransformation) -> State:

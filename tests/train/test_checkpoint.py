@@ -371,6 +371,24 @@ def test_what_a_killed_save_leaves_is_not_taken_for_a_checkpoint(tmp_path):
     assert_same(opened(tmp_path).restore(2, abstract(), print), state_at(2))
 
 
+@pytest.mark.parametrize(("piece", "compiled"), [(checkpoint._PIECE, 1), (0, 50)])
+def test_devices_with_the_same_array_cut_it_to_be_saved_only_where_it_is_large(piece, compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PIECE", piece)
+    mesh, heard = mesh_of((8, 1, 1)), []
+    run, state = opened(tmp_path), state_at(7, mesh=mesh)
+    listen = lambda event, seconds, **_: heard.append(event)
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        run.save(state)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    run.close()
+    programs = heard.count("/jax/core/compile/backend_compile_duration")
+    assert programs == compiled if compiled == 1 else programs > compiled  # 1: whether all is finite
+    assert_same(opened(tmp_path).restore(7, abstract(mesh=mesh), print), state)
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_state_with_a_value_that_is_not_finite_is_not_saved(sizes, value, tmp_path):

@@ -82,8 +82,11 @@ class Run:
     def __init__(self, config=CONFIG, devices=1):
         self.config, self.mesh = config, make_mesh(config, jax.devices()[:devices])
         self.optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+        fresh = jax.tree.map(jnp.copy, state_on_one_device(replace(config, mesh=MeshConfig(data=1))))
         with jax.set_mesh(self.mesh):
-            self.state = init_state(config, self.optimizer, self.mesh)
+            abstract = abstract_state(config, self.optimizer, self.mesh)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            self.state = jax.device_put(fresh, shardings)
             self.compiled = step.lower(
                 config, self.optimizer, attention.XLA, self.state, to_global(batch_of(config), self.mesh), self.mesh
             ).compile()
@@ -92,6 +95,13 @@ class Run:
         with jax.set_mesh(self.mesh):
             self.state, metrics = self.compiled(self.state, to_global(batch, self.mesh))
         return {name: value.item() for name, value in metrics.items()}
+
+
+@functools.cache
+def state_on_one_device(config):
+    """A fresh state; on a mesh it is the same, but takes longer to compile for, and is tested for itself."""
+    optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+    return init_state(config, optimizer, make_mesh(config, jax.devices()[:1]))
 
 
 plain_run = functools.cache(lambda: Run())
