@@ -54,7 +54,14 @@ def _read_json(path: epath.Path) -> Config:
         tree = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
-    return from_dict(tree)
+    return _of_file(path, tree)
+
+
+def _of_file(path: epath.Path | pathlib.Path, tree: Mapping[str, Any]) -> Config:
+    try:
+        return from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _run_python(path: pathlib.Path, argument: str) -> Config:
@@ -76,7 +83,7 @@ def _run_python(path: pathlib.Path, argument: str) -> Config:
         raise ConfigError(f"{_place_of(error, path)}: {_explain(error)}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not a Config")
-    return from_dict(to_dict(config))
+    return _of_file(path, to_dict(config))
 
 
 def _place_of(error: Exception, path: pathlib.Path) -> str:

@@ -189,7 +189,7 @@ SETTINGS = [
     Case(
         "A key inside a config file that there is not",
         2,
-        "unknown key model.num_layer; did you mean num_layers?",
+        "DIR/odd.json: unknown key model.num_layer; did you mean num_layers?",
         "--config=DIR/odd.json",
         write("odd.json", '{"model": {"num_layer": 2}}'),
     ),
