@@ -55,6 +55,7 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     read = lambda: json.loads(result.read_text()) if result.exists() else {"step": 0}
     finished = distributed.by_primary("result", read)
     if finished["step"] >= config.train.steps:
+        distributed.by_primary("settings", lambda: _compare_with_finished(config, workdir))
         say(f"{workdir} is complete: all {config.train.steps} steps are done (raise train.steps to go on)")
         return finished
 
@@ -68,6 +69,18 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
             except spikes.Spike as spike:  # without its frames, which hold the state
                 go_round = functools.partial(spikes.go_round, workdir, config, spike.with_traceback(None))
                 say(distributed.by_primary("spike", go_round))
+
+
+def _compare_with_finished(config: Config, workdir: epath.Path) -> None:
+    """Nobody is to take for done what was never trained: settings of a complete run are compared as those of others.
+
+    Raises:
+      CheckpointRefused: it was another model, or other data, that was trained.
+    """
+    with contextlib.suppress(InputMissing, FileNotFoundError):  # of a run that is done, what is left may be little
+        config, _ = resolving.by_data(config, resolving.data_dir(config, workdir))
+        made_with = json.loads((workdir / "config.json").read_text())
+        identity.check_settings(workdir, made_with, config_loading.to_dict(config), say)
 
 
 def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -45,11 +46,11 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return os.environ | cache | {"XLA_FLAGS": ""}
 
 
-def lslm(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
-    """Runs a command that must succeed without a word of complaint."""
+def lslm(environment: dict[str, str], *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    """Runs a command that must end with this code, and without a traceback or warning."""
     command = [sys.executable, "-m", "lslm_jax.main", *arguments]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == code, process.stderr
     assert not any(word in process.stderr for word in ("Traceback", "Warning", "WARNING")), process.stderr
     return process
 
@@ -101,7 +102,12 @@ def test_a_finished_run_tells_its_result_again(novels, environment):
     workdir, arguments, result = novels
     again = lslm(environment, f"--workdir={workdir}", *arguments)
     assert json.loads(again.stdout) == result
-    assert "is complete" in again.stderr
+    assert again.stderr == f"{workdir} is complete: all 20 steps are done (raise train.steps to go on)\n"
+    changed = lslm(environment, f"--workdir={workdir}", *arguments, "--config.optimizer.learning_rate=0.5")
+    assert json.loads(changed.stdout) == result
+    assert re.match(rf"settings changed since {workdir}: optimizer.learning_rate \S+ -> 0.5\n", changed.stderr)
+    other = lslm(environment, f"--workdir={workdir}", *arguments, "--config.train.batch_size=7", code=76)
+    assert re.match(rf"lslm: {workdir} was made with train.batch_size=\d+, the config says 7\n", other.stderr)
 
 
 def test_evaluation_of_a_checkpoint_gives_what_training_measured(novels, environment):

@@ -85,10 +85,20 @@ def check(
     before = lambda identity: [list(d)[:2] for d in identity.get("detours", ()) if d[0] < int(directory.name)]
     if before(saved) != before(mine):
         raise CheckpointRefused(f"{directory} left out other batches ({before(saved)}, now {before(mine)})")
+    check_settings(directory, saved["config"], mine["config"], log)
+
+
+def check_settings(
+    directory: epath.Path, saved: Mapping[str, Any], mine: Mapping[str, Any], log: Callable[[str], None]
+) -> None:
+    """Compares the settings that something was made with, as JSON values, with those of the run at hand.
+
+    Raises:
+      CheckpointRefused: a setting that the arrays or the order of the data depend on is another one.
+    """
     changed = []
     # A setting that the version which saved it did not have is one that it left at what is the default now.
-    settings = _filled(saved["config"], config_loading.to_dict(Config()))
-    for key, old, new in _differences(settings, mine["config"]):
+    for key, old, new in _differences(_filled(saved, config_loading.to_dict(Config())), mine):
         if _below(key, FIXED) and not _below(key, FREE):
             raise CheckpointRefused(f"{directory} was made with {key}={old}, the config says {new}")
         changed.append(f"{key} {old} -> {new}")
