@@ -19,6 +19,7 @@ from lslm_jax import hugepages
 from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.generate.decode import generate
 from lslm_jax.models import presets
+from lslm_jax.models.quantized import KINDS, quantize
 from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train.state import num_parameters
 
@@ -42,16 +43,19 @@ def main() -> None:
     mesh = make_mesh(config)
     with use(mesh, config.mesh):
         model = jax.jit(lambda: build(config))()
-        rate, size = copy_rate(), sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+        parameters = num_parameters(model)
+        if args.weights:
+            model = quantize(model, args.weights)
+        rate, size = copy_rate(), sum(leaf.size * bits(leaf.dtype) / 8 for leaf in jax.tree.leaves(model))
         for batch_size in args.batch_sizes:
             first, rest, kernels = times(args, config, model, batch_size)
             a_token = (statistics.median(rest) - statistics.median(first)) / (args.tokens - 1)
             cache = cache_bytes(config) * batch_size * (args.prompt + args.tokens / 2)
             tell(
-                {"model": args.model, "changes": args.changes}
+                {"model": args.model, "weights": args.weights or config.model.dtype, "changes": args.changes}
                 | about()
                 | {
-                    "parameters": num_parameters(model),
+                    "parameters": parameters,
                     "batch_size": batch_size,
                     "prompt": args.prompt,
                     "tokens": args.tokens,
@@ -89,6 +93,11 @@ def build(config: Config) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(config.model.dtype), model)
 
 
+def bits(dtype: Any) -> int:
+    """Of one number in a device's memory; NumPy gives a byte to one of four bits."""
+    return 4 if dtype == jax.numpy.int4 else 8 * np.dtype(dtype).itemsize
+
+
 def cache_bytes(config: Config) -> int:
     """Of keys and values, for one token of a row."""
     model = config.model
@@ -103,6 +112,7 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
     flags.add_argument("--prompt", type=int, default=16, help="tokens of a prompt, with bos")
     flags.add_argument("--tokens", type=int, default=128, help="to write")
     flags.add_argument("--rounds", type=int, default=5)
+    flags.add_argument("--weights", choices=KINDS, default="", help="of fewer bits (needs qwix)")
     flags.add_argument("--kernels", type=int, default=0, help="list so many of a GPU's kernels, busiest first")
     return configured(flags)
 

@@ -50,6 +50,8 @@ measure 200 benchmarks/peers.py --model=llama_1b --batch_size=8 --seq_len=2048 -
 measure 60 benchmarks/peers.py --model=llama_1b --batch_size=1 --rounds=1 --gpu --what=decode
 measure 45 $step --model=gpt2_small --config.train.batch_size=64 --config.model.scan_layers=true
 measure 45 $step --model=gpt2_xl --config.train.batch_size=16
+measure 45 benchmarks/decode.py --model=llama_1b --batch_sizes=1 --rounds=3 --weights=int8
+measure 45 benchmarks/decode.py --model=llama_1b --batch_sizes=1 --rounds=3 --weights=int4
 measure 45 $step --model=bert_base
 measure 45 $step --model=t5_base
 cat "$results"

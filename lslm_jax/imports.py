@@ -33,3 +33,15 @@ def require_google_cloud(address: str) -> None:
             importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(f"{address} needs google-cloud-storage: pip install 'lslm_jax[gcs]'") from error
+
+
+def import_qwix() -> Any:
+    """Imports qwix, which holds weights of a few bits.
+
+    Raises:
+      ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module("qwix")
+    except ImportError as error:
+        raise ConfigError("weights in int8 or int4 need qwix: pip install 'lslm_jax[quantize]'") from error

@@ -65,10 +65,12 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--json", action="store_true", help="print one JSON line a prompt")
     written = flags.add_argument_group("export")
     written.add_argument("--to", metavar="DIR", help="where to write it")
-    types = ("float32", "bfloat16", "float16")
+    types = ("float32", "bfloat16", "float16", "int8", "int4")
     written.add_argument("--adapter", action="store_true", help="write what LoRA trained alone, in PEFT's format")
     written.add_argument(
-        "--dtype", choices=types, help="of the weights: in the files, or as evaluate, generate hold them"
+        "--dtype",
+        choices=types,
+        help="of the weights: in the files, or (int8, int4 too) held by evaluate, generate",
     )
     taken = flags.add_argument_group("import")
     taken.add_argument("--check", action="store_true", help="compare it with transformers, layer by layer")

@@ -23,6 +23,7 @@ from lslm_jax.data.shards import Shards
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import harness, tasks
 from lslm_jax.evaluate.evaluator import Report, Setting, choose_backend
+from lslm_jax.models import quantized
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import json_values
 from lslm_jax.plan.verb import plan as plan
@@ -215,6 +216,8 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`export`: a checkpoint as a Hugging Face directory; returns what `convert.export` says of it."""
     if not flags.to:
         raise ConfigError("export needs --to=DIR, where to write")
+    if flags.dtype in quantized.KINDS:
+        raise ConfigError(f"export writes no {flags.dtype}: --dtype=float32, bfloat16 or float16")
     mesh = _mesh_without_batch(config)
     workdir = resolving.workdir(flags.workdir)
     data_dir = resolving.data_dir(config, workdir)
@@ -300,6 +303,10 @@ def _setting(
 
 def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[Any, int]:
     """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step."""
+    if flags.verb != "export" and flags.dtype in quantized.KINDS:
+        whole = argparse.Namespace(**vars(flags) | {"dtype": config.model.dtype})
+        model, step = _load_model(config, whole, mesh)
+        return quantized.quantize(model, flags.dtype), step
     abstract = abstract_model(config, mesh, None if flags.verb == "export" else flags.dtype)
     if flags.pretrained:
         source = pretrained.describe(flags.pretrained)

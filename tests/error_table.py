@@ -321,6 +321,13 @@ RUNS = [
         "--config.optimizer.name=lion",
     ),
     Case(
+        "A complete run, asked for with another model",
+        76,
+        "DIR/work was made with model.num_layers=1, the config says 2",
+        "--config.model.num_layers=2",
+        write("work/result.json", '{"step": 4}'),
+    ),
+    Case(
         "Other data than before",
         76,
         "DIR/work/checkpoints/4 was made with other data (*): use another --workdir, or put the former back",
@@ -342,6 +349,13 @@ RUNS = [
         "--config.optimizer.learning_rate=3e38 --config.optimizer.weight_decay=1000 --config.optimizer.warmup_steps=0 "
         "--config.train.steps=20",
         remove("work/checkpoints"),
+    ),
+    Case(
+        "An export in few bits",
+        2,
+        "export writes no int8: --dtype=float32, bfloat16 or float16",
+        "--to=DIR/out --dtype=int8",
+        verb="export",
     ),
     Case("Nothing to verify", 66, "DIR/none holds neither checkpoints nor data", "--workdir=DIR/none", verb="verify"),
     Case(

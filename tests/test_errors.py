@@ -54,7 +54,7 @@ def test_it_ends_with_its_code_and_its_line(case, finished, tmp_path, capsys):
     for path in root.rglob("*.json"):
         path.write_text(path.read_text().replace(str(finished), str(root)))
     if case.verb == "train":
-        (root / "work/result.json").unlink()  # else the run would be complete, whatever is asked of it
+        (root / "work/result.json").unlink()  # else the run would be complete, and its checkpoints of no matter
     case.arrange(root)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:

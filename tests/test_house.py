@@ -45,7 +45,7 @@ ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "sentencepiece", "clu"}
 SLOW_OR_OPTIONAL = TENSORFLOW | {"tokenizers", "datasketch", "pyarrow", "sacrebleu", "sklearn", "scipy", "jinja2"}
-SLOW_OR_OPTIONAL |= {"torch", "transformers", "gguf"}
+SLOW_OR_OPTIONAL |= {"torch", "transformers", "gguf", "qwix"}
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 MAX_FILE, MAX_FUNCTION, MAX_P90, MAX_MEDIAN, MAX_KEYS = 330, 80, 50, 15, 180
 

@@ -117,6 +117,13 @@ def test_evaluation_of_a_checkpoint_gives_what_training_measured(novels, environ
     assert set(now) >= EVALUATION | {"step"}
 
 
+@pytest.mark.parametrize(("dtype", "apart"), [("int8", 1e-3), ("int4", 5e-2)])
+def test_weights_of_a_few_bits_say_nearly_what_training_measured(novels, environment, dtype, apart):
+    workdir, _, result = novels
+    now = json.loads(lslm(environment, "evaluate", f"--workdir={workdir}", f"--dtype={dtype}").stdout)
+    assert 0 < abs(now["eval/loss"] / result["eval/loss"] - 1) < apart
+
+
 def test_an_earlier_checkpoint_is_evaluated_by_its_step(novels, environment):
     workdir, _, _ = novels
     now = json.loads(lslm(environment, "evaluate", f"--workdir={workdir}", "--step=10").stdout)

@@ -68,13 +68,17 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., *inputs] to [..., *outputs] in the type of x."""
-        y = jnp.tensordot(x, self.w.get_value().astype(x.dtype), self.contract)
+        y = self.product(x)
         if self.lora is not None:
             y = y + self.lora(x)
         if self.b is None:
             return y
         b = self.b.get_value().astype(x.dtype)
         return y + jax.lax.broadcast_in_dim(b, y.shape, range(y.ndim - b.ndim, y.ndim))
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """X w alone."""
+        return jnp.tensordot(x, self.w.get_value().astype(x.dtype), self.contract)
 
 
 class Norm(nnx.Module):

@@ -149,4 +149,5 @@ _apart.defvjp(lambda stacked: (_apart(stacked), None), lambda _, gs: (jax.lax.op
 
 def _cast_matrices(layers: Any, dtype: jnp.dtype) -> Any:
     """Casts matrices once, before the loop, which would otherwise read them in float32 on every pass."""
-    return jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 else a, layers)
+    is_matrix = lambda a: a.ndim > 2 and jnp.issubdtype(a.dtype, jnp.floating)
+    return jax.tree.map(lambda a: a.astype(dtype) if is_matrix(a) else a, layers)
