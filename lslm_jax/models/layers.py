@@ -73,8 +73,7 @@ class Linear(nnx.Module):
             y = y + self.lora(x)
         if self.b is None:
             return y
-        b = self.b.get_value().astype(x.dtype)
-        return y + jax.lax.broadcast_in_dim(b, y.shape, range(y.ndim - b.ndim, y.ndim))
+        return y + along_last(self.b.get_value().astype(x.dtype), y)
 
     def product(self, x: jax.Array) -> jax.Array:
         """X w alone."""
@@ -113,8 +112,8 @@ def _normalise_forward(centre, eps, x, scale, bias):
     y = x.astype(jnp.float32)
     mean = average(y) if centre else 0.0
     inverse = jax.lax.rsqrt(average(jnp.square(y - mean)) + eps)
-    y = (y - mean) * inverse * _along_last(scale, y)
-    y = y if bias is None else y + _along_last(bias, y)
+    y = (y - mean) * inverse * along_last(scale, y)
+    y = y if bias is None else y + along_last(bias, y)
     return y.astype(x.dtype), (x, scale, bias, mean, inverse)
 
 
@@ -123,7 +122,7 @@ def _normalise_backward(centre, eps, kept, g):
     average = functools.partial(jnp.mean, axis=tuple(range(-scale.ndim, 0)), keepdims=True)
     total = lambda a, like: jnp.sum(a, axis=tuple(range(a.ndim - like.ndim))).astype(like.dtype)
     g, y = g.astype(jnp.float32), (x.astype(jnp.float32) - mean) * inverse
-    slope = g * _along_last(scale, y)
+    slope = g * along_last(scale, y)
     dx = slope - y * average(slope * y)
     dx = (dx - average(slope) if centre else dx) * inverse
     return dx.astype(x.dtype), total(g * y, scale), None if bias is None else total(g, bias)
@@ -132,7 +131,8 @@ def _normalise_backward(centre, eps, kept, g):
 _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-def _along_last(v: jax.Array, like: jax.Array) -> jax.Array:
+def along_last(v: jax.Array, like: jax.Array) -> jax.Array:
+    """An array that is the same along all axes but the last ones, as many as it has."""
     return jax.lax.broadcast_in_dim(v, like.shape, range(like.ndim - v.ndim, like.ndim))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax import imports
-from lslm_jax.models.layers import Linear
+from lslm_jax.models.layers import Linear, along_last
 
 KINDS = ("int8", "int4")
 _TILE = 128  # inputs that share a scale, as in most models that are given away in four bits
@@ -28,9 +28,14 @@ class Quantized(Linear):
         self.w = nnx.Param(_rounded(linear.w.get_value(), axes[0] == "layers", linear.contract, kind), axes=axes)
 
     def product(self, x: jax.Array) -> jax.Array:
+        w = self.w.get_value()
+        if w.qtype == jnp.int8:
+            # Scaled afterwards, a GPU's product reads the int8 themselves; before, XLA writes them out in x's type.
+            y = jnp.tensordot(x, w.qvalue.astype(x.dtype), self.contract, preferred_element_type=jnp.float32)
+            scale = jnp.squeeze(w.scale, range(self.contract)).astype(jnp.float32)
+            return (y * along_last(scale, y)).astype(x.dtype)
         inputs = tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract))
-        y = imports.import_qwix().dot_general(x, self.w.get_value(), (inputs, ((), ())))
-        return y.astype(x.dtype)
+        return imports.import_qwix().dot_general(x, w, (inputs, ((), ()))).astype(x.dtype)
 
 
 def quantize(model: Any, kind: str) -> Any:

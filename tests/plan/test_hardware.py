@@ -69,6 +69,28 @@ def test_moments_in_the_hosts_memory_leave_their_room_on_the_device(tmp_path):
     assert there["needed"] < here["needed"]
 
 
+INT8 = """
+from lslm_jax.plan import topology
+there = topology.prepare("h200:1")
+import jax, jax.numpy as jnp
+from lslm_jax.models.layers import Linear
+from lslm_jax.models.quantized import quantize
+where = jax.sharding.SingleDeviceSharding(topology.devices(there)[0])
+born = lambda: quantize(Linear(jax.random.key(0), {"embed": 2048}, {"mlp": 8192}, bias=False), "int8")
+place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+x_BD = jax.ShapeDtypeStruct((1, 2048), jnp.bfloat16, sharding=where)
+compiled = jax.jit(lambda linear, x: linear(x)).lower(jax.tree.map(place, jax.eval_shape(born)), x_BD).compile()
+print(compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+
+@gpu
+def test_weights_of_eight_bits_are_read_as_they_are():
+    done = subprocess.run([sys.executable, "-c", INT8], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2048 * 8192 / 10  # written out in bfloat16 they would be twice as many bytes
+
+
 @gpu
 def test_what_cannot_be_planned_for_gpus_that_are_not_there_is_refused_and_not_left_out(tmp_path):
     (tmp_path / "config.json").write_text(config_loading.to_json(CONFIG))
