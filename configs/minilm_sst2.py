@@ -6,7 +6,9 @@ r"""Sentiment of film reviews (SST-2) by MiniLM, a small BERT distilled from a l
 DIR holds sentence-transformers/all-MiniLM-L6-v2, or any other BERT, RoBERTa, DistilBERT or ModernBERT. Columns are
 `sentence` and `label` (0 negative, 1 positive), as GLUE has them.
 
-Measured on 2026-11-26 on two busy CPU cores, on 6,920 whole sentences: 0.875 of the 872 of dev, in 27 minutes.
+Measured on 2026-11-27 on one CPU core, on 6,920 whole sentences (GLUE's train part has their phrases as well): 0.887 of
+the 872 of dev after 434 steps, 0.882 after 650, in 52 minutes. With `--config.model.lora_rank=4
+--config.optimizer.learning_rate=1e-3 --config.optimizer.layer_decay=1`, which trains 1.4 % of the parameters, 0.875.
 """
 
 from lslm_jax.config import (

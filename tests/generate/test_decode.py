@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import GPT, T5, all_logits, make_model, text_logits
@@ -10,6 +11,7 @@ from lslm_jax.data.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
 from lslm_jax.generate import decode
 from lslm_jax.generate.decode import generate, stream
+from lslm_jax.models.quantized import quantize
 from lslm_jax.sharding import make_mesh, shardings_of
 
 GREEDY = GenerateConfig(max_tokens=24, temperature=0.0)
@@ -37,6 +39,15 @@ def test_each_token_is_the_likeliest_after_those_before_it(model, tokenizer):
         assert len(drawn) == result.num_tokens and (result.ended == "eos" or len(drawn) == 24)
         assert result.text == tokenizer.decode(result.ids) and result.score is None
         assert len(set(drawn)) > 3  # a model that says one thing only would prove nothing
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "int8"), ("t5", "int8"), ("t5", "int4")])
+def test_weights_of_a_few_bits_are_read_token_by_token_as_all_at_once(name, kind, tokenizer, request):
+    pytest.importorskip("qwix")
+    model = quantize(jax.tree.map(jnp.copy, request.getfixturevalue(name)), kind)
+    for prompt, result in zip(PROMPTS, generate(model, tokenizer, PROMPTS, GREEDY, 0), strict=True):
+        drawn = result.ids + [tokenizer.eos_id] * (result.ended == "eos")
+        assert drawn == np.argmax(text_logits(model, tokenizer, prompt, drawn), axis=-1).tolist()
 
 
 @pytest.mark.parametrize(
