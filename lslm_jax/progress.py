@@ -4,10 +4,11 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self, TypeVar
 
 SECONDS_BETWEEN_LINES = 10.0
+_T = TypeVar("_T")
 
 
 class Progress:
@@ -133,6 +134,16 @@ class StepTimer:
     def _begin(self, now: float) -> None:
         self._start = now
         self._steps, self._paused, self._waited = 0, 0.0, 0.0
+
+
+def told(items: Iterable[_T], doing: str, total: int, *, clock: Callable[[], float] = time.monotonic) -> Iterator[_T]:
+    """Each of `total` batches, as they are asked for; what takes longer than a moment says how far it is."""
+    begun = last = clock()
+    for done, item in enumerate(items):
+        if done and (now := clock()) - last >= SECONDS_BETWEEN_LINES:
+            say(f"{doing}: {done} of {total} batches  {clock_time((now - begun) / done * (total - done))} left")
+            last = now
+        yield item
 
 
 def say(line: str) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lslm_jax.progress import Progress, StepTimer, clock_time, short
+from lslm_jax.progress import Progress, StepTimer, clock_time, short, told
 
 
 class Clock:
@@ -34,6 +34,24 @@ def test_without_a_terminal_there_is_a_line_at_first_at_last_and_every_ten_secon
         "step 81/100  loss 4.190  12.3k tokens/s  0:05 left",
         "step 100/100  loss 4.000  12.3k tokens/s",
     ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lines"),
+    [
+        (1, []),
+        (4, ["evaluating: 3 of 9 batches  0:24 left", "evaluating: 6 of 9 batches  0:12 left"]),
+        (20, [f"evaluating: {n} of 9 batches  {left} left" for n, left in [(1, "2:40"), (2, "2:20"), (3, "2:00")]]),
+    ],
+)
+def test_an_evaluation_that_takes_long_says_how_far_it_is(seconds, lines, capsys):
+    clock, seen = Clock(), ""
+    for item in told("abcdefghi", "evaluating", 9, clock=clock):
+        seen += item
+        clock.now += seconds
+    assert seen == "abcdefghi"
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[: len(lines)] == lines and bool(err) == bool(lines)
 
 
 def test_a_figure_that_is_not_given_stays(capsys):

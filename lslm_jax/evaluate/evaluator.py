@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from lslm_jax import progress
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, Source
 from lslm_jax.data import prefetch
@@ -84,7 +85,8 @@ def choose_backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend
 
 def batches(part: EvalInput) -> Iterator[Batch]:
     """All batches of a set, made ahead of their use."""
-    return prefetch.batches(part.batch, 0, part.num_batches, through="threads")
+    made = prefetch.batches(part.batch, 0, part.num_batches, through="threads")
+    return progress.told(made, "evaluating", part.num_batches)
 
 
 def joined(reports: dict[str, Report]) -> Report:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lslm_jax import progress
 from lslm_jax.data.pipeline import EvalInput
 from lslm_jax.evaluate import classification, heads, report, squad, translation
 from lslm_jax.evaluate.evaluator import Report, Setting
@@ -43,7 +44,8 @@ def write(setting: Setting, model: Any, sources: Sequence[np.ndarray]) -> list[s
         sources = [source[:room] for source in sources]
     order = np.argsort([len(source) for source in sources], kind="stable")[::-1]
     written = [""] * len(sources)
-    for first in range(0, len(order), size):
+    begins = range(0, len(order), size)
+    for first in progress.told(begins, "writing", len(begins)):
         part = order[first : first + size]
         # The last batch is filled up: another size would compile another program.
         full = np.concatenate([part, np.repeat(part[-1:], size - len(part))])
