@@ -5,6 +5,10 @@ r"""Questions answered by a span of their context (SQuAD), by MiniLM, a small BE
 
 DIR holds sentence-transformers/all-MiniLM-L6-v2, or any other BERT, RoBERTa, DistilBERT or ModernBERT. Contexts longer
 than a row are read by overlapping windows.
+
+Measured on 2026-11-27 on two busy CPU cores with `--config.train.steps=400`, on 4,360 questions of 12 articles: exact
+match 44.8, F1 57.3 on 6,034 questions of 30 others, in an hour. A small body of our own (configs/bert_squad.py) had 6.0
+and 11.4.
 """
 
 from lslm_jax.config import (
