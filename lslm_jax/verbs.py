@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import adopt, atomic, config_loading, distributed, resolving, respond
+from lslm_jax import adopt, atomic, config_loading, distributed, imports, resolving, respond
 from lslm_jax.config import Config
 from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of
@@ -76,11 +76,11 @@ def _compare_with_finished(config: Config, workdir: epath.Path) -> None:
     """Nobody is to take for done what was never trained: settings of a complete run are compared as those of others.
 
     Raises:
-      CheckpointRefused: it was another model, or other data, that was trained.
+      CheckpointRefused: a setting that the weights or the order of the data depend on is another one.
     """
     with contextlib.suppress(InputMissing, FileNotFoundError):  # of a run that is done, what is left may be little
         config, _ = resolving.by_data(config, resolving.data_dir(config, workdir))
-        made_with = json.loads((workdir / "config.json").read_text())
+        made_with = atomic.read_json(workdir / "config.json")
         identity.check_settings(workdir, made_with, config_loading.to_dict(config), say)
 
 
@@ -303,11 +303,15 @@ def _setting(
 
 def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[Any, int]:
     """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step."""
-    if flags.verb != "export" and flags.dtype in quantized.KINDS:
-        whole = argparse.Namespace(**vars(flags) | {"dtype": config.model.dtype})
-        model, step = _load_model(config, whole, mesh)
+    if flags.dtype in quantized.KINDS:
+        imports.import_qwix()  # before anything slow: it may be missing
+        model, step = _read_model(config, flags, abstract_model(config, mesh, config.model.dtype))
         return quantized.quantize(model, flags.dtype), step
-    abstract = abstract_model(config, mesh, None if flags.verb == "export" else flags.dtype)
+    return _read_model(config, flags, abstract_model(config, mesh, None if flags.verb == "export" else flags.dtype))
+
+
+def _read_model(config: Config, flags: argparse.Namespace, abstract: Any) -> tuple[Any, int]:
+    """The weights that the flags name, for the places and in the types of `abstract`, and their step."""
     if flags.pretrained:
         source = pretrained.describe(flags.pretrained)
         return pretrained.load(source, config.task.objective, abstract).model, 0

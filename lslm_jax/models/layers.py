@@ -76,7 +76,7 @@ class Linear(nnx.Module):
         return y + along_last(self.b.get_value().astype(x.dtype), y)
 
     def product(self, x: jax.Array) -> jax.Array:
-        """X w alone."""
+        """The product with the weights alone, without adapter and bias."""
         return jnp.tensordot(x, self.w.get_value().astype(x.dtype), self.contract)
 
 

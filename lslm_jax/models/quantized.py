@@ -52,9 +52,9 @@ def quantize(model: Any, kind: str) -> Any:
 
 def _rounded(w: jax.Array, stacked: bool, contract: int, kind: str) -> Any:
     """As few scales as can be: those of one output's inputs are one, or one for each tile of them."""
-    inputs = range(stacked, stacked + contract)
+    qwix, inputs = imports.import_qwix(), range(stacked, stacked + contract)
     outputs = [axis for axis in range(w.ndim) if axis not in inputs]
     if kind == "int8":
-        return imports.import_qwix().quantize(w, jnp.int8, channelwise_axes=outputs)
+        return qwix.quantize(w, jnp.int8, channelwise_axes=outputs)
     tiles = {inputs[-1]: math.gcd(w.shape[inputs[-1]], _TILE)}
-    return imports.import_qwix().quantize(w, jnp.int4, channelwise_axes=[*outputs, *inputs[:-1]], tiled_axes=tiles)
+    return qwix.quantize(w, jnp.int4, channelwise_axes=[*outputs, *inputs[:-1]], tiled_axes=tiles)

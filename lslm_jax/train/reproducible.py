@@ -6,7 +6,8 @@ eight parts, wherever it lies, and one program for a single device works each of
 come to all devices, where another program for a single device adds them up, from the first to the last, and moves its
 copy of the weights.
 
-The cost is that of small parts, and of gradients held eight times.
+The cost is that of small parts, and of gradients held eight times. One sum is not in hand yet: on CPUs the last bit of
+the gradient's norm differs now and then between 1 or 2 devices and 4 or 8; clipping would carry it into the weights.
 """
 
 import functools

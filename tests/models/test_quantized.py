@@ -87,13 +87,7 @@ def test_a_model_says_nearly_the_same(config, kind, apart):
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_eight_devices_say_what_one_says(kind, sizes):
     expected = logits(quantize(fresh(GPT), kind), tokens())
-    mesh = make_mesh(
-        Config(
-            model=GPT,
-            mesh=MeshConfig(data=1, **sizes) if "data" not in sizes else MeshConfig(**sizes),
-            train=TrainConfig(batch_size=8),
-        )
-    )
+    mesh = make_mesh(Config(model=GPT, mesh=MeshConfig(**{"data": 1} | sizes), train=TrainConfig(batch_size=8)))
     with jax.set_mesh(mesh):
         model = fresh(GPT)
         model = jax.device_put(model, shardings_of(model, mesh))
