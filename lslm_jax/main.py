@@ -133,7 +133,10 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         topology.prepare(flags.topology)
     # Not before the config is known to be sound: this imports jax.
     from lslm_jax import compile_cache, distributed, verbs
+    from lslm_jax.train import reproducible
 
+    if config.train.reproducible:
+        reproducible.fix_threads()
     if flags.verb != "plan":  # for which one process is enough, whatever hardware it is for
         distributed.start(flags.coordinator, flags.processes, flags.process, config.train.watchdog)
     if flags.workdir:

@@ -1,5 +1,6 @@
 """Eight simulated devices, which every test sees; and NumPy-style rank promotion is an error."""
 
+import faulthandler
 import importlib.metadata
 import os
 import pathlib
@@ -28,6 +29,25 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+CRASHES = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "crashes"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where a process of the tests crashes, the stack goes to a file: on stderr it would drown in what others say."""
+    CRASHES.mkdir(parents=True, exist_ok=True)
+    if not hasattr(config, "workerinput"):
+        for stack in CRASHES.iterdir():
+            stack.unlink()
+    faulthandler.enable((CRASHES / str(os.getpid())).open("w"), all_threads=False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The end of such a stack, which tells what crashed."""
+    for stack in sorted(path for path in CRASHES.iterdir() if path.stat().st_size):
+        terminalreporter.section(f"process {stack.name} crashed")
+        terminalreporter.line("\n".join(stack.read_text().splitlines()[:30]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

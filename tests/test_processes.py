@@ -67,11 +67,11 @@ def corpus(tmp_path_factory):
 
 
 class Job:
-    """Processes that share four devices among them."""
+    """Processes that share some devices among them."""
 
-    def __init__(self, corpus, processes, arguments):
+    def __init__(self, corpus, processes, arguments, devices=4):
         at = f"127.0.0.1:{free_port()}"
-        flags = f"--xla_force_host_platform_device_count={4 // processes} --xla_backend_optimization_level=0"
+        flags = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0"
         environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         self.parts = [
             subprocess.Popen(
@@ -96,10 +96,10 @@ class Job:
         return [part.returncode for part in self.parts], *zip(*texts, strict=True)
 
 
-def lslm(corpus, processes, workdir, *flags):
+def lslm(corpus, processes, workdir, *flags, devices=4):
     command = ["-m", "lslm_jax.main", "--config=config.py", f"--workdir={workdir}", *flags]
     join = lambda at, n, i: [f"--coordinator={at}", f"--processes={n}", f"--process={i}"] if n > 1 else []
-    return Job(corpus, processes, lambda *where: command + join(*where))
+    return Job(corpus, processes, lambda *where: command + join(*where), devices)
 
 
 def record(workdir):
@@ -132,15 +132,19 @@ def test_losses_and_the_evaluation_of_every_example_are_those_of_one_process(cor
     assert not any("{" in out for out in outs[1:]) and not any(texts[1:]), "only the first process speaks"
 
 
-def test_a_reproducible_run_is_the_same_to_the_last_bit_for_any_number_of_processes(corpus, tmp_path):
+def test_a_reproducible_run_is_the_same_to_the_last_bit_for_any_number_of_devices_and_processes(corpus, tmp_path):
     flags = ["--config.train.reproducible=true", "--config.mesh.fsdp=1", "--config.model.dropout=0.1"]
-    flags += ["--config.train.steps=4"]
-    for processes in (1, 2):
-        codes, _, texts = lslm(corpus, processes, tmp_path / str(processes), *flags).end()
+    flags += ["--config.model.d_model=128", "--config.optimizer.clip=0.1", "--config.train.steps=6"]
+    curves = []
+    for processes, devices in ((1, 4), (2, 4), (1, 1)):
+        workdir = tmp_path / f"{processes}-{devices}"
+        codes, _, texts = lslm(corpus, processes, workdir, *flags, devices=devices).end()
         assert codes == [0] * processes, texts
-    one, two = (record(tmp_path / str(processes)) for processes in (1, 2))
-    assert one[:4] == two[:4] and [line["step"] for line in one[:4]] == [1, 2, 3, 4]
-    assert_close(one[4:], two[4:])  # an evaluation is split as the mesh says
+        curves.append(record(workdir))
+    for curve in curves:
+        assert curve[:6] == curves[0][:6] and [line["step"] for line in curve[:6]] == [1, 2, 3, 4, 5, 6]
+        assert all(line["grad_norm"] > 0.1 for line in curve[:6]), "clipping carries the norm's bits into the weights"
+        assert_close(curve[6:], curves[0][6:])  # an evaluation is split as the mesh says
 
 
 def test_batches_hold_the_same_rows_for_any_number_of_processes(corpus, alone, tmp_path):

@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_step import FAMILIES, Run, batch_of, changed, distance, host
+from test_step import FAMILIES, Run, batch_of, changed, distance, host, moments
 
 STEPS = 20
 EIGHT = {"num_layers": 8, "num_decoder_layers": 8}
@@ -41,11 +41,12 @@ def test_stages_learn_what_one_device_learns(family, mesh, model):
     experts = {name: value for name, value in model.items() if "experts" in name}
     alone, losses = trained(family, model=tuple(experts.items()))
     run, staged_losses = trained(family, tuple(mesh.items()), tuple(model.items()))
-    assert np.max(np.abs(np.subtract(staged_losses, losses))) < 1e-5
+    apart = np.max(np.abs(np.subtract(staged_losses, losses)))
+    of_weights = distance(run.state.model, alone.state.model)
+    of_moments = distance(moments(run.state), moments(alone.state))
+    print(f"{family} on {mesh}: losses differ by {apart:.1e}, weights by {of_weights:.1e}, moments by {of_moments:.1e}")
+    assert max(apart, of_weights, of_moments) < 1e-5
     assert losses[-1] < losses[0] - 0.2
-    # What momentum has gathered of all gradients so far.
-    for mine, theirs in [(run.state.model, alone.state.model), (run.state.optimizer, alone.state.optimizer)]:
-        assert distance(mine, theirs) < 1e-5
 
 
 @pytest.mark.slow

@@ -129,6 +129,11 @@ def distance(a, b):
     return total(x - y for x, y in pairs) / total(y for _, y in pairs)
 
 
+def moments(state):
+    """What Adam has gathered of all gradients, and of their squares, so far."""
+    return [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+
+
 @families
 def test_parts_add_up_to_the_gradient_of_the_whole_however_uneven(config):
     model, key = presets.build(config.model, jax.random.key(0), config.task.objective), jax.random.key(0)
