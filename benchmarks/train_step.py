@@ -2,15 +2,16 @@
 
     python benchmarks/train_step.py --model=gpt2_small --config.train.batch_size=32 --config.model.remat=full
 
-Prints one line of JSON: seconds to trace and to compile; milliseconds a step, of windows of steps; tokens/s; the share
-of the device's published peak (`mfu`), and of what a large product reaches in this process; bytes at their peak, as the
-allocator and as the compiler say, and how many of the state's are reused in place; with --kernels, milliseconds a step
-of the busiest ones and of all the others.
+Prints one line of JSON: seconds to trace and to compile; milliseconds a step, of windows of steps, and those until its
+call returns to the host, which waits for nothing; tokens/s; the share of the device's published peak (`mfu`), and of
+what a large product reaches in this process; bytes at their peak, as the allocator and as the compiler say, and how
+many of the state's are reused in place; with --kernels, milliseconds a step of the busiest ones and of all the others.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,6 +61,7 @@ def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
             return metrics["loss"]
 
         times = windows(advance, warm=3, count=args.windows, length=args.steps)
+        calls = [call(advance) for _ in range(args.steps)]
         kernels = busiest(advance, args.kernels) if args.kernels else {}
         rate = matmul_rate(config.model.dtype)
 
@@ -76,6 +78,7 @@ def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
         "trace_seconds": round(traced - begun, 2),
         "compile_seconds": round(compiled - traced, 2),
         "step_ms": spread([1e3 * each for each in times]),
+        "dispatch_ms": spread([1e3 * each for each in calls]),
         "tokens_per_second": round(tokens / seconds),
         "flops_per_token": flops,
         "mfu": observe.mfu(tokens / seconds, flops, mesh.size, kind),
@@ -87,6 +90,15 @@ def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
             name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")
         },
     } | kernels
+
+
+def call(advance: Callable[[], jax.Array]) -> float:
+    """Seconds that the host is kept by a step which it does not wait for."""
+    begun = time.perf_counter()
+    loss = advance()
+    returned = time.perf_counter()
+    jax.block_until_ready(loss)
+    return returned - begun
 
 
 def parse_args() -> tuple[argparse.Namespace, Config]:

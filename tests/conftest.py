@@ -29,8 +29,6 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
 CRASHES = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "crashes"
 
 

@@ -19,7 +19,7 @@ SMALL = ["--config.model.num_layers=1", "--config.model.d_model=32", "--config.m
         (
             "train_step",
             [*SMALL, "--windows=1", "--steps=1"],
-            {"step_ms", "tokens_per_second", "compile_seconds", "compiler"},
+            {"step_ms", "dispatch_ms", "tokens_per_second", "compile_seconds", "compiler"},
         ),
         (
             "attention",
