@@ -8,7 +8,8 @@ than a row are read by overlapping windows.
 
 Measured on 2026-11-27 on two busy CPU cores with `--config.train.steps=400`, on 4,360 questions of 12 articles: exact
 match 44.8, F1 57.3 on 6,034 questions of 30 others, in an hour. A small body of our own (configs/bert_squad.py) had 6.0
-and 11.4.
+and 11.4. From there, 60 steps over 1,160 questions of SQuAD 2.0: exact match 50.6, F1 51.2 on 247, of which 123 have no
+answer, and 87 % of those were given none.
 """
 
 from lslm_jax.config import (
