@@ -1,10 +1,12 @@
 """Mistakes and damage, each with how it comes about, the exit code, and the one line that a user reads.
 
-tests/test_errors.py brings each about and compares; docs/errors.md is made of the same table.
+tests/test_errors.py brings each about and compares, or, where it takes more than a command, the test that a row names;
+docs/errors.md is made of the same table.
 """
 
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Callable
 from typing import NamedTuple
@@ -41,6 +43,35 @@ class Case(NamedTuple):
     arguments: str = ""
     arrange: Callable[[pathlib.Path], object] = lambda root: None
     verb: str = "train"
+
+
+class Elsewhere(NamedTuple):
+    """One row whose own test brings it about: it takes several processes, say, or a failing device.
+
+    Attributes:
+      what: goes wrong, in words.
+      code: the process ends with.
+      message: of its last line; * stands for anything.
+      test: file that does it, and calls `assert_told`.
+    """
+
+    what: str
+    code: int
+    message: str
+    test: str
+
+
+def assert_told(what: str, code: int, text: str) -> None:
+    """That a process ended as that row of ELSEWHERE says; `text` is what it said, the cause in its last line."""
+    (row,) = [row for row in ELSEWHERE if row.what == what]
+    line = text.strip().splitlines()[-1].removeprefix("lslm: ")
+    assert code == row.code, text
+    assert matches(row.message, line), f"{line}\n{row.message}"
+
+
+def matches(message: str, line: str) -> bool:
+    """Whether a line is a message in which * stands for anything."""
+    return re.fullmatch(re.escape(message).replace(r"\*", ".*"), line) is not None
 
 
 def write(name: str, content: str | bytes) -> Callable[[pathlib.Path], object]:
@@ -402,6 +433,62 @@ PROMPTS = [
                 b'{"prompt": "\\ud800"}\n',
             ),
         ]
+    ),
+]
+
+ELSEWHERE = [
+    Elsewhere(
+        "A setting that may change: the run says so, and goes on",
+        0,
+        "settings changed since *: optimizer.learning_rate * -> 0.5",
+        "test_journey.py",
+    ),
+    Elsewhere(
+        "A signal to stop",
+        75,
+        "SIGTERM: step * is saved; the same command goes on from there",
+        "train/test_resume.py",
+    ),
+    Elsewhere(
+        "A signal to another process of the run",
+        75,
+        "another process is to stop: step * is saved; the same command goes on from there",
+        "test_processes.py",
+    ),
+    Elsewhere(
+        "Another process that was killed, or hangs", 77, "process * on * has not answered for * s", "test_peers.py"
+    ),
+    Elsewhere(
+        "No step for much longer than one takes",
+        77,
+        "no step for * s after step *, where one takes * s; *stacks-0.txt has what each thread is at",
+        "train/test_watchdog.py",
+    ),
+    Elsewhere(
+        "A second run in the same directory",
+        2,
+        "* is in use by process * on *, started *: stop it, or take another --workdir",
+        "train/test_lock.py",
+    ),
+    Elsewhere(
+        "A device that holds another bit than its copies (`train.check_copies`)",
+        77,
+        "step *: * on * differs from its copies, bit by bit: leave that device out; a restart goes on from the last "
+        "checkpoint",
+        "train/test_copies.py",
+    ),
+    Elsewhere(
+        "A loss spike that comes again (`train.spike`)",
+        70,
+        "*; leaving out batches after step * did not help, * times",
+        "train/test_spikes.py",
+    ),
+    Elsewhere("A full disk", 74, "could not write *: No space left on device", "data/test_shards.py"),
+    Elsewhere(
+        "A crash loop (`supervise`)",
+        1,
+        "supervise: 3 times in a row no step was done after step *: giving up",
+        "test_supervise.py",
     ),
 ]
 

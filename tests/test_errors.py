@@ -7,13 +7,12 @@ import inspect
 import json
 import os
 import pathlib
-import re
 import shutil
 import sys
 
 import error_table
 import pytest
-from error_table import CONFIG, TABLE, TEXT, Case
+from error_table import CONFIG, ELSEWHERE, TABLE, TEXT, Case, matches
 
 from lslm_jax.errors import LslmError
 from lslm_jax.main import main
@@ -63,8 +62,8 @@ def test_it_ends_with_its_code_and_its_line(case, finished, tmp_path, capsys):
     last = output.err.strip().splitlines()[-1]
     assert stop.value.code == case.code, output.err
     assert "Traceback" not in output.err and output.out == ""
-    pattern = re.escape(f"lslm: {case.message}".replace("DIR", str(root))).replace(r"\*", ".*")
-    assert re.fullmatch(pattern, last), f"{last}\n{pattern}"
+    message = f"lslm: {case.message}".replace("DIR", str(root))
+    assert matches(message, last), f"{last}\n{message}"
 
 
 def page() -> str:
@@ -76,7 +75,7 @@ def page() -> str:
     text = f"""# What can go wrong, and what it says
 
 A command that fails prints one line on stderr, `lslm: ` and the cause, and ends with a code that tells what kind of
-cause it is; `--debug` shows where it arose. This page is made from `tests/error_table.py`, whose every row is a test.
+cause it is; `--debug` shows where it arose. This page is made from `tests/error_table.py`, whose every row is tested.
 DIR stands for a directory, * for what differs from case to case.
 
 | exit code | |
@@ -85,13 +84,20 @@ DIR stands for a directory, * for what differs from case to case.
 {codes}| 130 | Interrupted before there was anything to save. |
 | 1 | A bug of ours, with its traceback. |
 """
+    head = "\n\n| what | exit code | message |\n|---|---|---|\n"
     for title, cases in error_table.TABLE.items():
-        text += f"\n## {title}\n\n| what | exit code | message |\n|---|---|---|\n"
+        text += f"\n## {title}{head}"
         for case in cases:
             given = f" (`{case.arguments}`)" if case.arguments else ""
             verb = f", `{case.verb}`" if case.verb != "train" else ""
             text += f"| {case.what}{verb}{given} | {case.code} | `{case.message}` |\n".replace("\\", "\\\\")
-    return text
+    rows = [f"| {row.what} | {row.code} | `{row.message}` |\n" for row in ELSEWHERE]
+    return f"{text}\n## While a run goes on{head}{''.join(rows)}"
+
+
+@pytest.mark.parametrize("row", ELSEWHERE, ids=[row.what for row in ELSEWHERE])
+def test_what_a_command_alone_does_not_bring_about_is_tested_elsewhere(row):
+    assert f'assert_told("{row.what}"' in (pathlib.Path(__file__).parent / row.test).read_text()
 
 
 def test_the_page_is_that_of_the_table():

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from error_table import assert_told
 
 # Each run of it takes the next of the codes it was given; a negative one is a signal; "s" does a step before.
 ACT = """
@@ -57,6 +58,11 @@ def test_it_runs_again_after_what_another_try_may_mend(tmp_path, plan, flags, co
     found = subprocess.run(command(tmp_path, *plan, flags=flags), capture_output=True, text=True)
     assert (found.returncode, turns(tmp_path)) == (code, runs), found.stderr
     assert told in found.stderr and (told or not found.stderr)
+
+
+def test_a_crash_loop_is_told_in_the_last_line(tmp_path):
+    found = subprocess.run(command(tmp_path, "s1", "1", "1"), capture_output=True, text=True)
+    assert_told("A crash loop (`supervise`)", found.returncode, found.stderr)
 
 
 def test_a_signal_goes_to_the_command_whose_end_is_the_end(tmp_path):

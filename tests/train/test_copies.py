@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from error_table import assert_told
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
@@ -51,8 +52,10 @@ def test_a_flipped_bit_is_told_with_its_device(name, bit):
     state, mesh = state_on(MeshConfig(data=8))
     copies = Copies(state, mesh)
     copies.check(state)
-    with pytest.raises(DeviceFault, match=rf"^step \d+: {name} on .*5 differs from its copies, bit by bit: leave"):
+    with pytest.raises(DeviceFault, match=rf"^step \d+: {name} on .*5 differs") as error:
         copies.check(damaged(state, name, jax.devices()[5], 0, bit))
+    told = error.value.exit_code, str(error.value)
+    assert_told("A device that holds another bit than its copies (`train.check_copies`)", *told)
 
 
 def test_of_two_copies_both_are_named_and_parts_are_compared_with_their_own_copies():

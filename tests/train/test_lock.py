@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from error_table import assert_told
 from etils import epath
 
 from lslm_jax.errors import ConfigError
@@ -34,8 +35,9 @@ def holder(directory):
 def test_a_second_run_is_told_whose_the_directory_is(tmp_path):
     with holder(tmp_path) as process:
         said = rf"is in use by process {process.pid} on \S+, started 20\d\d-"
-        with pytest.raises(ConfigError, match=said), lock.hold(epath.Path(tmp_path)):
+        with pytest.raises(ConfigError, match=said) as error, lock.hold(epath.Path(tmp_path)):
             raise AssertionError("two runs in one directory")
+    assert_told("A second run in the same directory", error.value.exit_code, str(error.value))
 
 
 def test_a_run_that_was_killed_holds_nobody_up(tmp_path):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from error_table import assert_told
 from etils import epath
 
 from lslm_jax import verbs
@@ -121,8 +122,9 @@ def test_without_a_checkpoint_from_before_the_run_ends(tmp_path):
 
 def test_a_spike_that_comes_again_however_much_is_left_out_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(Spoilt, "bad", range(66, 10_000))
-    with pytest.raises(NumericAbort, match="leaving out batches after step 40 did not help, 5 times"):
+    with pytest.raises(NumericAbort, match="leaving out batches after step 40 did not help, 5 times") as error:
         run(tmp_path)
+    assert_told("A loss spike that comes again (`train.spike`)", error.value.exit_code, str(error.value))
 
 
 def test_a_kill_while_going_back_leaves_no_checkpoint_of_the_way_that_was_left(tmp_path, monkeypatch):
