@@ -4,6 +4,9 @@ r"""Sentiment by a small GPT, text to text: it reads a sentence and continues wi
         --config.data.files=sst2/train.tsv.gz --config.data.valid_files=sst2/dev.tsv.gz
 
 Columns `sentence` and `label` (0 negative, 1 positive), as GLUE has them.
+
+Measured on 2026-11-27 on one busy CPU core, on 6,920 sentences without their phrases: 0.766 of dev after 500 steps, in
+ten minutes; after that it learns them by heart (`checkpoint.best` keeps the former).
 """
 
 from lslm_jax.config import (
