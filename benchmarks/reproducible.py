@@ -7,6 +7,7 @@ end, in all bits; and its median of tokens/s. The model is small and has dropout
 At the end come two runs without the setting. Exits with 1 unless the reproducible ones agree in all hashes.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -43,22 +44,24 @@ HASHES = ("losses", "gradient_norms", "weights_and_moments")
 
 def main() -> None:
     """Prints a line of JSON for each run."""
-    with tempfile.TemporaryDirectory() as directory:
-        found = [measure(pathlib.Path(directory), *where) for where in RUNS]
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = pathlib.Path(temporary)
+        (directory / "config.py").write_text(CONFIG)
+        found = [measure(directory, *where) for where in RUNS]
         for devices in (8, 1):
-            measure(pathlib.Path(directory), 1, devices, "--config.train.reproducible=false")
+            measure(directory, 1, devices, "--config.train.reproducible=false")
     sys.exit(int(any(run[name] != found[0][name] for run in found for name in HASHES)))
 
 
 def measure(directory: pathlib.Path, processes: int, devices: int, *flags: str) -> dict[str, Any]:
-    """Trains once; prints, and returns, what came out."""
-    config, workdir = directory / "config.py", directory / "-".join(map(str, (processes, devices, *flags)))
-    config.write_text(CONFIG)
+    """Trains once with the config in a directory; prints, and returns, what came out."""
+    workdir = directory / "-".join(map(str, (processes, devices, *flags)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{probe.getsockname()[1]}"
     count = f"--xla_force_host_platform_device_count={devices // processes}"
-    command = [sys.executable, "-m", "lslm_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
+    command = [sys.executable, "-m", "lslm_jax.main", f"--config={directory}/config.py", f"--workdir={workdir}", *flags]
     parts = []
     for process in range(processes):
         join = [f"--coordinator={at}", f"--processes={processes}", f"--process={process}"] if processes > 1 else []

@@ -106,8 +106,8 @@ def test_a_finished_run_tells_its_result_again(novels, environment):
     assert again.stderr == f"{workdir} is complete: all 20 steps are done (raise train.steps to go on)\n"
     changed = lslm(environment, f"--workdir={workdir}", *arguments, "--config.optimizer.learning_rate=0.5")
     assert json.loads(changed.stdout) == result
-    told, *_ = changed.stderr.splitlines()
-    assert_told("A setting that may change: the run says so, and goes on", 0, told)
+    assert re.match(rf"settings changed since {workdir}: optimizer.learning_rate \S+ -> 0.5\n", changed.stderr)
+    assert_told("A setting that may change: the run says so, and goes on", 0, changed.stderr.splitlines()[0])
     other = lslm(environment, f"--workdir={workdir}", *arguments, "--config.train.batch_size=7", code=76)
     assert re.match(rf"lslm: {workdir} was made with train.batch_size=\d+, the config says 7\n", other.stderr)
 

@@ -103,7 +103,8 @@ def make_step(
 def _per_device(tree: Any) -> dict[Any, Any]:
     """What each device of this process has of arrays."""
     leaves, form = jax.tree.flatten(tree)
-    if len(leaves[0].sharding.device_set) == 1:  # whose shard is the array itself, as if compiled for another place
+    # The only shard of an array is that array, of its mesh, for which all would be compiled a second time.
+    if len(leaves[0].sharding.device_set) == 1:
         leaves = [jax.device_put(leaf, *leaf.sharding.device_set) for leaf in leaves]
     shards = [{shard.device: shard.data for shard in leaf.addressable_shards} for leaf in leaves]
     return {device: jax.tree.unflatten(form, [leaf[device] for leaf in shards]) for device in shards[0]}
