@@ -40,7 +40,7 @@ audit: $(READY)
 	set -e; for pins in constraints/*.txt; do $(PY) -m pip_audit --strict --no-deps --disable-pip -r $$pins; done
 
 bench: $(READY)
-	set -e; for script in input loop train_step decode checkpoint; do $(PY) benchmarks/$$script.py; done
+	set -e; for script in start input loop train_step decode checkpoint; do $(PY) benchmarks/$$script.py; done
 
 $(READY): pyproject.toml constraints/py311.txt constraints/py312.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from measure import about, spread, tell, windows
 
-from lslm_jax import hugepages
+from lslm_jax import malloc
 from lslm_jax.models import attention
 
 HEADS = {"64": (12, 12, 64), "128": (32, 8, 128)}  # of queries, of keys, and their width
@@ -155,5 +155,5 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    hugepages.ensure()
+    malloc.ensure_large_pages()
     main()

@@ -14,7 +14,7 @@ import jax
 from etils import epath
 from measure import about, add_model, configured, spread, tell
 
-from lslm_jax import hugepages
+from lslm_jax import malloc
 from lslm_jax.config import Config
 from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train import identity
@@ -63,5 +63,5 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
 
 
 if __name__ == "__main__":
-    hugepages.ensure()
+    malloc.ensure_large_pages()
     main()

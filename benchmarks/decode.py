@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from measure import about, add_model, busiest, configured, copy_rate, spread, tell
 
-from lslm_jax import hugepages
+from lslm_jax import malloc
 from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.generate.decode import generate
 from lslm_jax.models import presets
@@ -118,5 +118,5 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
 
 
 if __name__ == "__main__":
-    hugepages.ensure()
+    malloc.ensure_large_pages()
     main()

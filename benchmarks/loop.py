@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lslm_jax import hugepages
+from lslm_jax import malloc
 from lslm_jax.batch import Batch
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
@@ -143,5 +143,5 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    hugepages.ensure()
+    malloc.ensure_large_pages()
     main()

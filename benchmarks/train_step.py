@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from measure import about, add_model, busiest, configured, matmul_rate, spread, tell, windows
 
-from lslm_jax import hugepages, observe
+from lslm_jax import malloc, observe
 from lslm_jax.config import Config
 from lslm_jax.data.synthetic import SyntheticInput
 from lslm_jax.evaluate.evaluator import choose_backend
@@ -50,13 +50,13 @@ def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
         step = lowered.compile(compiler_options=dict(args.options))
         compiled = time.perf_counter()
 
-        state = init_state(config, optimizer, mesh)
+        leaves = jax.tree.leaves(init_state(config, optimizer, mesh))
         batches = [to_global(data.batch(n), mesh) for n in range(4)]
         metrics = {"loss": None}
 
         def advance() -> jax.Array:
-            nonlocal state, metrics
-            state, metrics = step(state, batches[0])
+            nonlocal leaves, metrics
+            leaves, metrics = step(leaves, batches[0])
             batches.append(batches.pop(0))
             return metrics["loss"]
 
@@ -74,7 +74,7 @@ def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     memory = step.memory_analysis()
     return {
         "attention": backend.name,
-        "parameters": num_parameters(state.model),
+        "parameters": num_parameters(shapes[0].model),
         "trace_seconds": round(traced - begun, 2),
         "compile_seconds": round(compiled - traced, 2),
         "step_ms": spread([1e3 * each for each in times]),
@@ -119,5 +119,5 @@ def option(text: str) -> tuple[str, str | bool]:
 
 
 if __name__ == "__main__":
-    hugepages.ensure()
+    malloc.ensure_large_pages()
     main()

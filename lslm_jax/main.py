@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from lslm_jax import config_checks, config_loading, hugepages, peers
+from lslm_jax import config_checks, config_loading, malloc, peers
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError, LslmError
 
@@ -193,7 +193,7 @@ def _named(workdir: str | None) -> str:
 
 def run() -> NoReturn:
     """The command, in a process of its own."""
-    hugepages.ensure()
+    malloc.ensure_large_pages()
     main()
 
 

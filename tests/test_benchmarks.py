@@ -28,6 +28,7 @@ SMALL = ["--config.model.num_layers=1", "--config.model.d_model=32", "--config.m
         ),
         ("decode", [*SMALL, "--rounds=1", "--tokens=8", "--batch_sizes=2"], {"first_token_ms", "tokens_per_second"}),
         ("checkpoint", [*SMALL, "--rounds=1"], {"blocking", "total", "restore", "per_gib"}),
+        ("start", [*SMALL, "--rounds=1", "--steps=2"], {"cold", "warm"}),
         ("loop", ["--rounds=1", "--steps=6", "--skip=2", "--d_model=32"], {"bare_ms", "trainer_ms", "overhead"}),
         ("input", ["--tokens=2000000", "--seconds=1"], {"tokens_per_second", "first_batch_seconds", "fill"}),
     ],

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "lslm_jax"
 ROWS = [
     ["config", "batch", "errors"],
     ["config_loading", "config_mesh", "devices", "progress", "atomic", "imports", "peers"],
-    ["config_checks", "hugepages"],
+    ["config_checks", "malloc"],
     ["sharding", "distributed", "observe", "trees", "compile_cache"],
     ["data", "models"],
     [

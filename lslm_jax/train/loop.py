@@ -12,7 +12,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import atomic, config_loading, distributed
+from lslm_jax import atomic, config_loading, distributed, malloc
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.data import detours, pipeline, prefetch
@@ -33,7 +33,7 @@ from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.preemption import Preemption
 from lslm_jax.train.spikes import Detector
 from lslm_jax.train.state import State, abstract_state, divide, evaluated_model, num_parameters
-from lslm_jax.train.step import lower, whole_batch
+from lslm_jax.train.step import LeavesStep, lower, on_leaves, whole_batch
 from lslm_jax.train.watchdog import Watchdog
 
 MAX_SKIPPED = 5  # non-finite steps in a row that end the run
@@ -115,6 +115,7 @@ def train(
         batches = stack.enter_context(contextlib.closing(prefetch.batches(make_batch, start, steps, through=through)))
         first = next(batches, None)
         train_step = compiling.result()
+        malloc.give_back()
         attempt = distributed.by_primary("attempt", lambda: attempts(workdir))
         read = Ledger(workdir, jax.process_index(), attempt, start, data, data.slots, around)
         stack.enter_context(contextlib.closing(read))
@@ -148,13 +149,13 @@ def train(
                 raise NumericAbort(f"loss or gradient was not finite in {skipped} steps in a row, up to step {step}")
             spikes.add(step, last["loss"])
 
-        pending = None
+        pending, (leaves, form) = None, jax.tree.flatten(state)
         for step in range(start + 1, steps + 1):
-            profiler.step(step, state.step)
+            profiler.step(step, leaves)
             with timer.data():
                 batch = first or next(batches)
                 first = None
-            state, metrics = train_step(state, to_global(batch, mesh, config.train.batch_size))
+            leaves, metrics = train_step(leaves, to_global(batch, mesh, config.train.batch_size))
             if pending:
                 report(*pending)
             pending = (step, metrics)
@@ -163,11 +164,11 @@ def train(
             evaluating = step == steps or (config.eval.every and step % config.eval.every == 0)
             saving = stopping or step % config.checkpoint.every == 0
             if copies and (saving or step % config.train.check_copies == 0):
-                copies.check(state)
+                copies.check(form.unflatten(leaves))
             if not (evaluating or saving):
                 continue
             report(*pending)
-            pending = None
+            pending, state = None, form.unflatten(leaves)
             with timer.pause(), watchdog.pause():
                 if evaluating:
                     results, facts = _evaluate(state, evaluate, sample, record, progress, workdir)
@@ -224,11 +225,11 @@ def _compile(
     state: State,
     batch: Batch,
     mesh: Mesh,
-) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+) -> LeavesStep:
     """The step compiled for exactly these shapes, so that it can never be compiled again behind our back."""
     with use(mesh, config.mesh):  # which is set for each thread on its own
         if config.train.reproducible:
-            return reproducible.make_step(config, optimizer, backend, mesh)
+            return on_leaves(reproducible.make_step(config, optimizer, backend, mesh), jax.tree.structure(state))
         return lower(config, optimizer, backend, state, whole_batch(config, batch, mesh), mesh).compile()
 
 

@@ -19,6 +19,7 @@ from lslm_jax.train.state import State, divide, on_device
 from lslm_jax.trees import join
 
 Metrics = dict[str, jax.Array]
+LeavesStep = Callable[[list[jax.Array], Batch], tuple[list[jax.Array], Metrics]]
 
 _TPU_LOGITS = 1 << 28  # 1 GiB of them at once, if not told otherwise
 
@@ -88,6 +89,8 @@ def lower(
 ) -> jax.stages.Lowered:
     """The step for exactly these shapes and places, its state donated, to be compiled; on the mesh in use.
 
+    What is compiled goes from the leaves of one state to those of the next, as `on_leaves` has it.
+
     Args:
       config: resolved.
       optimizer: of the run.
@@ -96,9 +99,23 @@ def lower(
       batch: from `whole_batch`.
       mesh: of devices that are there, or not.
     """
-    places = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(make_train_step(config, optimizer, backend), donate_argnums=0, out_shardings=places)
-    return step.lower(state, batch)
+    leaves, form = jax.tree.flatten(state)
+    train_step = on_leaves(make_train_step(config, optimizer, backend), form)
+    places = [leaf.sharding for leaf in leaves], NamedSharding(mesh, PartitionSpec())
+    return jax.jit(train_step, donate_argnums=0, out_shardings=places).lower(leaves, batch)
+
+
+def on_leaves(step: Callable[[State, Batch], tuple[State, Metrics]], form: Any) -> LeavesStep:
+    """A step between the leaves of states of that form.
+
+    For every step to take modules apart and put them together again would keep the host for a millisecond.
+    """
+
+    def train_step(leaves: list[jax.Array], batch: Batch) -> tuple[list[jax.Array], Metrics]:
+        state, metrics = step(form.unflatten(leaves), batch)
+        return jax.tree.leaves(state), metrics
+
+    return train_step
 
 
 def whole_batch(config: Config, batch: Batch, mesh: Mesh) -> Batch:

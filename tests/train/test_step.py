@@ -93,7 +93,9 @@ class Run:
 
     def step(self, batch):
         with jax.set_mesh(self.mesh):
-            self.state, metrics = self.compiled(self.state, to_global(batch, self.mesh))
+            leaves, form = jax.tree.flatten(self.state)
+            leaves, metrics = self.compiled(leaves, to_global(batch, self.mesh))
+            self.state = form.unflatten(leaves)
         return {name: value.item() for name, value in metrics.items()}
 
 
