@@ -90,7 +90,7 @@ def times(
 def build(config: Config) -> Any:
     """A model with random weights in the type that it computes in."""
     model = presets.build(config.model, jax.random.key(config.seed), config.task.objective)
-    return jax.tree.map(lambda leaf: leaf.astype(config.model.dtype), model)
+    return jax.tree.map(lambda leaf: leaf.astype(config.model.activations), model)
 
 
 def bits(dtype: Any) -> int:
@@ -101,7 +101,8 @@ def bits(dtype: Any) -> int:
 def cache_bytes(config: Config) -> int:
     """Of keys and values, for one token of a row."""
     model = config.model
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * np.dtype(jax.numpy.dtype(model.dtype)).itemsize
+    each = jax.numpy.dtype(model.activations).itemsize
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * each
 
 
 def parse_args() -> tuple[argparse.Namespace, Config]:

@@ -63,7 +63,7 @@ def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
         times = windows(advance, warm=3, count=args.windows, length=args.steps)
         calls = [call(advance) for _ in range(args.steps)]
         kernels = busiest(advance, args.kernels) if args.kernels else {}
-        rate = matmul_rate(config.model.dtype)
+        rate = matmul_rate(config.model.activations)
 
     seconds = statistics.median(times)
     tokens = config.train.batch_size * config.data.seq_len

@@ -129,8 +129,8 @@ class ModelConfig:
     """What adapters say is multiplied with this / lora_rank."""
     lora_targets: tuple[str, ...] = ("*",)
     """Projections of a block that have one, by pattern: `attention.q`, `attention.*`, `mlp.*`, `cross.*`."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and matrix products. Parameters are always float32."""
+    dtype: Literal["float32", "bfloat16", "float8", "int8"] = "float32"
+    """Type of activations and matrix products; the last two are products of such numbers, and bfloat16 between."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel: `xla` anywhere, `cudnn` on GPUs, `splash` on TPUs, `auto` the fastest that is correct."""
     scan_layers: Literal["auto", True, False] = "auto"
@@ -141,6 +141,11 @@ class ModelConfig:
     """Parts of a batch that flow through the stages of mesh.stage. 0: 4 a stage, or as many below as divide rows."""
     pipeline_rounds: int = 1
     """How often each part passes through all stages: more leave them less idle, but layers then move at each step."""
+
+    @property
+    def activations(self) -> str:
+        """Type of what lies between products."""
+        return "bfloat16" if self.dtype in ("float8", "int8") else self.dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,7 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
     if full.positions == "rotary" and full.head_dim * full.rope_fraction % 2:
         width = f"{full.head_dim} (model.head_dim)" + f" * {full.rope_fraction}" * (full.rope_fraction < 1)
         yield f"rotary positions need an even head width, got {width}"
-    if full.attention == "cudnn" and full.dtype != "bfloat16":
+    if full.attention == "cudnn" and full.activations != "bfloat16":
         yield "model.attention=cudnn needs model.dtype=bfloat16"
     yield from _layer_problems(full)
     yield from _expert_problems(full)

@@ -36,7 +36,7 @@ def require_google_cloud(address: str) -> None:
 
 
 def import_qwix() -> Any:
-    """Imports qwix, which holds weights of a few bits.
+    """Imports qwix, which holds numbers of a few bits.
 
     Raises:
       ConfigError: it is not installed.
@@ -44,4 +44,4 @@ def import_qwix() -> Any:
     try:
         return importlib.import_module("qwix")
     except ImportError as error:
-        raise ConfigError("weights in int8 or int4 need qwix: pip install 'lslm_jax[quantize]'") from error
+        raise ConfigError("numbers of eight or four bits need qwix: pip install 'lslm_jax[quantize]'") from error

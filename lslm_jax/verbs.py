@@ -305,7 +305,7 @@ def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[
     """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step."""
     if flags.dtype in quantized.KINDS:
         imports.import_qwix()  # before anything slow: it may be missing
-        model, step = _read_model(config, flags, abstract_model(config, mesh, config.model.dtype))
+        model, step = _read_model(config, flags, abstract_model(config, mesh, config.model.activations))
         return quantized.quantize(model, flags.dtype), step
     return _read_model(config, flags, abstract_model(config, mesh, None if flags.verb == "export" else flags.dtype))
 

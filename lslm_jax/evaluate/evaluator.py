@@ -73,7 +73,7 @@ def choose_backend(config: Config, mesh: Mesh, inputs: Sequence[Any]) -> Backend
         config.model.attention,
         platform=device.platform,
         compute_capability=float(device.compute_capability) if gpu else 0.0,
-        dtype=config.model.dtype,
+        dtype=config.model.activations,
         head_dim=config.model.head_dim,
         length=config.data.seq_len,
         max_segments=max_segments,

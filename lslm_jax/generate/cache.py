@@ -18,7 +18,7 @@ def create(config: ModelConfig, batch: int, length: int) -> list[KeyValues]:
       For each layer zeros [B, S, K, C] in the compute type, placed on the mesh where one is set.
     """
     shape = (batch, length, config.num_kv_heads, config.head_dim)
-    zeros = lambda: constrain(jnp.zeros(shape, config.dtype), AXES)
+    zeros = lambda: constrain(jnp.zeros(shape, config.activations), AXES)
     return [KeyValues(zeros(), zeros()) for _ in range(num_layers(config))]
 
 
@@ -36,4 +36,4 @@ def extend(cache: list[KeyValues], extra: int) -> list[KeyValues]:
 def num_bytes(config: ModelConfig, batch: int, length: int) -> int:
     """Bytes of a cache over all devices."""
     entries = 2 * num_layers(config) * batch * length * config.num_kv_heads * config.head_dim
-    return entries * jnp.dtype(config.dtype).itemsize
+    return entries * jnp.dtype(config.activations).itemsize

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lslm_jax import imports
 from lslm_jax.config import ModelConfig
-from lslm_jax.models import lora
+from lslm_jax.models import lora, low_precision
 from lslm_jax.models.attention import KeyValues
 from lslm_jax.models.experts import Experts, Routing
 from lslm_jax.models.layers import (
@@ -19,6 +20,7 @@ from lslm_jax.models.layers import (
     Norm,
     Rotation,
     dropout,
+    projections,
     residual_std,
     rotate,
     weight_std,
@@ -128,6 +130,10 @@ class Block(nnx.Module):
         self.shared = Mlp(always, shared_key, sublayers=sublayers) if config.shared_experts else None
         if config.lora_rank:
             lora.adapt(self, config, jax.random.fold_in(key, 1))
+        if config.dtype in low_precision.KINDS:
+            imports.import_qwix()  # before anything slow: it may be missing
+            for _, linear in projections(self):
+                linear.narrow = config.dtype
 
     def __call__(
         self,

@@ -70,7 +70,7 @@ class Embedding(nnx.Module):
                 x_BTD = x_BTD + constrain(self.types.get_value(), ("types", "width"))[types_BT]
             if self.embed_norm is not None:
                 x_BTD = self.embed_norm(x_BTD)
-            x_BTD = constrain(x_BTD.astype(config.dtype), ("batch", "length", "width"))
+            x_BTD = constrain(x_BTD.astype(config.activations), ("batch", "length", "width"))
             return dropout(x_BTD, config.dropout, key)
 
     def features(self, batch: Batch, *, backend: Backend, key: jax.Array | None = None) -> jax.Array:

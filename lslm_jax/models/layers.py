@@ -11,7 +11,7 @@ the mesh. They are cast to the type of the activations where they are used.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
+from lslm_jax.models import low_precision
 
 INIT_STD = 0.02  # GPT-2 and Llama alike
 
@@ -65,6 +66,7 @@ class Linear(nnx.Module):
         axes = ["width" if name == "embed" else name for name in outputs]
         self.b = constant(0.0, list(outputs.values()), axes) if bias else None
         self.lora: Any = nnx.data(None)  # an adapter, which `lora.adapt` may put here
+        self.narrow = ""  # a type of `low_precision`, if products are to be of such numbers
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., *inputs] to [..., *outputs] in the type of x."""
@@ -77,7 +79,19 @@ class Linear(nnx.Module):
 
     def product(self, x: jax.Array) -> jax.Array:
         """The product with the weights alone, without adapter and bias."""
-        return jnp.tensordot(x, self.w.get_value().astype(x.dtype), self.contract)
+        w = self.w.get_value().astype(x.dtype)
+        if self.narrow:
+            return low_precision.product(self.narrow, self.contract, x, w)
+        return jnp.tensordot(x, w, self.contract)
+
+
+def projections(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, Linear]]:
+    """Every projection inside a module, by dotted name."""
+    for name, part in vars(module).items():
+        if isinstance(part, Linear):
+            yield prefix + name, part
+        elif isinstance(part, nnx.Module):
+            yield from projections(part, f"{prefix}{name}.")
 
 
 class Norm(nnx.Module):

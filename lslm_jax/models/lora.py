@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.models.layers import Linear, constant
+from lslm_jax.models.layers import Linear, constant, projections
 
 
 class Lora(nnx.Module):
@@ -33,18 +33,9 @@ class Lora(nnx.Module):
 
 def adapt(block: nnx.Module, config: ModelConfig, key: jax.Array) -> None:
     """Gives those projections of a block that `lora_targets` names their adapters."""
-    for i, (name, linear) in enumerate(_projections(block)):
+    for i, (name, linear) in enumerate(projections(block)):
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.lora_targets):
             linear.lora = Lora(linear, config.lora_rank, config.lora_alpha, jax.random.fold_in(key, i))
-
-
-def _projections(module: nnx.Module, prefix: str = "") -> Iterator[tuple[str, Linear]]:
-    """Every projection inside a module, by dotted name."""
-    for name, part in vars(module).items():
-        if isinstance(part, Linear):
-            yield prefix + name, part
-        elif isinstance(part, nnx.Module):
-            yield from _projections(part, f"{prefix}{name}.")
 
 
 def merge(arrays: Mapping[str, Any]) -> dict[str, Any]:

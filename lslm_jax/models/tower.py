@@ -145,7 +145,7 @@ class Tower(nnx.Module):
     def unstacked(self) -> Self:
         """The same with its layers apart, for reading token by token; its cache is a list, one entry a layer."""
         tower = copy.copy(self)
-        tower.blocks = stack.unstacked(self.blocks, self.config.dtype)
+        tower.blocks = stack.unstacked(self.blocks, self.config.activations)
         return tower
 
     def layer(self, i: int) -> Self:

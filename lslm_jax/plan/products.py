@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from lslm_jax.plan.hlo import Run
+from lslm_jax.plan.hlo import Instruction, Run
 
 
 def flops(run: Run) -> float:
@@ -73,5 +73,9 @@ def attention(run: Run) -> float:
     read = [array.dims for name in instruction.operands for array in run.among[name].arrays if array.dtype == "bf16"]
     q, k = [dims for dims in read if len(dims) >= 3][:2]
     keys = k[-2] if target[1] == "tpu_custom_call" else k[1]  # cuDNN has [B, S, K, C], a TPU's kernel [..., K, S, C]
-    backward = re.search(r"dkv|bwd", instruction.name)
-    return (10.0 if backward else 4.0) * float(np.prod(q)) * keys
+    return (10.0 if is_backward(instruction) else 4.0) * float(np.prod(q)) * keys
+
+
+def is_backward(instruction: Instruction) -> bool:
+    """Whether an attention kernel is that of the backward pass."""
+    return re.search(r"dkv|bwd", instruction.name) is not None or "fmhaSoftmaxBackward" in instruction.attributes

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -89,6 +90,27 @@ def test_weights_of_eight_bits_are_read_as_they_are():
     done = subprocess.run([sys.executable, "-c", INT8], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 2048 * 8192 / 10  # written out in bfloat16 they would be twice as many bytes
+
+
+FLOAT8 = """
+from lslm_jax.plan import topology
+there = topology.prepare("h200:1")
+import jax, jax.numpy as jnp
+from lslm_jax.models.low_precision import product
+where = jax.sharding.SingleDeviceSharding(topology.devices(there)[0])
+x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where) for shape in ((4096, 2048), (2048, 1024)))
+loss = lambda x, w: jnp.sum(jnp.square(product("float8", 1, x, w).astype(jnp.float32)))
+print(jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile().as_text())
+"""
+
+
+@gpu
+def test_products_of_eight_bit_numbers_read_these_and_write_bfloat16():
+    done = subprocess.run([sys.executable, "-c", FLOAT8], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sides = re.findall(r"gemm[\w.]+ \(\S+: (\w+)\[[\d,]+\], \S+: (\w+)\[[\d,]+\]\) -> (\w+)", done.stdout)
+    narrow, wide = "f8e4m3fn", "f8e5m2"  # of gradients
+    assert sorted(sides) == sorted([(narrow, narrow, "bf16"), (wide, narrow, "bf16"), (narrow, wide, "bf16")])
 
 
 @gpu

@@ -1,0 +1,180 @@
+"""What a step needs of a device's memory, before and after each thing that saves some, by the devices' own compilers.
+
+    python benchmarks/memory.py [--only=NAME] [--write]
+
+Needs them: pip install 'lslm_jax[tpu,plan-gpu]'. Every figure is of a plan of the real train step, in a process of its
+own; beside it stands the closed formula of `predicted`. The largest batch that fits is where a line through two batches
+meets the limit, or the nearest one below that the compiler then agrees to. Each is kept in
+benchmarks/results/memory.json, and done again only where --only names it. With --write, the table goes into
+benchmarks/compiled.md, between its marks.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from measure import MODELS
+
+from lslm_jax import config_loading
+from lslm_jax.config import Config, MeshConfig, ModelConfig
+
+HERE = pathlib.Path(__file__).parent
+KEPT, PAGE, MARK = HERE / "results/memory.json", HERE / "compiled.md", "<!-- memory -->"
+SAVINGS = {
+    "as in the first draft": {"train.loss_chunk": 1 << 20, "model.remat": "none"},
+    "logits in parts": {"model.remat": "none"},
+    "and only attention kept": {"model.remat": "save_attention"},
+    "and nothing kept of a layer": {"model.remat": "full"},
+    "and moments in bfloat16": {"model.remat": "full", "optimizer.moment_dtype": "bfloat16"},
+}
+LAST = list(SAVINGS)[-1]
+
+
+class Case(NamedTuple):
+    """A model on hardware, with so many rows for each device."""
+
+    model: str
+    topology: str
+    devices: int
+    rows: int
+
+
+CASES = [
+    *(Case("gpt2_small", name, n, 64) for name, n in (("h200:1", 1), ("h200:8", 8), ("v5p:4x4x4", 64))),
+    *(Case("llama_1b", name, n, 16) for name, n in (("h200:1", 1), ("h200:8", 8), ("v5p:4x4x4", 64))),
+    *(Case("llama_8b", name, n, 1) for name, n in (("h200:1", 1), ("h200:8", 8), ("v5p:4x4x4", 64))),
+]
+
+
+def main() -> None:
+    """Plans what is missing, prints the table."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--only", default="", help="cases whose name has this in it, again")
+    flags.add_argument("--write", action="store_true", help="put the table into compiled.md")
+    args = flags.parse_args()
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    for case in CASES:
+        for saving in SAVINGS:
+            name = f"{case.model} {case.topology} {saving}"
+            if args.only in name and (args.only or name not in kept):
+                kept[name] = plan(case, saving, case.rows)
+        name = f"{case.model} {case.topology} largest"
+        if args.only in name and (args.only or name not in kept):
+            kept[name] = largest(case)
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    shown = table(kept)
+    print(shown)
+    if args.write:
+        before, _, after = PAGE.read_text().split(MARK)
+        PAGE.write_text(f"{before}{MARK}\n{shown}\n{MARK}{after}")
+
+
+def configured(case: Case, saving: str, rows: int) -> Config:
+    """The config of a case: weights and all that goes with them split over all devices."""
+    base = MODELS[case.model]
+    base = replace(
+        base, train=replace(base.train, batch_size=rows * case.devices), mesh=MeshConfig(data=1, fsdp=case.devices)
+    )
+    return config_loading.override(base, [(key, str(value)) for key, value in SAVINGS[saving].items()])
+
+
+def plan(case: Case, saving: str, rows: int) -> dict[str, Any]:
+    """The figures that are kept of a plan."""
+    config = configured(case, saving, rows)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(config_loading.to_json(config))
+        file.flush()
+        command = [sys.executable, "-m", "lslm_jax.main", "plan", f"--config={file.name}"]
+        begun = time.monotonic()
+        done = subprocess.run(
+            [*command, f"--topology={case.topology}"], capture_output=True, text=True, cwd=HERE.parent
+        )
+    lines = done.stdout.splitlines()
+    if not lines:
+        sys.exit(f"{case} {saving}: {done.stderr.strip().splitlines()[-1]}")
+    found = json.loads(lines[-1])
+    parts = predicted(config, found["parameters"]["total"], case.devices)
+    print(f"{case} {saving}: {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    memory = {name: found["memory"].get(name) for name in ("needed", "limit", "fits", "arguments", "temporaries")}
+    return {"rows": rows, "seconds": round(time.monotonic() - begun, 1), "predicted": parts} | memory
+
+
+def predicted(config: Config, parameters: int, devices: int) -> dict[str, float]:
+    """Bytes of a device by closed formula.
+
+    Weights and gradients in float32 and two moments, over all devices; what the backward pass keeps of each layer, in
+    bfloat16; one part of the logits in float32, with the same in bfloat16 for the products of its gradient; and what is
+    gathered whole of the head's matrix, with its gradient.
+    """
+    model, tokens = config.model, config.train.batch_size * config.data.seq_len // devices
+    moments = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
+    vocab = model.vocab_size
+    usual = min(8192, (1 << 28) // vocab) if devices == 64 else 8192
+    rows = min(config.train.loss_chunk or usual, tokens)
+    head = vocab * model.d_model if devices > 1 else 0
+    return {
+        "state": parameters * (4 + 2 * moments) / devices,
+        "gradients": parameters * 4 / devices,
+        "activations": kept_per_token(model) * tokens * 2.0,
+        "logits": rows * vocab * 6.0,
+        "gathered": head * (2.0 + 4.0),
+    }
+
+
+def kept_per_token(model: ModelConfig) -> int:
+    """Numbers a token that the backward pass reads of the layers, and that were not worked out again."""
+    D, KV = model.d_model, model.num_kv_heads * model.head_dim
+    queries = model.num_heads * model.head_dim
+    inside = {
+        "full": 0,
+        "save_attention": queries,
+        "none": 3 * D + 2 * queries + 2 * KV + (3 if model.gated else 2) * model.d_ff,
+    }
+    return model.num_layers * (D + inside[model.remat])
+
+
+def largest(case: Case) -> dict[str, Any]:
+    """The most rows a device that fit with all savings, by a line through two plans, made sure of by a third."""
+    first, second = plan(case, LAST, case.rows), plan(case, LAST, 2 * case.rows)
+    each = (second["needed"] - first["needed"]) / case.rows
+    rows = case.rows + int((first["limit"] - first["needed"]) / each)
+    while rows > 0:
+        found = plan(case, LAST, rows)
+        if found["fits"]:
+            return found
+        rows = min(rows - 1, int(rows * 0.98))
+    return first | {"rows": 0}
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """A row a plan."""
+    heads = ["model", "hardware", "rows a device", "", "needed, GiB", "of these temporaries", "formula", "of it"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for case in CASES:
+        for saving in (*SAVINGS, "largest"):
+            each = found.get(f"{case.model} {case.topology} {saving}")
+            if each is None:
+                continue
+            told = "the most rows that fit so" if saving == "largest" else saving
+            said = sum(each["predicted"].values())
+            needed = each["needed"]
+            cells = [case.model, case.topology, f"{each['rows']:,}", told]
+            cells += [f"{gib(needed)} of {gib(each['limit'])}" + ("" if each["fits"] else ": too much")]
+            cells += [gib(each["temporaries"]), gib(said), f"{needed / said:.0%}" if needed else ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gib(count: float | None) -> str:
+    """Bytes in GiB, or nothing where the compiler did not tell."""
+    return "" if count is None else f"{count / 2**30:.2f}"
+
+
+if __name__ == "__main__":
+    main()
