@@ -3,6 +3,9 @@ r"""A small T5 translates captions (Multi30k): relative positions, and a prefix 
 python -m lslm_jax.main --config=configs/t5_multi30k.py --workdir=runs/t5_multi30k \
         --config.data.files=multi30k/train.en.gz,multi30k/train.de.gz \
         --config.data.valid_files=multi30k/val.en.gz,multi30k/val.de.gz
+
+Measured on 2026-11-27 on two CPU cores, halfway, after 1,525 of the 3,000 steps (26 minutes, other work beside it):
+test2016 BLEU 21.2, chrF 44.3 (beam 4), BLEU 18.3, chrF 43.4 without beams.
 """
 
 from dataclasses import replace
