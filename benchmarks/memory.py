@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ SAVINGS = {
     "and nothing kept of a layer": {"model.remat": "full"},
     "and moments in bfloat16": {"model.remat": "full", "optimizer.moment_dtype": "bfloat16"},
 }
-LAST = list(SAVINGS)[-1]
+LAST, LARGEST = list(SAVINGS)[-1], "the most rows that fit so"
 
 
 class Case(NamedTuple):
@@ -43,6 +44,11 @@ class Case(NamedTuple):
     topology: str
     devices: int
     rows: int
+
+    @property
+    def name(self) -> str:
+        """What it is kept under."""
+        return f"{self.model} {self.topology}"
 
 
 CASES = [
@@ -57,22 +63,25 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--only", default="", help="cases whose name has this in it, again")
     flags.add_argument("--write", action="store_true", help="put the table into compiled.md")
+    flags.add_argument("--jobs", type=int, default=2, help="plans at a time")
     args = flags.parse_args()
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    for case in CASES:
-        for saving in SAVINGS:
-            name = f"{case.model} {case.topology} {saving}"
-            if args.only in name and (args.only or name not in kept):
-                kept[name] = plan(case, saving, case.rows)
-        name = f"{case.model} {case.topology} largest"
-        if args.only in name and (args.only or name not in kept):
-            kept[name] = largest(case)
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    wanted = [case for case in CASES if args.only in case.name and (args.only or case.name not in kept)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for case, found in zip(wanted, pool.map(plans, wanted), strict=True):
+            kept[case.name] = found
+            KEPT.write_text(json.dumps(kept, indent=1) + "\n")
     shown = table(kept)
     print(shown)
     if args.write:
         before, _, after = PAGE.read_text().split(MARK)
         PAGE.write_text(f"{before}{MARK}\n{shown}\n{MARK}{after}")
+
+
+def plans(case: Case) -> dict[str, dict[str, Any]]:
+    """All plans of a case, by what each saves."""
+    found = {saving: plan(case, saving, case.rows) for saving in SAVINGS}
+    return found | {LARGEST: largest(case, found[LAST])}
 
 
 def configured(case: Case, saving: str, rows: int) -> Config:
@@ -139,9 +148,9 @@ def kept_per_token(model: ModelConfig) -> int:
     return model.num_layers * (D + inside[model.remat])
 
 
-def largest(case: Case) -> dict[str, Any]:
+def largest(case: Case, first: dict[str, Any]) -> dict[str, Any]:
     """The most rows a device that fit with all savings, by a line through two plans, made sure of by a third."""
-    first, second = plan(case, LAST, case.rows), plan(case, LAST, 2 * case.rows)
+    second = plan(case, LAST, 2 * case.rows)
     each = (second["needed"] - first["needed"]) / case.rows
     rows = case.rows + int((first["limit"] - first["needed"]) / each)
     while rows > 0:
@@ -152,16 +161,12 @@ def largest(case: Case) -> dict[str, Any]:
     return first | {"rows": 0}
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """A row a plan."""
     heads = ["model", "hardware", "rows a device", "", "needed, GiB", "of these temporaries", "formula", "of it"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for case in CASES:
-        for saving in (*SAVINGS, "largest"):
-            each = found.get(f"{case.model} {case.topology} {saving}")
-            if each is None:
-                continue
-            told = "the most rows that fit so" if saving == "largest" else saving
+        for told, each in found.get(case.name, {}).items():
             said = sum(each["predicted"].values())
             needed = each["needed"]
             cells = [case.model, case.topology, f"{each['rows']:,}", told]

@@ -2,6 +2,10 @@ r"""Questions answered in words (SQuAD) by a small T5: `question: ... context: .
 
 python -m lslm_jax.main --config=configs/t5_squad.py --workdir=runs/t5_squad \
         --config.data.files=squad/train-v1.1.json --config.data.valid_files=squad/dev-v1.1.json
+
+Measured on 2026-11-27 on two CPU cores, on the first 4,360 training questions, after 577 of the 2,000 steps (15
+minutes, other work beside it): exact match 0.0, F1 4.5 on 256 of the development questions. From random weights so few
+questions teach it no more than what answers look like: begin with trained ones (`--pretrained`).
 """
 
 from dataclasses import replace

@@ -130,7 +130,7 @@ class ModelConfig:
     lora_targets: tuple[str, ...] = ("*",)
     """Projections of a block that have one, by pattern: `attention.q`, `attention.*`, `mlp.*`, `cross.*`."""
     dtype: Literal["float32", "bfloat16", "float8", "int8"] = "float32"
-    """Type of activations and matrix products; the last two are products of such numbers, and bfloat16 between."""
+    """Type of activations and matrix products; float8, int8: of blocks' products alone, and bfloat16 else (qwix)."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel: `xla` anywhere, `cudnn` on GPUs, `splash` on TPUs, `auto` the fastest that is correct."""
     scan_layers: Literal["auto", True, False] = "auto"
