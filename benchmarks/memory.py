@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--only=NAME] [--write]
 
 Needs them: pip install 'lslm_jax[tpu,plan-gpu]'. Every figure is of a plan of the real train step, in a process of its
-own; beside it stands the closed formula of `predicted`. The largest batch that fits is where a line through two batches
-meets the limit, or the nearest one below that the compiler then agrees to. Each is kept in
+own; beside it stands the closed formula of `predicted`. The most rows that fit are where a line through two plans
+meets the limit, or below, where the compiler then agrees. Each is kept in
 benchmarks/results/memory.json, and done again only where --only names it. With --write, the table goes into
 benchmarks/compiled.md, between its marks.
 """
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -68,8 +68,8 @@ def main() -> None:
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     wanted = [case for case in CASES if args.only in case.name and (args.only or case.name not in kept)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for case, found in zip(wanted, pool.map(plans, wanted), strict=True):
-            kept[case.name] = found
+        for done in as_completed({pool.submit(plans, case): case for case in wanted}):
+            kept |= done.result()
             KEPT.write_text(json.dumps(kept, indent=1) + "\n")
     shown = table(kept)
     print(shown)
@@ -78,10 +78,10 @@ def main() -> None:
         PAGE.write_text(f"{before}{MARK}\n{shown}\n{MARK}{after}")
 
 
-def plans(case: Case) -> dict[str, dict[str, Any]]:
-    """All plans of a case, by what each saves."""
+def plans(case: Case) -> dict[str, dict[str, dict[str, Any]]]:
+    """All plans of a case, by its name and what each saves."""
     found = {saving: plan(case, saving, case.rows) for saving in SAVINGS}
-    return found | {LARGEST: largest(case, found[LAST])}
+    return {case.name: found | {LARGEST: largest(case, found[LAST])}}
 
 
 def configured(case: Case, saving: str, rows: int) -> Config:
@@ -108,36 +108,33 @@ def plan(case: Case, saving: str, rows: int) -> dict[str, Any]:
     if not lines:
         sys.exit(f"{case} {saving}: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(lines[-1])
-    parts = predicted(config, found["parameters"]["total"], case.devices)
-    print(f"{case} {saving}: {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    told = f"{case.name}, {rows} rows a device, {saving}: {found['memory']['needed']} bytes"
+    print(f"{told}, {time.monotonic() - begun:.0f} s", file=sys.stderr)
     memory = {name: found["memory"].get(name) for name in ("needed", "limit", "fits", "arguments", "temporaries")}
-    return {"rows": rows, "seconds": round(time.monotonic() - begun, 1), "predicted": parts} | memory
+    said = predicted(config, found["parameters"]["total"], case.devices)
+    return {"rows": rows, "seconds": round(time.monotonic() - begun, 1), "predicted": said} | memory
 
 
-def predicted(config: Config, parameters: int, devices: int) -> dict[str, float]:
+def predicted(config: Config, parameters: int, devices: int) -> float:
     """Bytes of a device by closed formula.
 
-    Weights and gradients in float32 and two moments, over all devices; what the backward pass keeps of each layer, in
-    bfloat16; one part of the logits in float32, with the same in bfloat16 for the products of its gradient; and what is
-    gathered whole of the head's matrix, with its gradient.
+    Weights and gradients in float32 and two moments, over all devices; in bfloat16 what the backward pass keeps of all
+    layers; and the larger of two things that are there one after the other: all that is made inside a single layer,
+    where it is worked out again; one part of the logits in float32 and in bfloat16, with the head's matrix gathered
+    whole in bfloat16, and its gradient in float32.
     """
     model, tokens = config.model, config.train.batch_size * config.data.seq_len // devices
     moments = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
-    vocab = model.vocab_size
-    usual = min(8192, (1 << 28) // vocab) if devices == 64 else 8192
-    rows = min(config.train.loss_chunk or usual, tokens)
-    head = vocab * model.d_model if devices > 1 else 0
-    return {
-        "state": parameters * (4 + 2 * moments) / devices,
-        "gradients": parameters * 4 / devices,
-        "activations": kept_per_token(model) * tokens * 2.0,
-        "logits": rows * vocab * 6.0,
-        "gathered": head * (2.0 + 4.0),
-    }
+    usual = min(8192, (1 << 28) // model.vocab_size) if devices == 64 else 8192
+    logits = 6.0 * min(config.train.loss_chunk or usual, tokens) * model.vocab_size
+    gathered = 6.0 * model.vocab_size * model.d_model if devices > 1 else 0.0
+    layer = 0.0 if model.remat == "none" else 2.0 * tokens * _kept(replace(model, remat="none"))
+    each = parameters * (8.0 + 2 * moments) / devices
+    return each + 2.0 * tokens * model.num_layers * _kept(model) + max(logits + gathered, layer)
 
 
-def kept_per_token(model: ModelConfig) -> int:
-    """Numbers a token that the backward pass reads of the layers, and that were not worked out again."""
+def _kept(model: ModelConfig) -> int:
+    """Numbers of a token that the backward pass reads of one layer, and that were not worked out again."""
     D, KV = model.d_model, model.num_kv_heads * model.head_dim
     queries = model.num_heads * model.head_dim
     inside = {
@@ -145,20 +142,25 @@ def kept_per_token(model: ModelConfig) -> int:
         "save_attention": queries,
         "none": 3 * D + 2 * queries + 2 * KV + (3 if model.gated else 2) * model.d_ff,
     }
-    return model.num_layers * (D + inside[model.remat])
+    return D + inside[model.remat]
 
 
 def largest(case: Case, first: dict[str, Any]) -> dict[str, Any]:
-    """The most rows a device that fit with all savings, by a line through two plans, made sure of by a third."""
+    """The most rows a device that fit with all savings, to within a twentieth: from a line through two plans down."""
     second = plan(case, LAST, 2 * case.rows)
+    best, fails = first if first["fits"] else first | {"rows": 0}, None
     each = (second["needed"] - first["needed"]) / case.rows
-    rows = case.rows + int((first["limit"] - first["needed"]) / each)
-    while rows > 0:
+    rows = max(1, case.rows + int((first["limit"] - first["needed"]) / each))
+    while fails is None or fails - best["rows"] > max(1, best["rows"] // 20):
         found = plan(case, LAST, rows)
-        if found["fits"]:
-            return found
-        rows = min(rows - 1, int(rows * 0.98))
-    return first | {"rows": 0}
+        if not found["fits"]:
+            fails = rows
+        else:
+            best = found
+            if fails is None:
+                break
+        rows = (best["rows"] + fails) // 2
+    return best
 
 
 def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -167,8 +169,7 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for case in CASES:
         for told, each in found.get(case.name, {}).items():
-            said = sum(each["predicted"].values())
-            needed = each["needed"]
+            needed, said = each["needed"], each["predicted"]
             cells = [case.model, case.topology, f"{each['rows']:,}", told]
             cells += [f"{gib(needed)} of {gib(each['limit'])}" + ("" if each["fits"] else ": too much")]
             cells += [gib(each["temporaries"]), gib(said), f"{needed / said:.0%}" if needed else ""]
