@@ -24,13 +24,14 @@ from measure import MODELS
 
 from lslm_jax import config_loading
 from lslm_jax.config import Config, MeshConfig, ModelConfig
+from lslm_jax.config_checks import fill_sizes
 
 HERE = pathlib.Path(__file__).parent
 KEPT, PAGE, MARK = HERE / "results/memory.json", HERE / "compiled.md", "<!-- memory -->"
 SAVINGS = {
     "as in the first draft": {"train.loss_chunk": 1 << 20, "model.remat": "none"},
     "logits in parts": {"model.remat": "none"},
-    "and only attention kept": {"model.remat": "save_attention"},
+    "and products and attention kept": {"model.remat": "save_attention"},
     "and nothing kept of a layer": {"model.remat": "full"},
     "and moments in bfloat16": {"model.remat": "full", "optimizer.moment_dtype": "bfloat16"},
 }
@@ -123,7 +124,7 @@ def predicted(config: Config, parameters: int, devices: int) -> float:
     where it is worked out again; one part of the logits in float32 and in bfloat16, with the head's matrix gathered
     whole in bfloat16, and its gradient in float32.
     """
-    model, tokens = config.model, config.train.batch_size * config.data.seq_len // devices
+    model, tokens = fill_sizes(config.model), config.train.batch_size * config.data.seq_len // devices
     moments = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
     usual = min(8192, (1 << 28) // model.vocab_size) if devices == 64 else 8192
     logits = 6.0 * min(config.train.loss_chunk or usual, tokens) * model.vocab_size
@@ -135,31 +136,27 @@ def predicted(config: Config, parameters: int, devices: int) -> float:
 
 def _kept(model: ModelConfig) -> int:
     """Numbers of a token that the backward pass reads of one layer, and that were not worked out again."""
-    D, KV = model.d_model, model.num_kv_heads * model.head_dim
-    queries = model.num_heads * model.head_dim
-    inside = {
-        "full": 0,
-        "save_attention": queries,
-        "none": 3 * D + 2 * queries + 2 * KV + (3 if model.gated else 2) * model.d_ff,
-    }
+    D, F = model.d_model, model.d_ff
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    products = D + 2 * queries + 2 * keys + (2 if model.gated else 1) * F
+    inside = {"full": 0, "save_attention": products, "none": products + 2 * D + F}  # two norms and an activation
     return D + inside[model.remat]
 
 
 def largest(case: Case, first: dict[str, Any]) -> dict[str, Any]:
-    """The most rows a device that fit with all savings, to within a twentieth: from a line through two plans down."""
+    """The most rows a device that fit with all savings, to within a twentieth, from a line through two plans."""
     second = plan(case, LAST, 2 * case.rows)
-    best, fails = first if first["fits"] else first | {"rows": 0}, None
     each = (second["needed"] - first["needed"]) / case.rows
-    rows = max(1, case.rows + int((first["limit"] - first["needed"]) / each))
-    while fails is None or fails - best["rows"] > max(1, best["rows"] // 20):
+    return nearer(case, first, max(1, case.rows + int((first["limit"] - first["needed"]) / each)), None)
+
+
+def nearer(case: Case, best: dict[str, Any], rows: int, fails: int | None) -> dict[str, Any]:
+    """The same, from rows that fit, others to be tried, and perhaps such that do not fit."""
+    best = best if best["fits"] else best | {"rows": 0}
+    while abs((fails or rows) - best["rows"]) > max(1, best["rows"] // 20):
         found = plan(case, LAST, rows)
-        if not found["fits"]:
-            fails = rows
-        else:
-            best = found
-            if fails is None:
-                break
-        rows = (best["rows"] + fails) // 2
+        best, fails = (found, fails) if found["fits"] else (best, rows)
+        rows = (best["rows"] + fails) // 2 if fails else int(rows * found["limit"] / found["needed"])
     return best
 
 
