@@ -3,10 +3,8 @@
     python benchmarks/memory.py [--only=NAME] [--write]
 
 Needs them: pip install 'lslm_jax[tpu,plan-gpu]'. Every figure is of a plan of the real train step, in a process of its
-own; beside it stands the closed formula of `predicted`. The most rows that fit are where a line through two plans
-meets the limit, or below, where the compiler then agrees. Each is kept in
-benchmarks/results/memory.json, and done again only where --only names it. With --write, the table goes into
-benchmarks/compiled.md, between its marks.
+own; beside it stands the closed formula of `predicted`. Each case is kept in benchmarks/results/memory.json, and done
+again only where --only names it. With --write, the table goes into benchmarks/compiled.md, between its marks.
 """
 
 import argparse
@@ -29,7 +27,7 @@ from lslm_jax.config_checks import fill_sizes
 HERE = pathlib.Path(__file__).parent
 KEPT, PAGE, MARK = HERE / "results/memory.json", HERE / "compiled.md", "<!-- memory -->"
 SAVINGS = {
-    "as in the first draft": {"train.loss_chunk": 1 << 20, "model.remat": "none"},
+    "nothing saved": {"train.loss_chunk": 1 << 20, "model.remat": "none"},
     "logits in parts": {"model.remat": "none"},
     "and products and attention kept": {"model.remat": "save_attention"},
     "and nothing kept of a layer": {"model.remat": "full"},
@@ -87,10 +85,8 @@ def plans(case: Case) -> dict[str, dict[str, dict[str, Any]]]:
 
 def configured(case: Case, saving: str, rows: int) -> Config:
     """The config of a case: weights and all that goes with them split over all devices."""
-    base = MODELS[case.model]
-    base = replace(
-        base, train=replace(base.train, batch_size=rows * case.devices), mesh=MeshConfig(data=1, fsdp=case.devices)
-    )
+    base, mesh = MODELS[case.model], MeshConfig(data=1, fsdp=case.devices)
+    base = replace(base, train=replace(base.train, batch_size=rows * case.devices), mesh=mesh)
     return config_loading.override(base, [(key, str(value)) for key, value in SAVINGS[saving].items()])
 
 
