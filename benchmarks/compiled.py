@@ -17,6 +17,8 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import pages
+
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TaskConfig, TokenizerConfig, TrainConfig
 from lslm_jax.config_checks import validate
 from lslm_jax.plan import topology as topologies
@@ -72,8 +74,7 @@ def main() -> None:
     shown = table(found)
     print(shown)
     if args.write:
-        before, _, after = PAGE.read_text().split(MARK)
-        PAGE.write_text(f"{before}{MARK}\n{shown}\n{MARK}{after}")
+        pages.write(PAGE, MARK, shown)
     sys.exit(not all(fact["sound"] for fact in found))
 
 

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import pages
 from measure import MODELS
 
 from lslm_jax import config_loading
@@ -73,8 +74,7 @@ def main() -> None:
     shown = table(kept)
     print(shown)
     if args.write:
-        before, _, after = PAGE.read_text().split(MARK)
-        PAGE.write_text(f"{before}{MARK}\n{shown}\n{MARK}{after}")
+        pages.write(PAGE, MARK, shown)
 
 
 def plans(case: Case) -> dict[str, dict[str, dict[str, Any]]]:
@@ -108,11 +108,11 @@ def plan(case: Case, saving: str, rows: int) -> dict[str, Any]:
     told = f"{case.name}, {rows} rows a device, {saving}: {found['memory']['needed']} bytes"
     print(f"{told}, {time.monotonic() - begun:.0f} s", file=sys.stderr)
     memory = {name: found["memory"].get(name) for name in ("needed", "limit", "fits", "arguments", "temporaries")}
-    said = predicted(config, found["parameters"]["total"], case.devices)
+    said = predicted(config, found["parameters"]["total"], case)
     return {"rows": rows, "seconds": round(time.monotonic() - begun, 1), "predicted": said} | memory
 
 
-def predicted(config: Config, parameters: int, devices: int) -> float:
+def predicted(config: Config, parameters: int, case: Case) -> float:
     """Bytes of a device by closed formula.
 
     Weights and gradients in float32 and two moments, over all devices; in bfloat16 what the backward pass keeps of all
@@ -120,9 +120,11 @@ def predicted(config: Config, parameters: int, devices: int) -> float:
     where it is worked out again; one part of the logits in float32 and in bfloat16, with the head's matrix gathered
     whole in bfloat16, and its gradient in float32.
     """
-    model, tokens = fill_sizes(config.model), config.train.batch_size * config.data.seq_len // devices
+    model, devices = fill_sizes(config.model), case.devices
+    tokens = config.train.batch_size * config.data.seq_len // devices
     moments = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
-    usual = min(8192, (1 << 28) // model.vocab_size) if devices == 64 else 8192
+    is_tpu = case.topology.startswith("v")
+    usual = min(8192, (1 << 28) // model.vocab_size) if is_tpu else 8192  # as train/step.py has it
     logits = 6.0 * min(config.train.loss_chunk or usual, tokens) * model.vocab_size
     gathered = 6.0 * model.vocab_size * model.d_model if devices > 1 else 0.0
     layer = 0.0 if model.remat == "none" else 2.0 * tokens * _kept(replace(model, remat="none"))

@@ -15,6 +15,8 @@ import sys
 import time
 from typing import NamedTuple
 
+import pages
+
 HERE = pathlib.Path(__file__).parent
 KEPT = HERE / "results/scaling.json"
 MARK = "<!-- table -->"
@@ -75,9 +77,7 @@ def main() -> None:
     shown = table(kept)
     print(shown)
     if args.write:
-        page = HERE / "scaling.md"
-        before, _, after = page.read_text().split(MARK)
-        page.write_text(f"{before}{MARK}\n{shown}\n{MARK}{after}")
+        pages.write(HERE / "scaling.md", MARK, shown)
 
 
 def plan(case: Case) -> dict | None:
