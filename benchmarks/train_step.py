@@ -25,7 +25,7 @@ from lslm_jax.models.presets import flops_per_token
 from lslm_jax.sharding import make_mesh, to_global, use
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_state, init_state, num_parameters
-from lslm_jax.train.step import lower, whole_batch
+from lslm_jax.train.step import compile_for, lower, whole_batch
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
         shapes = abstract_state(config, optimizer, mesh), whole_batch(config, data.batch(0), mesh)
         lowered = lower(config, optimizer, backend, *shapes, mesh)
         traced = time.perf_counter()
-        step = lowered.compile(compiler_options=dict(args.options))
+        step = compile_for(mesh, lowered, dict(args.options))
         compiled = time.perf_counter()
 
         leaves = jax.tree.leaves(init_state(config, optimizer, mesh))

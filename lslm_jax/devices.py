@@ -1,5 +1,6 @@
 """What makers publish of the devices that models are trained on: the one table of peaks."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 GIB = 1 << 30
@@ -15,6 +16,7 @@ class Device(NamedTuple):
       link: bytes/s one way to its neighbours: of each of a TPU's links, of all of a GPU's NVLinks together.
       network: bytes/s one way to other slices or hosts, a device's share.
       ring: a TPU's torus closes into a ring along dimensions that are multiples of this; else it is a line.
+      cubes: whether it does so only where all dimensions are.
       clock: Hz in which the TPU compiler counts.
     """
 
@@ -24,7 +26,13 @@ class Device(NamedTuple):
     link: float = 0.0
     network: float = 0.0
     ring: int = 0
+    cubes: bool = False
     clock: float = 0.0
+
+    def rings(self, shape: Sequence[int]) -> tuple[bool, ...]:
+        """Along which dimensions a slice of TPUs of this shape closes into a ring."""
+        closed = tuple(self.ring > 0 and size % self.ring == 0 for size in shape)
+        return (all(closed),) * len(closed) if self.cubes else closed
 
 
 DEVICES = {
@@ -38,10 +46,10 @@ DEVICES = {
     "L4": Device(121e12),
     "TPU v2": Device(22.5e12),
     "TPU v3": Device(61.5e12),
-    "TPU v4": Device(275e12, int(30.75 * GIB), 1.2e12, 45e9, 6.25e9, 4, 1.05e9),
-    "TPU v5 lite": Device(197e12, int(15.75 * GIB), 0.81e12, 50e9, 6.25e9, 16, 1.5e9),
-    "TPU v5e": Device(197e12, int(15.75 * GIB), 0.81e12, 50e9, 6.25e9, 16, 1.5e9),
-    "TPU v5": Device(459e12, int(95.74 * GIB), 2.8e12, 100e9, 6.25e9, 4, 1.75e9),
+    "TPU v4": Device(275e12, int(30.75 * GIB), 1.2e12, 45e9, 6.25e9, 4, True, 1.05e9),
+    "TPU v5 lite": Device(197e12, int(15.75 * GIB), 0.81e12, 50e9, 6.25e9, 16, False, 1.5e9),
+    "TPU v5e": Device(197e12, int(15.75 * GIB), 0.81e12, 50e9, 6.25e9, 16, False, 1.5e9),
+    "TPU v5": Device(459e12, int(95.74 * GIB), 2.8e12, 100e9, 6.25e9, 4, True, 1.75e9),
     "TPU v6": Device(918e12, int(31.25 * GIB), 1.6e12, 100e9, 6.25e9, 16),
     "TPU7x": Device(1153.5e12),
 }

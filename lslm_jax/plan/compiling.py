@@ -19,7 +19,7 @@ from lslm_jax.plan.topology import Topology
 from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import State, abstract_state
-from lslm_jax.train.step import lower, whole_batch
+from lslm_jax.train.step import compile_for, lower, whole_batch
 
 
 class Compiled(NamedTuple):
@@ -75,15 +75,15 @@ def compile_step(config: Config, topology: Topology | None) -> Compiled:
         state = abstract_state(config, optimizer, mesh)
         lowered = lower(config, optimizer, backend, state, batch, mesh)
         lowered_at = time.monotonic()
-        program, needed = _compile(lowered)
+        program, needed = _compile(mesh, lowered)
         seconds = lowered_at - begun, time.monotonic() - lowered_at
         return Compiled(config, mesh, backend, state, batch, program, needed, *seconds)
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[Any, int]:
+def _compile(mesh: Mesh, lowered: jax.stages.Lowered) -> tuple[Any, int]:
     """The program, or None and the bytes that it lacks memory for."""
     try:
-        return lowered.compile(), 0
+        return compile_for(mesh, lowered), 0
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message:

@@ -4,7 +4,7 @@ All are counted in the program that XLA made, so that what it computes twice, co
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -245,16 +245,15 @@ def _read(inside: Computation, parameter: Instruction) -> int:
     return total
 
 
-def tori(coordinates: np.ndarray, shape: tuple[int, ...], link: float, ring: int) -> Callable[[np.ndarray], float]:
+def tori(coordinates: np.ndarray, rings: Sequence[bool], link: float) -> Callable[[np.ndarray], float]:
     """Bytes/s of a TPU to others of its slice: both directions of each dimension they differ in, if it is a ring.
 
     Args:
       coordinates: of each device of the mesh in its slice.
-      shape: of a slice.
+      rings: whether each dimension of a slice is one.
       link: bytes/s one way of one link.
-      ring: dimensions that are multiples of this are rings.
     """
-    ways = np.array([2 if size % ring == 0 else 1 for size in shape])
+    ways = np.where(rings, 2, 1)
 
     def speed(group: np.ndarray) -> float:
         where = coordinates[group]

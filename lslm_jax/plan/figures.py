@@ -157,7 +157,7 @@ def network(mesh: Any, device: Device | None) -> Network:
         return Network(mesh, domains, lambda group: device.link, device.network)
     where = np.array([each.coords for each in flat])
     shape = tuple(int(n) for n in where.max(axis=0) + 1)
-    return Network(mesh, domains, cost.tori(where, shape, device.link, device.ring), device.network)
+    return Network(mesh, domains, cost.tori(where, device.rings(shape), device.link), device.network)
 
 
 def bounds(measured: cost.Cost, device: Device | None, flops: float, tokens: int, count: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lslm_jax.devices import DEVICES, Device
+from lslm_jax.devices import DEVICES, Device, find
 from lslm_jax.errors import ConfigError, first_line
 
 _TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # dimensions of their torus
@@ -145,9 +145,18 @@ def devices(topology: Topology | None) -> Sequence[Any]:
     shape = "x".join(map(str, topology.shape))
     bounds = (1, 1, 1) if math.prod(topology.shape) == 1 else (2, 2, 1)
     kind: dict[str, Any] = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}  # two cores as one device
+    device = find(f"TPU {topology.kind}")
+    assert device is not None
+    # Unless told so, XLA takes no dimension for a ring; of a cube it then makes all-reduces of all collectives.
+    wrap = (*device.rings(topology.shape), False)[:3]
     try:
         found = topologies.get_topology_desc(
-            f"{topology.kind}:{shape}", "tpu", num_slices=topology.slices, chips_per_host_bounds=bounds, **kind
+            f"{topology.kind}:{shape}",
+            "tpu",
+            num_slices=topology.slices,
+            chips_per_host_bounds=bounds,
+            wrap=wrap,
+            **kind,
         )
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"no {topology.kind} is built as {shape}: {first_line(error)}") from error

@@ -33,7 +33,7 @@ from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.preemption import Preemption
 from lslm_jax.train.spikes import Detector
 from lslm_jax.train.state import State, abstract_state, divide, evaluated_model, num_parameters
-from lslm_jax.train.step import LeavesStep, lower, on_leaves, whole_batch
+from lslm_jax.train.step import LeavesStep, compile_for, lower, on_leaves, whole_batch
 from lslm_jax.train.watchdog import Watchdog
 
 MAX_SKIPPED = 5  # non-finite steps in a row that end the run
@@ -230,7 +230,7 @@ def _compile(
     with use(mesh, config.mesh):  # which is set for each thread on its own
         if config.train.reproducible:
             return on_leaves(reproducible.make_step(config, optimizer, backend, mesh), jax.tree.structure(state))
-        return lower(config, optimizer, backend, state, whole_batch(config, batch, mesh), mesh).compile()
+        return compile_for(mesh, lower(config, optimizer, backend, state, whole_batch(config, batch, mesh), mesh))
 
 
 def _evaluate(

@@ -55,6 +55,8 @@ class Settings(NamedTuple):
       z_loss: weight of the squared log-normaliser (Chowdhery et al. 2022).
       label_smoothing: probability spread evenly over the vocabulary (Szegedy et al. 2016).
       narrow: whether logits are written in the compute type, half the memory traffic; all sums are float32.
+      summed_first: whether shards add up their gradients of w before the layers' backward pass begins. XLA puts it off,
+        and each keeps a whole one meanwhile; where a batch comes in parts that saves a sum for each, so let it.
     """
 
     vocab_size: int
@@ -63,6 +65,7 @@ class Settings(NamedTuple):
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     narrow: bool = False
+    summed_first: bool = False
 
 
 def cross_entropy(
@@ -122,7 +125,10 @@ def _forward(settings, x_BTD, w_VD, b_V, targets_BT, weights_BT):
     (sums, dw_NVD, db_NV), dx_CNSD = jax.lax.scan(body, carry, (x_CNSD, targets_CNS, weights_CNS))
     dx_BTD = constrain(_together(dx_CNSD, *x_BTD.shape[:2]), ("batch", "length", "width"))
     db_V = None if db_NV is None else constrain(jnp.sum(db_NV, axis=0), ("vocab",))
-    return sums, (dx_BTD, constrain(jnp.sum(dw_NVD, axis=0), ("vocab", "embed")), db_V)
+    dw_VD = constrain(jnp.sum(dw_NVD, axis=0), ("vocab", "embed"))
+    if settings.summed_first:
+        dx_BTD, dw_VD = jax.lax.optimization_barrier((dx_BTD, dw_VD))
+    return sums, (dx_BTD, dw_VD, db_V)
 
 
 def _backward(settings, residuals, cotangent):

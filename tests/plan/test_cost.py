@@ -155,7 +155,7 @@ def test_a_collective_in_a_loop_counts_each_time_and_one_that_ends_later_does_no
 
 def test_a_torus_has_two_ways_along_each_ring_and_one_along_a_line():
     places = np.stack(np.unravel_index(np.arange(32), (4, 4, 2)), axis=1)
-    speed = cost.tori(places, (4, 4, 2), 100.0, 4)
+    speed = cost.tori(places, (True, True, False), 100.0)
     along = lambda fixed: np.flatnonzero(np.all([places[:, d] == 0 for d in fixed], axis=0))
     assert speed(along((1, 2))) == 200  # a ring of four
     assert speed(along((0, 1))) == 100  # two neighbours

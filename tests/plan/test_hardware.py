@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from tiny_plans import CONFIG
 
 from lslm_jax import config_loading
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 pytestmark = pytest.mark.slow
 tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu: pip install 'lslm_jax[tpu]'")
 gpu = pytest.mark.skipif(
@@ -68,6 +70,45 @@ def test_moments_in_the_hosts_memory_leave_their_room_on_the_device(tmp_path):
     assert there["optimizer"] < 1024 and there["host"] == pytest.approx(here["optimizer"], abs=1024)
     assert here["arguments"] - there["arguments"] == pytest.approx(here["optimizer"], rel=0.01)
     assert there["needed"] < here["needed"]
+
+
+@tpu
+@pytest.mark.timeout(900)
+def test_a_cube_of_tpus_gathers_along_its_rings(tmp_path):
+    found = plan(tmp_path, "v5p:4x4x4", "--config.train.batch_size=64")
+    assert "all-gather" in {each["kind"] for each in found["collectives"]}
+
+
+@tpu
+@pytest.mark.timeout(900)
+def test_llama_8b_in_rows_of_8192_leaves_most_of_a_v5p_free(tmp_path):
+    command = [sys.executable, "-m", "lslm_jax.main", "plan", f"--config={CONFIGS}/llama_8b.py"]
+    done = subprocess.run(
+        [*command, "--topology=v5p:4x4x4", "--config.train.batch_size=64"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    # What MaxText 0.2.5 needs for the same work: a whole gradient of the output layer more than there must be.
+    assert json.loads(done.stdout.splitlines()[-1])["memory"]["temporaries"] < 9.27 * 2**30
+
+
+OPTIONS = """
+import sys
+from lslm_jax.plan import topology
+there = topology.prepare(sys.argv[1])
+import jax
+from lslm_jax.train import step
+(device,) = topology.devices(there)
+(options,) = [options for name, options in step._OPTIONS.items() if name in device.device_kind]
+x = jax.ShapeDtypeStruct((8, 128), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
+jax.jit(lambda x: x + 1).lower(x).compile(compiler_options=options)
+"""
+
+
+@tpu
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
+def test_the_compiler_knows_what_it_is_told(topology):
+    done = subprocess.run([sys.executable, "-c", OPTIONS, topology], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 INT8 = """

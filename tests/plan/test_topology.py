@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from lslm_jax.devices import find
 from lslm_jax.errors import ConfigError
 from lslm_jax.plan.topology import Topology, devices, parse, prepare
 
@@ -60,3 +61,19 @@ def test_names_are_read_without_jax():
         "import sys; from lslm_jax.plan import topology; topology.parse('v5p:4x4x4'); assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "rings"),
+    [
+        ("v5p", (4, 4, 4), (True, True, True)),
+        ("v5p", (4, 4, 8), (True, True, True)),
+        ("v5p", (2, 4, 4), (False, False, False)),  # less than a cube
+        ("v5e", (16, 16), (True, True)),
+        ("v6e", (8, 16), (False, True)),
+        ("v5e", (4, 4), (False, False)),
+    ],
+)
+def test_a_torus_closes_where_its_maker_says(kind, shape, rings):
+    device = find(f"TPU {kind}")
+    assert device is not None and device.rings(shape) == rings

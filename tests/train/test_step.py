@@ -344,3 +344,16 @@ def test_parameters_are_counted_once_each():
     model = fresh_run().state.model
     attention_size, mlp_size, norms = 4 * (32 * 32 + 32), 2 * 32 * 128 + 128 + 32, 4 * 32
     assert num_parameters(model) == 128 * 32 + T * 32 + 2 * (attention_size + mlp_size + norms) + 2 * 32
+
+
+def test_what_the_compiler_is_told_of_a_device_is_left_out_where_it_is_not_known_or_told_otherwise(monkeypatch):
+    mesh, lowered = make_mesh(CONFIG, jax.devices()[:1]), jax.jit(lambda x: x + 1).lower(1.0)
+    monkeypatch.setattr(step, "_OPTIONS", {"cpu": {"xla_of_another_year": "1"}})
+    assert step.compile_for(mesh, lowered)(1.0) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_of_mine'"):
+        step.compile_for(mesh, lowered, {"xla_of_mine": "1"})
+    monkeypatch.setattr(step, "_OPTIONS", {"cpu": {"xla_cpu_enable_fast_math": "maybe"}})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_cpu_enable_fast_math"):
+        step.compile_for(mesh, lowered)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_cpu_enable_fast_math=false")
+    assert step.compile_for(mesh, lowered)(1.0) == 2
