@@ -127,17 +127,22 @@ def predicted(config: Config, parameters: int, case: Case) -> float:
     usual = min(8192, (1 << 28) // model.vocab_size) if is_tpu else 8192  # as train/step.py has it
     logits = 6.0 * min(config.train.loss_chunk or usual, tokens) * model.vocab_size
     gathered = 6.0 * model.vocab_size * model.d_model if devices > 1 else 0.0
-    layer = 0.0 if model.remat == "none" else 2.0 * tokens * _kept(replace(model, remat="none"))
+    layer = 0.0 if model.remat == "none" else 2.0 * tokens * _kept(replace(model, remat="none"), case)
     each = parameters * (8.0 + 2 * moments) / devices
-    return each + 2.0 * tokens * model.num_layers * _kept(model) + max(logits + gathered, layer)
+    return each + 2.0 * tokens * model.num_layers * _kept(model, case) + max(logits + gathered, layer)
 
 
-def _kept(model: ModelConfig) -> int:
-    """Numbers of a token that the backward pass reads of one layer, and that were not worked out again."""
+def _kept(model: ModelConfig, case: Case) -> int:
+    """Numbers of a token that the backward pass reads of one layer, and that were not worked out again.
+
+    TPUs keep a head in tiles of 128. What gates a product is kept beside it, unless one device does it all: there XLA
+    works it out again.
+    """
     D, F = model.d_model, model.d_ff
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    products = D + 2 * queries + 2 * keys + (2 if model.gated else 1) * F
-    inside = {"full": 0, "save_attention": products, "none": products + 2 * D + F}  # two norms and an activation
+    head = -(-model.head_dim // 128) * 128 if case.topology.startswith("v") else model.head_dim
+    products = D + 2 * (model.num_heads + model.num_kv_heads) * head + (2 if model.gated else 1) * F
+    activations = 2 if model.gated and case.devices > 1 else 1
+    inside = {"full": 0, "save_attention": products, "none": products + 2 * D + activations * F}  # D: two norms
     return D + inside[model.remat]
 
 

@@ -126,7 +126,7 @@ def _forward(settings, x_BTD, w_VD, b_V, targets_BT, weights_BT):
     dx_BTD = constrain(_together(dx_CNSD, *x_BTD.shape[:2]), ("batch", "length", "width"))
     db_V = None if db_NV is None else constrain(jnp.sum(db_NV, axis=0), ("vocab",))
     dw_VD = constrain(jnp.sum(dw_NVD, axis=0), ("vocab", "embed"))
-    if settings.summed_first:
+    if settings.summed_first and N > 1:
         dx_BTD, dw_VD = jax.lax.optimization_barrier((dx_BTD, dw_VD))
     return sums, (dx_BTD, dw_VD, db_V)
 

@@ -62,10 +62,11 @@ def test_scan_and_every_remat_equal_the_plain_loop(config, variants):
         ("gpu", 17, MeshConfig(data=8), True),
         ("gpu", 12, MeshConfig(fsdp=8), True),
         ("tpu", 12, MeshConfig(data=8), True),
-        ("cpu", 12, MeshConfig(data=8), True),
+        ("cpu", 12, MeshConfig(data=8), False),
+        ("cpu", 17, MeshConfig(data=1, tensor=8), True),
     ],
 )
-def test_few_layers_are_unrolled_on_gpus_that_hold_whole_weights(platform, layers, mesh, scans, monkeypatch):
+def test_few_layers_are_unrolled_where_weights_are_whole_but_on_tpus(platform, layers, mesh, scans, monkeypatch):
     monkeypatch.setattr(stack, "platform", lambda: platform)
     with jax.set_mesh(make_mesh(Config(train=TrainConfig(batch_size=8), mesh=mesh))):
         assert stack.scans(replace(GPT, num_layers=layers)) == scans
