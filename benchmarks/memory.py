@@ -24,6 +24,7 @@ from measure import MODELS
 from lslm_jax import config_loading
 from lslm_jax.config import Config, MeshConfig, ModelConfig
 from lslm_jax.config_checks import fill_sizes
+from lslm_jax.train.step import usual_chunk
 
 HERE = pathlib.Path(__file__).parent
 KEPT, PAGE, MARK = HERE / "results/memory.json", HERE / "compiled.md", "<!-- memory -->"
@@ -49,6 +50,11 @@ class Case(NamedTuple):
     def name(self) -> str:
         """What it is kept under."""
         return f"{self.model} {self.topology}"
+
+    @property
+    def is_tpu(self) -> bool:
+        """Rather than a GPU."""
+        return self.topology.startswith("v")
 
 
 CASES = [
@@ -123,9 +129,8 @@ def predicted(config: Config, parameters: int, case: Case) -> float:
     model, devices = fill_sizes(config.model), case.devices
     tokens = config.train.batch_size * config.data.seq_len // devices
     moments = 2 if config.optimizer.moment_dtype == "bfloat16" else 4
-    is_tpu = case.topology.startswith("v")
-    usual = min(8192, (1 << 28) // model.vocab_size) if is_tpu else 8192  # as train/step.py has it
-    logits = 6.0 * min(config.train.loss_chunk or usual, tokens) * model.vocab_size
+    chunk = config.train.loss_chunk or usual_chunk("tpu" if case.is_tpu else "gpu", model.vocab_size)
+    logits = 6.0 * min(chunk, tokens) * model.vocab_size
     gathered = 6.0 * model.vocab_size * model.d_model if devices > 1 else 0.0
     layer = 0.0 if model.remat == "none" else 2.0 * tokens * _kept(replace(model, remat="none"), case)
     each = parameters * (8.0 + 2 * moments) / devices
@@ -139,7 +144,7 @@ def _kept(model: ModelConfig, case: Case) -> int:
     works it out again.
     """
     D, F = model.d_model, model.d_ff
-    head = -(-model.head_dim // 128) * 128 if case.topology.startswith("v") else model.head_dim
+    head = -(-model.head_dim // 128) * 128 if case.is_tpu else model.head_dim
     products = D + 2 * (model.num_heads + model.num_kv_heads) * head + (2 if model.gated else 1) * F
     activations = 2 if model.gated and case.devices > 1 else 1
     inside = {"full": 0, "save_attention": products, "none": products + 2 * D + activations * F}  # D: two norms

@@ -267,13 +267,17 @@ def _evaluation_settings(config: Config) -> losses.Settings:
     return _loss_settings(config)._replace(z_loss=0.0, label_smoothing=0.0, narrow=False)
 
 
+def usual_chunk(platform: str, vocab_size: int) -> int:
+    """Tokens whose logits a device has at once, where `train.loss_chunk` does not say."""
+    return {"cpu": 512, "tpu": min(8192, _TPU_LOGITS // max(vocab_size, 1))}.get(platform, 8192)
+
+
 def _loss_settings(config: Config) -> losses.Settings:
     labelled = config.task.objective in ("classification", "tagging")
     vocab_size = config.model.num_labels if labelled else config.model.vocab_size
-    usual = {"cpu": 512, "tpu": min(8192, _TPU_LOGITS // max(vocab_size, 1))}.get(platform(), 8192)
     return losses.Settings(
         vocab_size=vocab_size,
-        chunk=config.train.loss_chunk or usual,
+        chunk=config.train.loss_chunk or usual_chunk(platform(), vocab_size),
         narrow=config.train.loss_logits == "compute",
         softcap=config.model.logit_softcap,
         z_loss=config.train.z_loss,
