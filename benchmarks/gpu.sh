@@ -47,6 +47,8 @@ measure 70 benchmarks/attention.py --xla
 measure 60 benchmarks/checkpoint.py --model=gpt2_small
 measure 200 benchmarks/peers.py --model=gpt2_small --batch_size=64 --seq_len=1024 --rounds=1 --gpu
 measure 200 benchmarks/peers.py --model=llama_1b --batch_size=8 --seq_len=2048 --rounds=1 --gpu
+measure 100 benchmarks/start.py --model=llama_1b --rounds=1 --config.train.batch_size=16 --config.model.remat=none
+measure 200 benchmarks/peers.py --model=gpt2_xl --batch_size=16 --seq_len=1024 --rounds=1 --gpu
 measure 60 benchmarks/peers.py --model=llama_1b --batch_size=1 --rounds=1 --gpu --what=decode
 measure 45 $step --model=gpt2_small --config.train.batch_size=64 --config.model.scan_layers=true
 measure 45 $step --model=gpt2_xl --config.train.batch_size=16

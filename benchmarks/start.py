@@ -8,6 +8,7 @@ of memory at their peak.
 """
 
 import argparse
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -32,7 +33,9 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=10)
     args, config = configured(flags)
     train = replace(config.train, steps=args.steps)
-    config = replace(config, train=train, log=LogConfig(every=1), eval=EvalConfig(every=0))
+    # On a GPU machine there may be jax and little else; reading tensorflow in is then no part of beginning.
+    log = LogConfig(every=1, tensorboard=importlib.util.find_spec("clu") is not None)
+    config = replace(config, train=train, log=log, eval=EvalConfig(every=0))
     found: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory() as parent:
@@ -48,7 +51,8 @@ def run(config: Config, parent: pathlib.Path, name: str) -> dict[str, float]:
     file.write_text(config_loading.to_json(config))
     command = [sys.executable, "-m", "lslm_jax.main", f"--config={file}", f"--workdir={parent / name}"]
     begun = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    fresh = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    process = subprocess.Popen(command, cwd=ROOT, env=fresh, stdout=subprocess.DEVNULL)
     first = None
     while True:
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
