@@ -30,6 +30,7 @@ CONFIG = validate(
             num_kv_heads=2,
             vocab_size=512,
             max_length=T,
+            scan_layers=True,
             positions="rotary",
             dtype="bfloat16",
         ),

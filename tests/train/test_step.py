@@ -329,10 +329,10 @@ def test_every_optimizer_counts_the_updates_that_the_schedule_follows(name):
     assert optim.updates_done(state) == 1
 
 
-def test_the_program_does_not_grow_with_depth():
+def test_the_program_of_scanned_layers_does_not_grow_with_depth():
     lines = {}
     for num_layers in (4, 24):
-        config = changed(model={"num_layers": num_layers})
+        config = changed(model={"num_layers": num_layers, "scan_layers": True})
         mesh, optimizer = make_mesh(config, jax.devices()[:1]), optim.make_optimizer(config.optimizer, 50)
         train_step = jax.jit(step.make_train_step(config, optimizer, attention.XLA), donate_argnums=0)
         lowered = train_step.lower(abstract_state(config, optimizer, mesh), batch())
