@@ -87,7 +87,7 @@ def test_llama_8b_in_rows_of_8192_leaves_most_of_a_v5p_free(tmp_path):
         [*command, "--topology=v5p:4x4x4", "--config.train.batch_size=64"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    # What MaxText 0.2.5 needs for the same work: a whole gradient of the output layer more than there must be.
+    # What MaxText 0.2.5 needs for the same work; it was more while whole gradients of the output layer were kept.
     assert json.loads(done.stdout.splitlines()[-1])["memory"]["temporaries"] < 9.27 * 2**30
 
 
