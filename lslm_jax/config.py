@@ -134,7 +134,7 @@ class ModelConfig:
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel: `xla` anywhere, `cudnn` on GPUs, `splash` on TPUs, `auto` the fastest that is correct."""
     scan_layers: Literal["auto", True, False] = "auto"
-    """Scan one compiled block over the layers, or compile each; auto: not up to 16 with whole weights, but on TPUs."""
+    """Scan one compiled block over the layers, or compile each; auto: each if up to 16, weights whole and no TPU."""
     remat: Literal["none", "full", "dots", "save_attention"] = "none"
     """What the backward pass recomputes: nothing, blocks, all but matrix products, or all but these and attention."""
     microbatches: int = 0
