@@ -3,15 +3,19 @@
 Tensorflow takes seconds, talks, and would take a GPU.
 """
 
+import contextlib
 import importlib
 import os
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from lslm_jax.errors import ConfigError
 
 
 def import_tensorflow() -> Any:
-    """Imports tensorflow without its start-up chatter and without letting it take a GPU from jax.
+    """Imports tensorflow without its start-up chatter, without Keras, and without letting it take a GPU from jax.
 
     Raises:
       ConfigError: tensorflow is not installed.
@@ -19,11 +23,44 @@ def import_tensorflow() -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its announcement ignores the log level
     try:
-        import tensorflow as tf
+        # As its last act it reads all of Keras in, and torch with it where there is one: a second and 80 MiB for what
+        # nothing here uses. `tf.keras` is there all the same, as soon as somebody asks for it.
+        with _hidden("keras.src.optimizers"):
+            import tensorflow as tf
     except ImportError as error:
         raise ConfigError(f"tensorflow cannot be imported ({error}): pip install tensorflow-cpu") from error
     tf.config.set_visible_devices([], "GPU")
     return tf
+
+
+def import_metric_writers() -> Any:
+    """Imports clu's writers of TensorBoard events, without Keras.
+
+    Raises:
+      ConfigError: tensorflow or clu is not installed.
+    """
+    tf = import_tensorflow()
+    # Among what clu imports is a callback for Keras: this base class is all that it needs of it.
+    keras, tf.keras = tf.keras, SimpleNamespace(callbacks=SimpleNamespace(Callback=object))
+    try:
+        return importlib.import_module("clu.metric_writers")
+    except ImportError as error:
+        raise ConfigError(f"clu cannot be imported ({error}): pip install clu tensorboard") from error
+    finally:
+        tf.keras = keras
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Meanwhile, importing `module` fails as if it were not installed, unless it is there already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # Python's own word for: there is none
+    try:
+        yield
+    finally:
+        sys.modules.pop(module, None)
 
 
 def require_google_cloud(address: str) -> None:

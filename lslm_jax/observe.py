@@ -15,8 +15,7 @@ from etils import epath
 
 from lslm_jax import atomic, devices
 from lslm_jax.config import LogConfig
-from lslm_jax.errors import ConfigError
-from lslm_jax.imports import import_tensorflow
+from lslm_jax.imports import import_metric_writers
 from lslm_jax.progress import say
 
 FLUSH_SECONDS = 5.0  # after which TensorBoard is shown what is new
@@ -84,12 +83,7 @@ class TensorBoard:
             say(f"TensorBoard is off: {' '.join(str(error).split())}")
 
     def _open(self) -> Any:
-        import_tensorflow()
-        try:
-            from clu import metric_writers
-        except ImportError as error:
-            raise ConfigError(f"clu cannot be imported ({error}): pip install clu tensorboard") from error
-        return metric_writers.SummaryWriter(self._directory)
+        return import_metric_writers().SummaryWriter(self._directory)
 
 
 class Metrics:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lslm_jax import observe
 from lslm_jax.config import LogConfig
 from lslm_jax.errors import SaveError
 from lslm_jax.imports import import_tensorflow
@@ -113,10 +114,11 @@ def test_a_record_that_cannot_be_written_is_told_in_one_line(tmp_path):
 
 
 @needs_tensorflow
-def test_tensorboard_shows_scalars_and_texts_and_says_nothing(tmp_path, capfd):
+def test_tensorboard_shows_scalars_and_texts_and_says_nothing(tmp_path, capfd, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
+    monkeypatch.setattr(observe, "SPACING_SECONDS", 3600)  # however long tensorflow's import stops this thread
     metrics = Metrics(str(tmp_path), LogConfig())
     metrics.text(0, "config", "seed: 0\nmodel: x")
     for step in range(1, 5):
@@ -151,6 +153,28 @@ def test_a_broken_display_does_not_stop_the_run(tmp_path, capfd):
 @needs_tensorflow
 def test_tensorflow_never_sees_a_gpu():
     assert import_tensorflow().config.get_visible_devices("GPU") == []
+
+
+WITHOUT_KERAS = """
+import sys
+from lslm_jax import imports
+from lslm_jax.config import LogConfig
+from lslm_jax.observe import Metrics
+
+tf = imports.import_tensorflow()
+with Metrics(sys.argv[1], LogConfig()) as metrics:
+    metrics.write(1, {"loss": 1.0})
+assert "clu" in sys.modules and not {"keras", "torch"} & sys.modules.keys(), sys.modules.keys()
+assert issubclass(tf.keras.layers.Dense, tf.keras.layers.Layer) and "keras.src.optimizers" in sys.modules
+"""
+
+
+@needs_tensorflow
+def test_keras_stays_out_until_somebody_asks_for_it(tmp_path):
+    """It takes a second and 80 MiB of every run, and torch's besides where there is torch."""
+    child = subprocess.run([sys.executable, "-c", WITHOUT_KERAS, str(tmp_path)], capture_output=True, text=True)
+    assert (child.returncode, child.stderr) == (0, "")
+    assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
 WITHOUT = """
