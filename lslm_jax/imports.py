@@ -3,11 +3,9 @@
 Tensorflow takes seconds, talks, and would take a GPU.
 """
 
-import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,13 +20,17 @@ def import_tensorflow() -> Any:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its announcement ignores the log level
+    # Its import ends by importing all of Keras by this name, and Keras torch where there is one: a second and 80 MiB
+    # for what nothing here uses. None is Python's word for no such module; `tf.keras` comes once it is asked for.
+    eager = "keras.src.optimizers"
+    sys.modules.setdefault(eager, None)  # type: ignore[arg-type]
     try:
-        # As its last act it reads all of Keras in, and torch with it where there is one: a second and 80 MiB for what
-        # nothing here uses. `tf.keras` is there all the same, as soon as somebody asks for it.
-        with _hidden("keras.src.optimizers"):
-            import tensorflow as tf
+        import tensorflow as tf
     except ImportError as error:
         raise ConfigError(f"tensorflow cannot be imported ({error}): pip install tensorflow-cpu") from error
+    finally:
+        if sys.modules.get(eager, eager) is None:
+            sys.modules.pop(eager, None)
     tf.config.set_visible_devices([], "GPU")
     return tf
 
@@ -48,19 +50,6 @@ def import_metric_writers() -> Any:
         raise ConfigError(f"clu cannot be imported ({error}): pip install clu tensorboard") from error
     finally:
         tf.keras = keras
-
-
-@contextlib.contextmanager
-def _hidden(module: str) -> Iterator[None]:
-    """Meanwhile, importing `module` fails as if it were not installed, unless it is there already."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]  # Python's own word for: there is none
-    try:
-        yield
-    finally:
-        sys.modules.pop(module, None)
 
 
 def require_google_cloud(address: str) -> None:

@@ -72,7 +72,7 @@ class TensorBoard:
         if self._off:
             return
         try:
-            self._writer = self._writer or self._open()
+            self._writer = self._writer or import_metric_writers().SummaryWriter(self._directory)
             for method, step, values in calls:
                 getattr(self._writer, method)(step, values)
             if time.monotonic() - self._flushed > FLUSH_SECONDS:  # every time would take more of a core than all else
@@ -81,9 +81,6 @@ class TensorBoard:
         except Exception as error:
             self._off = True
             say(f"TensorBoard is off: {' '.join(str(error).split())}")
-
-    def _open(self) -> Any:
-        return import_metric_writers().SummaryWriter(self._directory)
 
 
 class Metrics:
