@@ -13,12 +13,20 @@ from lslm_jax.chaos.run import Run
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_short_campaign_loses_nothing(tmp_path):
-    command = [sys.executable, "-m", "lslm_jax.chaos", "--steps=60", "--most=3", "--seed=3", f"--workdir={tmp_path}"]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=800)
-    assert told.returncode == 0, told.stderr
-    found = json.loads(told.stdout)
-    assert found["faults"] == 3 and found["runs"] >= 1 and not found["broken"]
+@pytest.mark.parametrize(
+    ("flags", "faults"),
+    [
+        (["--steps=36", "--most=1", "--only=SIGKILL during a save"], 1),
+        pytest.param(["--steps=60", "--most=15", "--seed=3"], 15, marks=pytest.mark.exhaustive),
+    ],
+    ids=["one fault", "fifteen faults"],
+)
+def test_a_campaign_loses_nothing(flags, faults, tmp_path):
+    command = [sys.executable, "-m", "lslm_jax.chaos", *flags, f"--workdir={tmp_path}"]
+    campaign = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    assert campaign.returncode == 0, campaign.stderr
+    report = json.loads(campaign.stdout)
+    assert report["faults"] == faults and report["runs"] >= 1 and not report["broken"]
 
 
 @pytest.mark.slow

@@ -3,74 +3,71 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 
+import forked
 import pytest
 from error_table import assert_told
 from loopback import free_port
 
-from lslm_jax.errors import PeerLost
+from lslm_jax.errors import DataError, PeerLost
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 PATIENCE = 4.0
-# Each adds up over all, again and again, as a train step does; or does what its argument says.
-PROGRAM = """
-import sys, time
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from lslm_jax import distributed, peers
-from lslm_jax.errors import DataError
 
-at, processes, process, patience, failing, rounds = sys.argv[1:]
-distributed.start(at, int(processes), int(process), float(patience))
-mesh = jax.make_mesh((jax.device_count(),), ("data",))
-split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
-add = jax.jit(jnp.sum, out_shardings=whole)
-try:
-    for round in range(int(rounds)):
-        ones = jax.make_array_from_callback((mesh.size,), split, lambda _: np.ones(1))
-        assert int(add(ones)) == mesh.size
-        if round == 3:
-            open(f"up-{process}", "w").close()
-            if failing == process:
-                raise DataError("shard 3 is cut")
-        time.sleep(0.05)
-except DataError as error:
-    print(f"lslm: {error}", file=sys.stderr)
-    peers.end(error.exit_code, str(error))
-except Exception as error:
-    peers.explain(error)
-    peers.end(1, "not explained")
-time.sleep(2.0 * int(process))
-peers.end()
-"""
+
+def add_up(coordinator, processes, process, patience, failing, rounds):
+    """Adds up over all processes, again and again, as a train step does; process `failing` fails in the third round."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from lslm_jax import distributed, peers
+
+    distributed.start(coordinator, processes, process, patience)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    split, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    add = jax.jit(jnp.sum, out_shardings=replicated)
+    try:
+        for round in range(rounds):
+            ones = jax.make_array_from_callback((mesh.size,), split, lambda _: np.ones(1))
+            assert int(add(ones)) == mesh.size
+            if round == 3:
+                open(f"up-{process}", "w").close()
+                if failing == process:
+                    raise DataError("shard 3 is cut")
+            time.sleep(0.05)
+    except DataError as error:
+        print(f"lslm: {error}", file=sys.stderr)
+        peers.end(error.exit_code, str(error))
+    except Exception as error:
+        peers.explain(error)
+        peers.end(1, "not explained")
+    time.sleep(2.0 * process)
+    peers.end()
 
 
 class Job:
-    def __init__(self, tmp_path, processes, failing="nobody", rounds=100_000, patience=PATIENCE):
-        (tmp_path / "program.py").write_text(PROGRAM)
-        at = f"127.0.0.1:{free_port()}"
-        environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
-        self.out = [tmp_path / f"{process}.out" for process in range(processes)]
-        self.parts = []
-        for process in range(processes):
-            command = [sys.executable, "program.py", at, *map(str, (processes, process, patience, failing, rounds))]
-            with open(self.out[process], "w") as out:
-                self.parts.append(subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=out, stderr=out))
+    def __init__(self, tmp_path, processes, failing=None, rounds=100_000, patience=PATIENCE):
+        coordinator = f"127.0.0.1:{free_port()}"
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        arguments = [(coordinator, processes, process, patience, failing, rounds) for process in range(processes)]
+        self.parts = [forked.Process(add_up, *each, env=env, cwd=tmp_path) for each in arguments]
+        self.marks = [tmp_path / f"up-{process}" for process in range(processes)]
 
     def up(self):
         """When all have added up a few times."""
-        while not all(out.with_name(f"up-{out.stem}").exists() for out in self.out):
-            assert all(part.poll() is None for part in self.parts), [out.read_text() for out in self.out]
+        while not all(mark.exists() for mark in self.marks):
+            assert all(part.poll() is None for part in self.parts), [part.stderr for part in self.parts]
             time.sleep(0.05)
 
     def end(self, *processes):
         """Exit codes and what was said."""
         codes = [self.parts[process].wait(timeout=90) for process in processes]
-        return codes, [self.out[process].read_text() for process in processes]
+        return codes, [self.parts[process].stdout + self.parts[process].stderr for process in processes]
 
 
 @pytest.fixture
@@ -117,7 +114,7 @@ def test_where_the_first_process_is_killed_the_others_end_with_it(start):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failure_of_one_ends_all_with_its_code_and_its_cause(start, failing):
-    codes, texts = start(2, failing=str(failing)).end(0, 1)
+    codes, texts = start(2, failing=failing).end(0, 1)
     assert codes == [65, 65], texts
     assert "shard 3 is cut" in texts[0]
 

@@ -3,11 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import numpy as np
 import pytest
 from error_table import assert_told
@@ -31,30 +31,8 @@ def get_config():
         log=LogConfig(every=1, tensorboard=False, timing=False),
     )
 """
-# What each process reads of some batches, and where it puts it.
-READ = """
-import sys
-import jax, numpy as np
-from etils import epath
-from lslm_jax import config_checks, config_loading, distributed
-from lslm_jax.data import pipeline
-from lslm_jax.sharding import local_rows, make_mesh, to_global
-
-at, processes, process, data, to = sys.argv[1:]
-distributed.start(at, int(processes), int(process))
-config = config_checks.validate(config_loading.load("config.py"))
-mesh = make_mesh(config)
-rows = local_rows(mesh, 8)
-train = pipeline.open_train(config, epath.Path(data), 259, rows)
-for step in (0, 7, 1_000_000):
-    batch = train.batch(step)
-    placed = to_global(batch, mesh, 8)
-    for shard in placed.tokens_BT.addressable_shards:
-        here = np.searchsorted(rows, np.arange(8)[shard.index[0]])
-        np.testing.assert_array_equal(shard.data, batch.tokens_BT[here])
-    np.savez(f"{to}-{step}-{process}.npz", rows=rows, **{k: v for k, v in batch._asdict().items() if v is not None})
-"""
-DOCUMENTS = {"train": 300, "valid": 1003}
+DOCUMENTS = {"train": 300, "valid": 203}
+STEPS_READ = (0, 7, 1_000_000)
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +46,13 @@ def corpus(tmp_path_factory):
 
 
 class Job:
-    """Processes that share some devices among them."""
+    """Processes that share some devices among them: `start(process, coordinator, env)` starts one."""
 
-    def __init__(self, corpus, processes, arguments, devices=4):
-        at = f"127.0.0.1:{free_port()}"
+    def __init__(self, processes, start, devices=4):
+        coordinator = f"127.0.0.1:{free_port()}"
         flags = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0"
-        environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        self.parts = [
-            subprocess.Popen(
-                [sys.executable, *arguments(at, processes, process)],
-                cwd=corpus,
-                env=environ,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for process in range(processes)
-        ]
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        self.parts = [start(process, coordinator, env) for process in range(processes)]
 
     def end(self):
         """Exit codes, stdouts and stderrs."""
@@ -93,14 +61,41 @@ class Job:
         finally:
             for part in self.parts:
                 part.kill()
-                part.communicate()
+                part.wait()
         return [part.returncode for part in self.parts], *zip(*texts, strict=True)
 
 
 def lslm(corpus, processes, workdir, *flags, devices=4):
-    command = ["-m", "lslm_jax.main", "--config=config.py", f"--workdir={workdir}", *flags]
-    join = lambda at, n, i: [f"--coordinator={at}", f"--processes={n}", f"--process={i}"] if n > 1 else []
-    return Job(corpus, processes, lambda *where: command + join(*where), devices)
+    command = ["--config=config.py", f"--workdir={workdir}", *flags]
+
+    def start(process, coordinator, env):
+        join = [f"--coordinator={coordinator}", f"--processes={processes}", f"--process={process}"]
+        return forked.lslm(*command, *(join if processes > 1 else []), env=env, cwd=corpus)
+
+    return Job(processes, start, devices)
+
+
+def read_batches(coordinator, processes, process, data, to):
+    """Writes the rows that a process reads of some batches, which must be those that its devices hold."""
+    from etils import epath
+
+    from lslm_jax import config_checks, config_loading, distributed
+    from lslm_jax.data import pipeline
+    from lslm_jax.sharding import local_rows, make_mesh, to_global
+
+    distributed.start(coordinator, processes, process)
+    config = config_checks.validate(config_loading.load("config.py"))
+    mesh = make_mesh(config)
+    rows = local_rows(mesh, 8)
+    train = pipeline.open_train(config, epath.Path(data), 259, rows)
+    for step in STEPS_READ:
+        batch = train.batch(step)
+        placed = to_global(batch, mesh, 8)
+        for shard in placed.tokens_BT.addressable_shards:
+            here = np.searchsorted(rows, np.arange(8)[shard.index[0]])
+            np.testing.assert_array_equal(shard.data, batch.tokens_BT[here])
+        arrays = {name: array for name, array in batch._asdict().items() if array is not None}
+        np.savez(f"{to}-{step}-{process}.npz", rows=rows, **arrays)
 
 
 def record(workdir):
@@ -122,7 +117,7 @@ def alone(corpus, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_losses_and_the_evaluation_of_every_example_are_those_of_one_process(corpus, alone, tmp_path, processes):
     codes, outs, texts = lslm(corpus, processes, tmp_path / "run").end()
     assert codes == [0] * processes, texts
@@ -137,7 +132,7 @@ def test_a_reproducible_run_is_the_same_to_the_last_bit_for_any_number_of_device
     flags = ["--config.train.reproducible=true", "--config.mesh.fsdp=1", "--config.model.dropout=0.1"]
     flags += ["--config.model.d_model=128", "--config.optimizer.clip=0.1", "--config.train.steps=6"]
     curves = []
-    for processes, devices in ((1, 4), (2, 4), (1, 1)):
+    for processes, devices in ((2, 2), (1, 1)):
         workdir = tmp_path / f"{processes}-{devices}"
         codes, _, texts = lslm(corpus, processes, workdir, *flags, devices=devices).end()
         assert codes == [0] * processes, texts
@@ -149,14 +144,15 @@ def test_a_reproducible_run_is_the_same_to_the_last_bit_for_any_number_of_device
 
 
 def test_batches_hold_the_same_rows_for_any_number_of_processes(corpus, alone, tmp_path):
-    (tmp_path / "read.py").write_text(READ)
-    data = alone / "data"
     for processes in (1, 2, 4):
-        to = tmp_path / str(processes)
-        command = lambda at, n, i, to=to: [str(tmp_path / "read.py"), at, str(n), str(i), str(data), str(to)]
-        codes, _, texts = Job(corpus, processes, command).end()
+
+        def start(process, coordinator, env, processes=processes):
+            arguments = coordinator, processes, process, str(alone / "data"), str(tmp_path / str(processes))
+            return forked.Process(read_batches, *arguments, env=env, cwd=corpus)
+
+        codes, _, texts = Job(processes, start).end()
         assert codes == [0] * processes, texts
-    for step in (0, 7, 1_000_000):
+    for step in STEPS_READ:
         whole = np.load(tmp_path / f"1-{step}-0.npz")
         for processes in (2, 4):
             parts = [np.load(tmp_path / f"{processes}-{step}-{process}.npz") for process in range(processes)]
@@ -165,9 +161,10 @@ def test_batches_hold_the_same_rows_for_any_number_of_processes(corpus, alone, t
                 np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
 
 
-def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(corpus, alone, tmp_path):
-    job = lslm(corpus, 2, tmp_path / "2", "--config.train.steps=2000")
-    metrics = tmp_path / "2" / "metrics.jsonl"
+@pytest.mark.parametrize("numbers", [(1, 2), pytest.param((1, 4), marks=pytest.mark.exhaustive)])
+def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(corpus, tmp_path, numbers):
+    job = lslm(corpus, 2, tmp_path / "stopped", "--config.train.steps=2000")
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
     deadline = time.monotonic() + 400
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert time.monotonic() < deadline and job.parts[0].poll() is None
@@ -176,19 +173,18 @@ def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(corpus, a
     codes, _, texts = job.end()
     assert_told("A signal to another process of the run", codes[0], texts[0])
     assert codes[1] == 75, texts
-    (step,) = [int(path.name) for path in (tmp_path / "2" / "checkpoints").iterdir()]
+    (step,) = [int(path.name) for path in (tmp_path / "stopped" / "checkpoints").iterdir()]
     assert f"SIGTERM: step {step} is saved" in texts[1] and f"another process is to stop: step {step}" in texts[0]
-    (tmp_path / "1").mkdir()
-    for processes in (1, 4):
+    for processes in numbers:
         workdir = tmp_path / f"goes-on-{processes}"
-        subprocess.run(["cp", "-r", tmp_path / "2", workdir], check=True)
+        shutil.copytree(tmp_path / "stopped", workdir)
         steps = f"--config.train.steps={step + 5}"
         codes, _, texts = lslm(corpus, processes, workdir, steps).end()
         assert codes == [0] * processes and f"resumed from step {step}" in texts[0], texts
         assert [line["step"] for line in record(workdir)[: step + 5]] == list(range(1, step + 6))
         told = json.loads(lslm(corpus, 1, workdir, "audit").end()[1][0])
         assert (told["steps"], told["starts"], told["repeated_steps"]) == (step + 5, 2, 0)
-    assert_close(record(tmp_path / "goes-on-1"), record(tmp_path / "goes-on-4"))
+    assert_close(*(record(tmp_path / f"goes-on-{processes}") for processes in numbers))
 
 
 def test_what_fails_at_the_primary_ends_all_and_is_told_once(corpus, tmp_path):

@@ -3,9 +3,8 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 
+import forked
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -26,8 +25,7 @@ def get_config():
 
 
 def lslm(directory, *arguments):
-    command = [sys.executable, "-m", "lslm_jax.main", *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300)
+    return forked.run(*arguments, cwd=directory)
 
 
 @pytest.fixture(scope="module")

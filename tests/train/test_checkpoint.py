@@ -1,5 +1,6 @@
 """Checkpoints: whole on any mesh, kept as told, and refused by name where they are damaged or another run's."""
 
+import functools
 import json
 import math
 import os
@@ -53,7 +54,12 @@ def mesh_of(sizes=(1, 1, 1)):
 
 
 def abstract(config=CONFIG, mesh=None):
-    return abstract_state(config, make_optimizer(config.optimizer, config.train.steps), mesh or mesh_of())
+    return _abstract(config, mesh or mesh_of())
+
+
+@functools.cache
+def _abstract(config, mesh):
+    return abstract_state(config, make_optimizer(config.optimizer, config.train.steps), mesh)
 
 
 def state_at(step, config=CONFIG, mesh=None):

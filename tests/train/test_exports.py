@@ -5,9 +5,9 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
+import time
 
+import forked
 import pytest
 from safetensors.numpy import load_file
 
@@ -26,26 +26,23 @@ RUN = {
 }
 DUE = ["12", "4", "8"]
 
-# Kills the process at the second export, once its checkpoint is whole, when the weights are written and nothing else.
-KILLED = """
-import os, signal, sys, time
-from lslm_jax.convert import safetensors
-from lslm_jax.main import main
-from lslm_jax.train import exports
 
-write = safetensors.write_directory
+def killed_at_the_second_export(*arguments: str) -> None:
+    """Runs the command; kills the process once the checkpoint of step 8 is complete and its weights are written."""
+    from lslm_jax.convert import safetensors
 
-def killed(directory, *rest):
-    files = write(directory, *rest)
-    if directory.name.startswith("8"):
-        while not (directory.parent.parent / "checkpoints/8/manifest.json").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return files
+    write = safetensors.write_directory
 
-safetensors.write_directory = killed
-main(sys.argv[1:])
-"""
+    def write_and_die(directory, *rest):
+        files = write(directory, *rest)
+        if directory.name.startswith("8"):
+            while not (directory.parent.parent / "checkpoints/8/manifest.json").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return files
+
+    safetensors.write_directory = write_and_die
+    main(arguments)
 
 
 def flags(root: pathlib.Path, work: str) -> list[str]:
@@ -112,15 +109,14 @@ def test_what_is_missing_is_made_up_from_the_checkpoints_when_the_run_goes_on(fi
 
 @pytest.mark.slow
 def test_a_run_killed_between_checkpoint_and_export_makes_it_up(finished, tmp_path):
-    flags = "--xla_force_host_platform_device_count=8"
     arguments = [f"--config={finished}/config.json", f"--workdir={tmp_path}/work"]
-    once = {"env": os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", flags)}, "capture_output": True}
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=180, **once)
+    killed = forked.Process(killed_at_the_second_export, *arguments, env=os.environ)
+    killed.wait(180)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     exports = tmp_path / "work" / "exports"
     assert (tmp_path / "work/checkpoints/8").exists() and not (exports / "8").exists()
     assert load_file(exports / "8.tmp" / "model.safetensors")
-    again = subprocess.run([sys.executable, "-m", "lslm_jax.main", *arguments], timeout=180, text=True, **once)
+    again = forked.run(*arguments)
     assert again.returncode == 0, again.stderr
     assert "step 8: exported now" in again.stderr
     assert sorted(path.name for path in exports.iterdir()) == DUE

@@ -2,9 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 
+import forked
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -26,8 +25,8 @@ def get_config():
 
 def run(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
-    command = [sys.executable, "-m", "lslm_jax.main", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run"]
-    return subprocess.run(command, env=os.environ, capture_output=True, text=True)
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return forked.run(f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run", env=env)
 
 
 def damage(step_directory):

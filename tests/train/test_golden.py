@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -51,8 +52,7 @@ def test_every_array_is_as_it_was(version, tmp_path):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_training_goes_on(version, tmp_path):
     workdir = shutil.copytree(GOLDEN / version, tmp_path / "run")
-    command = [sys.executable, "-m", "lslm_jax.main", f"--config={workdir}/config.json", f"--workdir={workdir}"]
-    done = subprocess.run([*command, "--config.train.steps=6"], capture_output=True, text=True, timeout=300)
+    done = forked.run(f"--config={workdir}/config.json", f"--workdir={workdir}", "--config.train.steps=6")
     assert done.returncode == 0 and "resumed from step 4" in done.stderr, done.stderr
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
