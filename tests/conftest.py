@@ -1,7 +1,7 @@
 """Eight simulated devices, which every test sees; and NumPy-style rank promotion is an error."""
 
-import fcntl
 import faulthandler
+import fcntl
 import gc
 import importlib.metadata
 import os
@@ -28,6 +28,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+import selection
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # What is imported by now lives as long as the process: without it the garbage collector has a tenth less to do.
@@ -37,6 +38,7 @@ gc.freeze()
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 CRASHES = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "crashes"
 MAPPINGS = pathlib.Path("/proc/self/maps")
+SELECTED = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,17 +50,51 @@ def pytest_configure(config: pytest.Config) -> None:
     faulthandler.enable((CRASHES / str(os.getpid())).open("w"), all_threads=False)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The end of such a stack, which tells what crashed."""
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Prints what was selected, and the end of the stack of each process that crashed."""
+    if SELECTED in config.stash:
+        terminalreporter.line(config.stash[SELECTED])
     for stack in sorted(path for path in CRASHES.iterdir() if path.stat().st_size):
         terminalreporter.section(f"process {stack.name} crashed")
         terminalreporter.line("\n".join(stack.read_text().splitlines()[:30]))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no process is left alone with one at the end."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the options that select tests by what has changed."""
+    parser.addoption("--changed-since", metavar="REVISION", help="run all tests of files that depend on a changed file")
+    parser.addoption("--share", default="0/1", metavar="K/N", help="of all other tests run the K-th of N shares")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Selects tests; files with slow tests come first, so that no process is left alone with one at the end."""
+    if revision := config.getoption("--changed-since"):
+        _select(config, items, revision)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def _select(config: pytest.Config, items: list[pytest.Item], revision: str) -> None:
+    changed = selection.changed_files(revision)
+    dependent = {path for path in {item.path for item in items} if selection.depends(path, changed)}
+    number, shares = map(int, config.getoption("--share").split("/"))
+    chosen = selection.share((item.nodeid for item in items if item.path not in dependent), number, shares)
+    kept = [item for item in items if item.path in dependent or item.nodeid in chosen]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    selected = (
+        f"{len(kept)} of {len(items)} tests: all of {len(dependent)} files that depend on the {len(changed)} files "
+        f"changed since {revision[:12]}, and share {number % shares} of {shares} of the others"
+    )
+    items[:] = kept
+    config.stash[SELECTED] = selected
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["selected"] = selected
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Takes what a worker of pytest-xdist selected, to be printed once; all select the same."""
+    if selected := getattr(node, "workeroutput", {}).get("selected"):
+        node.config.stash[SELECTED] = selected
 
 
 @pytest.fixture(scope="session")
