@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator
 
 import pytest
+from planted_faults import FAULTS
 
 from lslm_jax.config_loading import describe
 
@@ -199,3 +200,9 @@ def test_settings_are_few_and_documented():
     entries = list(describe())
     assert len(entries) <= MAX_KEYS
     assert [entry.key for entry in entries if not entry.doc.strip()] == []
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_can_be_planted_and_its_tests_exist(fault):
+    assert (PACKAGE / fault.file).read_text().count(fault.line) == 1
+    assert all((ROOT / "tests" / name).is_file() for name in fault.tests.split())

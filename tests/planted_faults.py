@@ -1,0 +1,391 @@
+"""Faults of one line, planted on purpose: `make test` must catch each of them.
+
+python tests/planted_faults.py [--only=TEXT] [--tests=REVISION] plants each in turn in a copy of the working tree, runs
+the tests that should fail, and prints what caught it. `--tests` takes the tests of another revision.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+class Fault(NamedTuple):
+    """One line of the package, and a wrong one in its place.
+
+    Attributes:
+      name: what is wrong.
+      file: below lslm_jax/.
+      line: text that occurs once in the file.
+      wrong: its replacement.
+      tests: files, below tests/, of which at least one must fail.
+    """
+
+    name: str
+    file: str
+    line: str
+    wrong: str
+    tests: str
+
+
+FAULTS = [
+    # Data.
+    Fault(
+        "a row loses the document that ends in it",
+        "data/packing.py",
+        "end = np.minimum(begin + self.seq_len, self.num_slots)\n        first, last",
+        "end = np.minimum(begin + self.seq_len, self.num_slots - 1)\n        first, last",
+        "data/test_packing.py",
+    ),
+    Fault(
+        "the first token of a document's second row is repeated",
+        "data/packing.py",
+        "offset[full] = (item[full] - before) * self.seq_len",
+        "offset[full] = (item[full] - before) * (self.seq_len - 1)",
+        "data/test_packing.py",
+    ),
+    Fault(
+        "positions count across documents",
+        "data/packing.py",
+        "- np.repeat(begins, length)",
+        "- 0 * np.repeat(begins, length)",
+        "data/test_packing.py",
+    ),
+    Fault(
+        "the permutation of an epoch is no permutation",
+        "data/order.py",
+        "return left * np.uint64(b) + right",
+        "return left * np.uint64(b) + right // np.uint64(2)",
+        "data/test_order.py",
+    ),
+    Fault(
+        "the shuffle ignores part of the seed",
+        "data/order.py",
+        "key = seed + np.uint64(i * _GOLDEN % (1 << 64))",
+        "key = np.uint64(i * _GOLDEN % (1 << 64))",
+        "data/test_order.py",
+    ),
+    Fault(
+        "files take their names before they are on disk",
+        "atomic.py",
+        "                os.fsync(self._stream.fileno())",
+        "                pass",
+        "test_atomic.py",
+    ),
+    Fault(
+        "an incomplete shard is taken over when prepare goes on",
+        "data/shards.py",
+        "if any(not path.exists() or path.stat().length != size for path, size in sizes.items()):",
+        "if any(not path.exists() for path, size in sizes.items()):",
+        "data/test_shards.py",
+    ),
+    Fault(
+        "token ids beyond the vocabulary are written",
+        "data/shards.py",
+        "if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:",
+        "if ids.size and not 0 <= ids.min() <= ids.max() <= vocab_size:",
+        "data/test_shards.py",
+    ),
+    Fault(
+        "shards are not compared with their sha256",
+        "data/shards.py",
+        "            check_content(epath.Path(local), files)",
+        "            pass",
+        "data/test_shards.py",
+    ),
+    Fault(
+        "too many tokens of a row are masked",
+        "data/masking.py",
+        "counts_B = np.minimum(np.maximum(np.rint(mask_rate * tokens_B).astype(np.int64), 1), tokens_B)",
+        "counts_B = np.minimum(np.maximum(np.rint(mask_rate * tokens_B).astype(np.int64) + 1, 1), tokens_B)",
+        "data/test_masking.py",
+    ),
+    Fault(
+        "equal texts may be in training and held-out data",
+        "data/clean.py",
+        'return int.from_bytes(digest[:8], "big") < fraction * 2**64',
+        'return int.from_bytes(digest[:8], "big") < fraction * 2**63',
+        "data/test_clean.py",
+    ),
+    Fault(
+        "skipped batches are not left out",
+        "data/detours.py",
+        "return step + sum(detour.batches for detour in detours if step >= detour.after)",
+        "return step + sum(detour.batches for detour in detours if step > detour.after)",
+        "train/test_spikes.py",
+    ),
+    # Models.
+    Fault(
+        "a query sees the token after it",
+        "models/attention.py",
+        "near_TS = near_TS & (distance_TS >= 0)",
+        "near_TS = near_TS & (distance_TS >= -1)",
+        "models/test_attention.py models/test_decoder.py",
+    ),
+    Fault(
+        "documents of a packed row see each other",
+        "models/attention.py",
+        "return near_TS[None] & (segments_BT[:, :, None] == segments_BT[:, None, :])",
+        "return near_TS[None] & (segments_BT[:, :, None] > 0)",
+        "models/test_attention.py models/test_families.py",
+    ),
+    Fault(
+        "the window is one token too wide",
+        "models/layers.py",
+        "near_TS = jnp.abs(distance_TS) < window",
+        "near_TS = jnp.abs(distance_TS) <= window",
+        "models/test_attention.py models/test_layers.py",
+    ),
+    Fault(
+        "rotary positions turn the wrong way",
+        "models/layers.py",
+        "turned = [first * cos - second * sin, second * cos + first * sin]",
+        "turned = [first * cos + second * sin, second * cos - first * sin]",
+        "models/test_layers.py",
+    ),
+    Fault(
+        "dropout does not scale up what it keeps",
+        "models/layers.py",
+        "return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)",
+        "return jnp.where(keep, x, 0).astype(x.dtype)",
+        "models/test_layers.py",
+    ),
+    Fault(
+        "an expert takes one choice more than its capacity",
+        "models/experts.py",
+        "fits_BTE = jnp.cumsum(choice_BTE, axis=1) <= most",
+        "fits_BTE = jnp.cumsum(choice_BTE, axis=1) <= most + 1",
+        "models/test_experts.py",
+    ),
+    Fault(
+        "padding counts in the balance of experts",
+        "models/experts.py",
+        "probability_BE = jnp.sum(jnp.where(real_BT[..., None], probability_BTE, 0.0), axis=1)",
+        "probability_BE = jnp.sum(probability_BTE, axis=1)",
+        "models/test_experts.py",
+    ),
+    Fault(
+        "context parallelism mixes up early and late parts of rows",
+        "models/context.py",
+        "return jnp.concatenate([x_BN2S[:, :, 0], x_BN2S[:, ::-1, 1]], axis=1).reshape(x_BS.shape)",
+        "return jnp.concatenate([x_BN2S[:, :, 0], x_BN2S[:, :, 1]], axis=1).reshape(x_BS.shape)",
+        "models/test_context.py train/test_split_rows.py",
+    ),
+    # Training.
+    Fault(
+        "gradients of parts are averaged, not summed",
+        "train/step.py",
+        "return jax.tree.map(jnp.add, carry, gradient_and_sums(*part)), None",
+        "return jax.tree.map(lambda a, b: (a + b) / 2, carry, gradient_and_sums(*part)), None",
+        "train/test_step.py",
+    ),
+    Fault(
+        "a step that is not finite moves the weights",
+        "train/step.py",
+        "finite = jnp.isfinite(sums.objective) & jnp.isfinite(norm)",
+        "finite = jnp.isfinite(norm) | True",
+        "train/test_step.py",
+    ),
+    Fault(
+        "the average of weights is weighted the wrong way",
+        "train/step.py",
+        "moved = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, averaged, trained)",
+        "moved = jax.tree.map(lambda a, p: (1 - decay) * a + decay * p, averaged, trained)",
+        "train/test_step.py",
+    ),
+    Fault(
+        "dropout repeats from step to step",
+        "train/step.py",
+        "return jax.random.fold_in(jax.random.key(config.seed), step)",
+        "return jax.random.fold_in(jax.random.key(config.seed), 0 * step)",
+        "train/test_step.py",
+    ),
+    Fault(
+        "label smoothing counts padding of the vocabulary",
+        "train/losses.py",
+        "jnp.where(real_V, smooth / settings.vocab_size, 0.0)",
+        "smooth / settings.vocab_size",
+        "train/test_losses.py",
+    ),
+    Fault(
+        "the gradient of the logits' soft cap is left out",
+        "train/losses.py",
+        "d_NSV *= 1.0 - jnp.square(capped_NSV / cap)",
+        "d_NSV *= 1.0",
+        "train/test_losses.py",
+    ),
+    Fault(
+        "lower layers learn faster, not more slowly",
+        "train/optim.py",
+        "rate = decay ** np.arange(param.shape[0], 0, -1, dtype=np.float32)",
+        "rate = decay ** np.arange(1, param.shape[0] + 1, dtype=np.float32)",
+        "train/test_frozen.py",
+    ),
+    Fault(
+        "biases and norms decay",
+        "train/optim.py",
+        '_owner(path) in ("w", "embed", "head"), params)',
+        '_owner(path) in ("w", "b", "scale", "embed", "head"), params)',
+        "train/test_optim.py",
+    ),
+    Fault(
+        "a damaged checkpoint is taken for a complete one",
+        "train/manifest.py",
+        "        if found[1] != sha256:",
+        "        if found[1] == sha256[:1]:",
+        "train/test_manifest.py train/test_checkpoint.py",
+    ),
+    Fault(
+        "the worst checkpoint is kept as the best",
+        "train/checkpoint.py",
+        "sign = -1.0 if config_checks.highest_is_best(name) else 1.0",
+        "sign = 1.0 if config_checks.highest_is_best(name) else -1.0",
+        "train/test_checkpoint.py",
+    ),
+    Fault(
+        "a row that is read twice goes unnoticed",
+        "train/ledger.py",
+        "if (twice := seen[source][taken] | ~is_first).any():",
+        "if (twice := ~is_first).any():",
+        "train/test_ledger.py",
+    ),
+    Fault(
+        "a loss spike is noticed one step late",
+        "train/spikes.py",
+        "if self._high == self._steps:",
+        "if self._high == self._steps + 1:",
+        "train/test_spikes.py",
+    ),
+    # Generation, evaluation, conversion.
+    Fault(
+        "top-p keeps one token too few",
+        "generate/sampling.py",
+        "before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV",
+        "before_BV = jnp.cumsum(sorted_BV, axis=-1)",
+        "generate/test_sampling.py",
+    ),
+    Fault(
+        "repetition is rewarded where logits are negative",
+        "generate/sampling.py",
+        "jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)",
+        "logits_BV / penalty",
+        "generate/test_sampling.py",
+    ),
+    Fault(
+        "the length penalty counts one token too few",
+        "generate/beam.py",
+        "return log_prob / ((5.0 + length) / 6.0) ** length_penalty",
+        "return log_prob / ((4.0 + length) / 6.0) ** length_penalty",
+        "generate/test_beam.py",
+    ),
+    Fault(
+        "a beam goes on from another beam's cache",
+        "generate/beam.py",
+        "cache, ids_BWN = _gather((state.cache, state.ids_BWN), parent_BW)",
+        "cache, ids_BWN = state.cache, _gather(state.ids_BWN, parent_BW)",
+        "generate/test_beam.py generate/test_search.py",
+    ),
+    Fault(
+        "answers may be one token longer than allowed",
+        "evaluate/squad.py",
+        "for more in range(min(max_answer, len(place_T))):",
+        "for more in range(min(max_answer + 1, len(place_T))):",
+        "evaluate/test_squad.py",
+    ),
+    Fault(
+        "texts that name no class are not counted as such",
+        "evaluate/classification.py",
+        '{"invalid": float(np.mean(predicted_N == INVALID))}',
+        '{"invalid": 0.0}',
+        "evaluate/test_classification.py",
+    ),
+    # Sharding, processes, configuration.
+    Fault(
+        "a mesh that does not use all devices is accepted",
+        "sharding.py",
+        "if (product := math.prod(shape)) != num_devices:",
+        "if (product := math.prod(shape)) > num_devices:",
+        "test_sharding.py",
+    ),
+    Fault(
+        "a batch that does not divide over the devices is accepted",
+        "sharding.py",
+        "    if step_rows % rows:",
+        "    if step_rows % rows > rows:",
+        "test_sharding.py",
+    ),
+    Fault(
+        "a second run may use a directory in use",
+        "train/lock.py",
+        "LOCK_EX | fcntl.LOCK_NB",
+        "LOCK_SH | fcntl.LOCK_NB",
+        "train/test_lock.py",
+    ),
+    Fault(
+        "the causes of failures on other processes are lost",
+        "peers.py",
+        'self._tell(_VERDICT, {"code": last["code"], "text": text})',
+        'self._tell(_VERDICT, {"code": 77, "text": text})',
+        "test_peers.py",
+    ),
+]
+
+
+def plant(fault: Fault, tree: pathlib.Path) -> None:
+    """Changes the line in a copy of the repository."""
+    path = tree / "lslm_jax" / fault.file
+    text = path.read_text()
+    assert text.count(fault.line) == 1, f"{fault.file} holds {text.count(fault.line)} times: {fault.line}"
+    path.write_text(text.replace(fault.line, fault.wrong))
+
+
+def catch(fault: Fault, revision: str | None) -> tuple[list[str], float]:
+    """Plants the fault in a fresh copy; returns the tests that failed, and the seconds that it took."""
+    with tempfile.TemporaryDirectory() as directory:
+        tree = pathlib.Path(directory) / "repository"
+        tracked = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(tracked, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+        for name in names:
+            if (ROOT / name).is_file():
+                (tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, tree / name)
+        if revision:
+            shutil.rmtree(tree / "tests")
+            archive = subprocess.run(["git", "archive", revision, "tests"], cwd=ROOT, check=True, capture_output=True)
+            subprocess.run(["tar", "-x"], cwd=tree, input=archive.stdout, check=True)
+        plant(fault, tree)
+        begin = time.monotonic()
+        tests = [f"tests/{name}" for name in fault.tests.split()]
+        flags = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not exhaustive", "-rfE", "--tb=no"]
+        command = [sys.executable, "-m", "pytest", *flags, *tests]
+        output = subprocess.run(command, cwd=tree, capture_output=True, text=True).stdout
+        failed = [line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return failed, time.monotonic() - begin
+
+
+def main() -> None:
+    """The command line."""
+    flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    flags.add_argument("--only", default="", metavar="TEXT", help="faults whose name or file holds this")
+    flags.add_argument("--tests", metavar="REVISION", help="take the tests of this revision")
+    options = flags.parse_args()
+    faults = [fault for fault in FAULTS if options.only in f"{fault.file}: {fault.name}"]
+    missed = []
+    for fault in faults:
+        failed, seconds = catch(fault, options.tests)
+        print(f"{fault.file}: {fault.name}: {failed[0] if failed else 'MISSED'} ({seconds:.0f} s)", flush=True)
+        if not failed:
+            missed.append(fault.name)
+    print(json.dumps({"planted": len(faults), "caught": len(faults) - len(missed), "missed": missed}))
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()
