@@ -1,5 +1,7 @@
 """A device whose copy of an array has another bit than the others is found and named."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ from lslm_jax.errors import DeviceFault
 from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train.copies import Copies
 from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import init_state
+from lslm_jax.train.state import abstract_state
 from lslm_jax.trees import flatten, unflatten
 
 
+@functools.cache
 def state_on(mesh_config):
+    """A fresh state on a mesh of all devices, the mesh, and what compares its copies, which compiles once."""
     config = validate(
         Config(
             model=ModelConfig(num_layers=1, d_model=32, num_heads=4, vocab_size=64, max_length=16),
@@ -25,9 +29,14 @@ def state_on(mesh_config):
             mesh=mesh_config,
         )
     )
-    mesh = make_mesh(config)
+    mesh, optimizer = make_mesh(config), make_optimizer(config.optimizer, 10)
     with use(mesh, config.mesh):
-        return init_state(config, make_optimizer(config.optimizer, 10), mesh), mesh
+        abstract = abstract_state(config, optimizer, mesh)
+    # Numbers that are drawn by NumPy: to compile what draws the weights takes a second on each mesh.
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jax.device_put(np.asarray(rng.normal(size=leaf.shape), leaf.dtype), leaf.sharding)
+    state = jax.tree.map(draw, abstract)
+    return state, mesh, Copies(state, mesh)
 
 
 def flipped(array, device, place, bit):
@@ -49,8 +58,7 @@ def damaged(state, name, *where):
 @pytest.mark.parametrize("bit", [0, 17, 31])
 @pytest.mark.parametrize("name", ["model.blocks.mlp.up.w", "ema.embed", "step"])
 def test_a_flipped_bit_is_told_with_its_device(name, bit):
-    state, mesh = state_on(MeshConfig(data=8))
-    copies = Copies(state, mesh)
+    state, _, copies = state_on(MeshConfig(data=8))
     copies.check(state)
     with pytest.raises(DeviceFault, match=rf"^step \d+: {name} on .*5 differs") as error:
         copies.check(damaged(state, name, jax.devices()[5], 0, bit))
@@ -59,16 +67,14 @@ def test_a_flipped_bit_is_told_with_its_device(name, bit):
 
 
 def test_of_two_copies_both_are_named_and_parts_are_compared_with_their_own_copies():
-    state, mesh = state_on(MeshConfig(data=2, fsdp=2, tensor=2))
-    copies = Copies(state, mesh)
+    state, _, copies = state_on(MeshConfig(data=2, fsdp=2, tensor=2))
     copies.check(state)
     with pytest.raises(DeviceFault, match=r"blocks.mlp.up.w on .* differs .*, and so do 1 more"):
         copies.check(damaged(state, "model.blocks.mlp.up.w", jax.devices()[3], 7, 20))
 
 
 def test_what_has_no_copies_is_not_compared():
-    state, mesh = state_on(MeshConfig(fsdp=8))
-    copies = Copies(state, mesh)
+    state, mesh, copies = state_on(MeshConfig(fsdp=8))
     split = "model.blocks.mlp.up.w"
     assert flatten(state)[split].sharding == NamedSharding(mesh, PartitionSpec(None, "fsdp", None))
     copies.check(damaged(state, split, jax.devices()[3], 7, 20))

@@ -1,5 +1,6 @@
 """Training some of the parameters: adapters, heads, upper layers faster than lower ones; the rest stays bit for bit."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -37,7 +38,7 @@ def run_of(family="decoder", objective="causal", model=None):
 
 DECODER = run_of()
 ENCODER = run_of("encoder", "classification", {"num_labels": 3, "norm_place": "after"})
-PAIRS = run_of("encoder_decoder", "seq2seq")
+PAIRS = run_of("encoder_decoder", "seq2seq", {"scan_layers": True})  # its layers, scanned, compile faster
 families = pytest.mark.parametrize("config", [DECODER, ENCODER, PAIRS], ids=["decoder", "encoder", "pairs"])
 
 
@@ -45,22 +46,43 @@ def with_adapters(config, **keys):
     return validate(replace(config, model=replace(config.model, lora_rank=4, **keys)))
 
 
+def adapted(config):
+    """A config with adapters and an average, which most tests here share, since each takes long to compile for."""
+    return with_adapters(replace(config, train=replace(config.train, ema=0.9)))
+
+
 def mesh_of(config):
     return make_mesh(config, jax.devices()[: math.prod(mesh_axes(config.mesh).values())])
 
 
+@functools.cache
+def fresh(config) -> State:
+    """The state on one device that a run begins with."""
+    return init_state(config, make_optimizer(config.optimizer, config.train.steps), mesh_of(config))
+
+
+@functools.cache
 def trained(config, steps=3) -> tuple[State, State, list[float]]:
     """The state before and after some steps, and their losses."""
     mesh, optimizer = mesh_of(config), make_optimizer(config.optimizer, config.train.steps)
     data = SyntheticInput(config, V)
     with jax.set_mesh(mesh):
-        before = state = init_state(config, optimizer, mesh)
+        before = state = fresh(replace(config, mesh=MeshConfig(data=1)))
+        if mesh.size > 1:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+            state = jax.device_put(before, shardings)
         one = jax.jit(step.make_train_step(config, optimizer, attention.XLA))
         losses = []
         for n in range(steps):
             state, metrics = one(state, to_global(data.batch(n), mesh))
             losses.append(float(metrics["loss"]))
     return before, state, losses
+
+
+@functools.cache
+def built(config):
+    """The model that a run begins with, made without its state."""
+    return jax.jit(lambda: presets.build(config.model, jax.random.key(config.seed), config.task.objective))()
 
 
 def moved(before, after) -> set[str]:
@@ -71,8 +93,7 @@ def moved(before, after) -> set[str]:
 
 @families
 def test_with_adapters_all_else_but_the_head_stays_bit_for_bit(config):
-    config = with_adapters(replace(config, train=replace(config.train, ema=0.9)))
-    before, after, losses = trained(config)
+    before, after, losses = trained(adapted(config))
     adapters = {name for name in flatten(before.model) if ".lora." in name}
     heads = {name for name in flatten(before.model) if name.startswith("top.")}
     assert moved(before.model, after.model) == adapters | heads
@@ -84,58 +105,79 @@ def test_with_adapters_all_else_but_the_head_stays_bit_for_bit(config):
 
 @families
 def test_adapters_begin_as_nothing_and_merged_they_say_the_same(config):
-    plain, adapted = config, with_adapters(config)
-    key = jax.random.key(0)
-    build = lambda config: presets.build(config.model, key, config.task.objective)
-    base = {name: array for name, array in flatten(build(adapted)).items() if ".lora." not in name}
-    assert base.keys() == flatten(build(plain)).keys()
-    assert all(np.array_equal(array, base[name]) for name, array in flatten(build(plain)).items())
+    before, after, _ = trained(adapted(config))
+    plain, base = flatten(built(config)), flatten(before.model)
+    base = {name: array for name, array in base.items() if ".lora." not in name}
+    assert base.keys() == plain.keys()
+    assert all(np.array_equal(array, base[name]) for name, array in plain.items())
 
     batch = SyntheticInput(config, V).batch(0)
     features = jax.jit(lambda model: model.features(batch, backend=attention.XLA))
-    np.testing.assert_array_equal(features(build(adapted)), features(build(plain)))
+    plain_features, after_features = np.asarray(features(built(config))), np.asarray(features(after.model))
+    np.testing.assert_array_equal(features(before.model), plain_features)
 
-    _, after, _ = trained(adapted)
-    scale = adapted.model.lora_alpha / adapted.model.lora_rank
+    model = adapted(config).model
+    scale = model.lora_alpha / model.lora_rank
     arrays = flatten(after.model)
     merged = lora.merge({name: scale * a if name.endswith(".lora.b") else a for name, a in arrays.items()})
-    merged = unflatten(abstract_model(plain, mesh_of(plain)), merged)
-    assert np.abs(features(after.model) - features(build(plain))).max() > 1e-3
-    np.testing.assert_allclose(features(after.model), features(merged), atol=1e-5)
+    merged = unflatten(abstract_model(config, mesh_of(config)), merged)
+    assert np.abs(after_features - plain_features).max() > 1e-3
+    np.testing.assert_allclose(after_features, features(merged), atol=1e-5)
 
 
 def test_adapters_stand_where_the_patterns_say():
     config = with_adapters(DECODER, lora_targets=("attention.[qv]", "mlp.down"))
-    names = flatten(presets.build(config.model, jax.random.key(0)))
-    adapted = {name.removesuffix(".lora.a") for name in names if name.endswith(".lora.a")}
-    assert adapted == {"blocks.attention.q", "blocks.attention.v", "blocks.mlp.down"}
+    names = flatten(abstract_model(config, mesh_of(config)))
+    with_adapter = {name.removesuffix(".lora.a") for name in names if name.endswith(".lora.a")}
+    assert with_adapter == {"blocks.attention.q", "blocks.attention.v", "blocks.mlp.down"}
     with pytest.raises(ConfigError, match=r"model.lora_targets=query names no projection: there are attention.q, "):
         with_adapters(DECODER, lora_targets=("query",))
 
 
-@families
+@pytest.mark.parametrize(
+    "config",
+    [DECODER, ENCODER, pytest.param(PAIRS, marks=pytest.mark.exhaustive)],
+    ids=["decoder", "encoder", "pairs"],
+)
 def test_adapters_learn_the_same_on_a_mesh(config):
-    config = with_adapters(config)
+    config = adapted(config)
     split = replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     np.testing.assert_allclose(trained(split)[2], trained(config)[2], atol=1e-5)
 
 
+def with_frozen(config, *patterns):
+    return replace(config, train=replace(config.train, frozen=patterns))
+
+
+LAST_PATTERN_COUNTS = with_frozen(ENCODER, "*", "!top.*", "top.pooler.*")
+LOWER_PARTS = with_frozen(ENCODER, "embed", "blocks.attention.*")
+ADAPTERS_AND_MORE = with_frozen(with_adapters(DECODER), "embed", "blocks.*.w")
+
+
+def names_to_train(config) -> set[str]:
+    """Names of the parameters that are trained, and have a gradient."""
+    return set(flatten(divide(config, abstract_model(config, mesh_of(config)))[0]))
+
+
 def test_frozen_patterns_are_read_in_order_and_the_last_one_that_fits_counts():
-    config = replace(ENCODER, train=replace(ENCODER.train, frozen=("*", "!top.*", "top.pooler.*")))
-    before, after, _ = trained(config)
-    assert moved(before.model, after.model) == {"top.head", "top.bias"}
-    config = replace(ENCODER, train=replace(ENCODER.train, frozen=("embed", "blocks.attention.*")))
-    names = flatten(abstract_state(config, make_optimizer(config.optimizer, 50), mesh_of(config)).model)
-    before, after, _ = trained(config)
+    before, after, _ = trained(LAST_PATTERN_COUNTS)
+    assert moved(before.model, after.model) == {"top.head", "top.bias"} == names_to_train(LAST_PATTERN_COUNTS)
+    names = set(flatten(abstract_model(LOWER_PARTS, mesh_of(LOWER_PARTS))))
     still = {name for name in names if name == "embed" or name.startswith("blocks.attention.")}
-    assert moved(before.model, after.model) == names.keys() - still
+    assert names_to_train(LOWER_PARTS) == names - still
 
 
 def test_adapters_are_trained_with_whatever_frozen_says_instead_of_the_default():
-    config = with_adapters(DECODER)
-    config = replace(config, train=replace(config.train, frozen=("embed", "blocks.*.w")))
+    names = names_to_train(ADAPTERS_AND_MORE)
+    assert {"norm.scale", "blocks.attention.q.lora.a", "blocks.attention.q.b"} <= names
+    assert not {"embed", "blocks.attention.q.w"} & names
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("config", [LOWER_PARTS, ADAPTERS_AND_MORE], ids=["lower parts", "adapters and more"])
+def test_what_frozen_leaves_to_train_moves_and_nothing_else(config):
     before, after, _ = trained(config)
-    assert {"norm.scale", "blocks.attention.q.lora.a", "blocks.attention.q.b"} <= moved(before.model, after.model)
+    assert moved(before.model, after.model) == names_to_train(config)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +190,7 @@ def test_adapters_are_trained_with_whatever_frozen_says_instead_of_the_default()
 def test_patterns_that_cannot_be_meant_are_refused(frozen, complaint):
     config = replace(DECODER, train=replace(DECODER.train, frozen=frozen))
     with pytest.raises(ConfigError, match=complaint):
-        divide(config, presets.build(config.model, jax.random.key(0)))
+        divide(config, abstract_model(config, mesh_of(config)))
 
 
 @families
@@ -156,8 +198,20 @@ def test_lower_layers_move_less_by_the_same_factor_each(config):
     """SGD without momentum moves each parameter by its gradient: what the decay makes of it is a ratio."""
     plain = replace(config, optimizer=replace(config.optimizer, name="sgd", b1=0.0, clip=0.0, weight_decay=0.0))
     decayed = replace(plain, optimizer=replace(plain.optimizer, layer_decay=0.5))
-    (before, full, _), (_, less, _) = trained(plain, steps=1), trained(decayed, steps=1)
-    old, full, less = (flatten(state.model) for state in (before, full, less))
+    model, batch = built(config), SyntheticInput(config, V).batch(0)
+
+    def model_after(config, gradients):
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        state = State(0, model, optimizer.init(divide(config, model)[0]), None, 0)
+        return step.apply_gradients(config, optimizer, state, *gradients)[0].model
+
+    @jax.jit
+    def both(model):
+        key = jax.random.key(0)
+        gradients = step.accumulate_gradients(plain, attention.XLA, *divide(plain, model), batch, key)
+        return model_after(plain, gradients), model_after(decayed, gradients)
+
+    old, full, less = (flatten(model) for model in (model, *both(model)))
     for name in old:
         moves, fewer = full[name] - old[name], less[name] - old[name]
         shares = np.float32([0.25, 0.5]) if "blocks." in name else np.float32([0.125])
@@ -168,8 +222,8 @@ def test_lower_layers_move_less_by_the_same_factor_each(config):
 
 
 def test_both_halves_together_are_the_model():
-    config = with_adapters(DECODER)
-    model = presets.build(config.model, jax.random.key(0))
+    config = adapted(DECODER)
+    model = fresh(config).model
     few, rest = divide(config, model)
     assert num_parameters(few) + num_parameters(rest) == num_parameters(model)
     assert num_parameters(few) == sum(a.size for name, a in flatten(model).items() if ".lora." in name)

@@ -5,10 +5,10 @@ import math
 import jax
 import numpy as np
 import pytest
-from test_step import B, Run, batch, batch_of, changed, distance, host
+from test_step import B, batch, batch_of, changed, distance, fresh_run, fresh_state, host
 
 from lslm_jax.config_checks import validate
-from lslm_jax.models import attention, presets
+from lslm_jax.models import attention
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import optim, step
 from lslm_jax.train.state import divide, init_state
@@ -26,8 +26,7 @@ NAMES = ("balance_loss", "router_z_loss", "expert_load", "dropped")
 
 
 def test_a_step_tells_how_it_sent_its_tokens():
-    run = Run(WITH_BIAS)
-    model, rows = run.state.model, batch()
+    run, model, rows = fresh_run(WITH_BIAS), fresh_state(WITH_BIAS).model, batch()
     find = jax.jit(lambda model, rows: model.features_and_routing(rows, backend=attention.XLA)[1])
     routing = host(find(model, rows))
     metrics = run.step(rows)
@@ -39,31 +38,51 @@ def test_a_step_tells_how_it_sent_its_tokens():
     assert 0 < metrics["dropped"] < 0.5 and 1 < metrics["expert_load"] < 4
 
 
+CONFIGS = {"dropless": MIXTRAL, "shared, with biases and a capacity": WITH_BIAS}
+MESHES = [{"expert": 4}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 4}, {"expert": 2, "tensor": 2}]
+MESHES += [{"context": 2, "expert": 2, "fsdp": 2}, {"data": 8}]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [MIXTRAL, WITH_BIAS], ids=["dropless", "shared, with biases and a capacity"])
-def test_twenty_steps_give_the_same_losses_on_every_mesh(config):
-    meshes = [{}, {"expert": 4}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 4}, {"expert": 2, "tensor": 2}]
-    meshes += [{"context": 2, "expert": 2, "fsdp": 2}, {"data": 8}]
+@pytest.mark.parametrize(
+    ("name", "meshes"),
+    [
+        ("dropless", [{"data": 2, "expert": 2, "tensor": 2}]),
+        ("shared, with biases and a capacity", [{"context": 2, "expert": 2, "fsdp": 2}]),
+        *(pytest.param(name, MESHES, marks=pytest.mark.exhaustive) for name in CONFIGS),
+    ],
+)
+def test_twenty_steps_give_the_same_losses_on_every_mesh(name, meshes):
+    config = CONFIGS[name]
     found, states = [], []
     print("\nmesh   loss at 1    loss at 20   largest difference of loss   of weights")
-    for sizes in meshes:
-        run = Run(changed(config, mesh={"data": 1} | sizes), math.prod(sizes.values()))
+    for sizes in [{}, *meshes]:
+        run = fresh_run(changed(config, mesh={"data": 1} | sizes), math.prod(sizes.values()))
         found.append([run.step(batch_of(config, i % 5)) for i in range(20)])
         states.append(host(run.state.model))
         losses = np.array([[metrics["loss"] for metrics in each] for each in (found[-1], found[0])])
         apart, weights = np.max(np.abs(losses[0] - losses[1])), distance(states[-1], states[0])
         print(f"{sizes!s:>40} {losses[0, 0]:.6f} {losses[0, -1]:.6f} {apart:.1e} {weights:.1e}")
         assert apart < 1e-5
-        for name in NAMES:
-            assert found[-1][0][name] == pytest.approx(found[0][0][name], rel=1e-5)
+        for metric in NAMES:
+            assert found[-1][0][metric] == pytest.approx(found[0][0][metric], rel=1e-5)
     assert losses[1, -1] < losses[1, 0] - 0.3
 
 
 @pytest.mark.slow
-def test_the_gradient_does_not_depend_on_the_mesh_nor_on_parts():
-    model, key, rows = presets.build(WITH_BIAS.model, jax.random.key(0)), jax.random.key(0), batch()
+@pytest.mark.parametrize(
+    "others",
+    [
+        [({"expert": 4, "tensor": 2}, 4)],
+        pytest.param(
+            [({}, 4), ({"fsdp": 2, "expert": 4}, 1), ({"expert": 2, "tensor": 2}, 2)], marks=pytest.mark.exhaustive
+        ),
+    ],
+)
+def test_the_gradient_does_not_depend_on_the_mesh_nor_on_parts(others):
+    model, key, rows = host(fresh_state(WITH_BIAS).model), jax.random.key(0), batch()
     results = []
-    for sizes, parts in [({}, 1), ({}, 4), ({"fsdp": 2, "expert": 4}, 1), ({"expert": 2, "tensor": 2}, 2)]:
+    for sizes, parts in [({}, 1), *others]:
         config = changed(WITH_BIAS, mesh={"data": 1} | sizes, train={"accumulate": parts})
         mesh = make_mesh(config, jax.devices()[: math.prod(sizes.values())])
         with jax.set_mesh(mesh):
@@ -88,7 +107,7 @@ def test_no_device_holds_all_experts_nor_their_moments():
 
 
 def test_what_routing_costs_is_in_the_objective_and_in_its_gradient():
-    model, key = presets.build(MIXTRAL.model, jax.random.key(0)), jax.random.key(0)
+    model, key = fresh_state(MIXTRAL).model, jax.random.key(0)
 
     def found(balance, z):
         config = changed(MIXTRAL, train={"balance_loss": balance, "router_z_loss": z})

@@ -1,12 +1,13 @@
 """Training on rows whose positions are split over devices: the losses of one device, and no whole row on any."""
 
+import functools
 import math
 import re
 
 import jax
 import numpy as np
 import pytest
-from test_step import FAMILIES, Run, batch, batch_of, changed, distance, moments
+from test_step import FAMILIES, batch, batch_of, changed, distance, fresh_run, fresh_state, moments, placed
 
 from lslm_jax.batch import Batch
 from lslm_jax.models import attention
@@ -22,23 +23,31 @@ CONFIGS = FAMILIES | {
     "relative, remat": changed(model={"positions": "relative", "remat": "save_attention"}, train={"accumulate": 2}),
     "dropout": changed(model={"dropout": 0.1}),
 }
+CONFIGS["grouped heads, windows, dropout, remat"] = changed(
+    CONFIGS["grouped heads, windows"], model={"dropout": 0.1, "remat": "save_attention"}, train={"accumulate": 2}
+)
+more = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "meshes"),
     [
-        ("decoder", [{"context": 8}, {"fsdp": 2, "context": 2}]),
-        ("grouped heads, windows", [{"context": 2, "tensor": 2}]),
-        ("relative, remat", [{"context": 2}]),
-        ("dropout", [{"context": 2}]),
-        ("encoder", [{"context": 2}]),
-        ("encoder_decoder", [{"data": 2, "context": 2}]),
+        ("decoder", [{"fsdp": 2, "context": 2}]),
+        ("grouped heads, windows, dropout, remat", [{"context": 2, "tensor": 2}]),
+        ("encoder", [{"data": 2, "context": 2}]),
+        ("encoder_decoder", [{"context": 2}]),
+        more("decoder", [{"context": 8}]),
+        more("encoder", [{"context": 2}]),
+        more("encoder_decoder", [{"data": 2, "context": 2}]),
+        more("grouped heads, windows", [{"context": 2, "tensor": 2}]),
+        more("relative, remat", [{"context": 2}]),
+        more("dropout", [{"context": 2}]),
     ],
 )
 def test_twenty_steps_on_split_rows_give_the_losses_of_one_device(name, meshes):
     def trained(mesh):
-        run = Run(changed(CONFIGS[name], mesh={"data": 1} | mesh), math.prod(mesh.values()))
+        run = fresh_run(changed(CONFIGS[name], mesh={"data": 1} | mesh), math.prod(mesh.values()))
         losses = [run.step(batch_of(CONFIGS[name], i % 5))["loss"] for i in range(20)]
         return losses, moments(run.state)
 
@@ -52,16 +61,15 @@ def test_twenty_steps_on_split_rows_give_the_losses_of_one_device(name, meshes):
 
 
 def test_evaluation_of_split_rows_gives_the_sums_of_whole_ones():
-    run, rows = Run(changed(mesh={"data": 1, "context": 4}), 4), batch()
-    evaluate = jax.jit(step.make_eval_step(run.config, attention.XLA))
-    rate = jax.jit(step.make_rate_step(run.config, attention.XLA))
-    model = jax.tree.map(np.asarray, run.state.model)
+    config, rows = changed(mesh={"data": 1, "context": 4}), batch()
+    mesh, optimizer = make_mesh(config, jax.devices()[:4]), optim.make_optimizer(config.optimizer, 50)
+    evaluate = jax.jit(step.make_eval_step(config, attention.XLA))
+    rate = jax.jit(step.make_rate_step(config, attention.XLA))
+    model = jax.tree.map(np.asarray, fresh_state().model)
     expected = evaluate(model, rows), rate(model, rows)[0]
-    with jax.set_mesh(run.mesh):
-        found = (
-            evaluate(run.state.model, to_global(rows, run.mesh)),
-            rate(run.state.model, to_global(rows, run.mesh))[0],
-        )
+    with jax.set_mesh(mesh):
+        split_model, split_rows = placed(config, abstract_state(config, optimizer, mesh)).model, to_global(rows, mesh)
+        found = evaluate(split_model, split_rows), rate(split_model, split_rows)[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
