@@ -5,6 +5,7 @@ import pathlib
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from lslm_jax import config_checks, config_loading
@@ -13,10 +14,20 @@ from lslm_jax.data import pipeline
 from lslm_jax.models import attention, presets
 from lslm_jax.sharding import make_mesh, to_global
 from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import init_state
+from lslm_jax.train.state import abstract_state, init_state
 from lslm_jax.train.step import make_train_step
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+# One for each family and objective; compiling the step of one costs 3 to 10 seconds.
+ONE_OF_EACH_KIND = (
+    "quickstart",
+    "gpt_sst2",
+    "bert_small_novels",
+    "minilm_squad",
+    "sentiment_from_scratch",
+    "transformer_multi30k",
+    "t5_small_c4",
+)
 
 
 def choices(config):
@@ -54,8 +65,45 @@ def test_a_config_builds_its_model(path):
     assert shapes.embed.shape[0] >= model.vocab_size
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem not in ONE_OF_EACH_KIND], ids=lambda path: path.stem
+)
+def test_a_train_step_of_a_config_shrunk_by_smoke_traces_and_keeps_the_shapes_of_the_state(path, tmp_path):
+    config, batch = shrunk(path, tmp_path)
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        state = abstract_state(config, optimizer, mesh)
+        next_state, metrics = jax.eval_shape(make_train_step(config, optimizer, attention.XLA), state, batch)
+    assert shapes(next_state) == shapes(state)
+    assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem in ONE_OF_EACH_KIND else pytest.mark.exhaustive) for path in CONFIGS],
+    ids=lambda path: path.stem,
+)
 def test_a_config_shrunk_by_smoke_takes_a_step(path, tmp_path):
+    config, batch = shrunk(path, tmp_path)
+    mesh = make_mesh(config, None if path.stem == "quickstart" else jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        step = jax.jit(make_train_step(config, optimizer, attention.XLA))
+        state, metrics = step(init_state(config, optimizer, mesh), to_global(batch, mesh))
+    assert int(state.step) == 1
+    spread = 0.5 if config.model.init == "fan_in" else 0.0  # logits of variance one cost half a nat
+    assert abs(float(metrics["loss"]) - math.log(choices(config)) - spread) < 0.5
+
+
+def test_each_family_and_objective_among_the_configs_takes_a_step():
+    configs = {path.stem: config_loading.load(str(path)) for path in CONFIGS}
+    kinds = {name: (config.model.family, config.task.objective) for name, config in configs.items()}
+    assert {kinds[name] for name in ONE_OF_EACH_KIND} == set(kinds.values())
+
+
+def shrunk(path, directory):
+    """The config made small by `smoke`, on synthetic data, and its first batch."""
     config = config_loading.load(f"{path}:smoke")
     none = DataConfig()
     held_out = {
@@ -63,12 +111,8 @@ def test_a_config_shrunk_by_smoke_takes_a_step(path, tmp_path):
     }
     data = replace(config.data, source="synthetic", mixture=(), **held_out)
     config = resolved(config_checks.validate(replace(config, data=data)))
-    mesh = make_mesh(config)
-    with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config.optimizer, config.train.steps)
-        batch = pipeline.open_train(config, tmp_path, config.model.vocab_size).batch(0)
-        step = jax.jit(make_train_step(config, optimizer, attention.XLA))
-        state, metrics = step(init_state(config, optimizer, mesh), to_global(batch, mesh))
-    assert int(state.step) == 1
-    spread = 0.5 if config.model.init == "fan_in" else 0.0  # logits of variance one cost half a nat
-    assert abs(float(metrics["loss"]) - math.log(choices(config)) - spread) < 0.5
+    return config, pipeline.open_train(config, directory, config.model.vocab_size).batch(0)
+
+
+def shapes(tree):
+    return [(jax.tree_util.keystr(path), leaf.shape, leaf.dtype) for path, leaf in jax.tree.leaves_with_path(tree)]

@@ -1,6 +1,7 @@
 """Every kernel computes the attention of the reference, and the one chosen is the fastest that does."""
 
 import functools
+import itertools
 import re
 from dataclasses import replace
 
@@ -140,16 +141,12 @@ def test_a_kernel_never_leaves_out_silently_what_it_cannot_do(name):
 def test_the_mask_of_an_encoder_looks_both_ways_and_that_of_a_pair_across():
     segments_BT, source_BS = np.array([[1, 1, 1, 2, 0, 0]]), np.array([[1, 1, 2, 2, 2]])
     for window, everywhere in [(0, None), (2, None), (2, False), (2, True)]:
-        mask_BTS = np.asarray(
-            attention.visible(6, 6, jnp.asarray(segments_BT), causal=False, window=window, everywhere=everywhere)
-        )
+        mask_BTS = np.asarray(attention.visible(6, 6, segments_BT, causal=False, window=window, everywhere=everywhere))
         for t, s in np.ndindex(6, 6):
             near = not window or everywhere or abs(t - s) < window
             assert mask_BTS[0, t, s] == (near and segments_BT[0, t] == segments_BT[0, s])
     for source in (source_BS, np.array([[1, 1, 2, 0, 0]])):
-        mask_BTS = np.asarray(
-            attention.visible(6, 5, jnp.asarray(segments_BT), jnp.asarray(source), causal=False, window=0)
-        )
+        mask_BTS = np.asarray(attention.visible(6, 5, segments_BT, source, causal=False, window=0))
         np.testing.assert_array_equal(mask_BTS[0, :4], segments_BT[0, :4, None] == source)
         # Padding sees that of the source, or all where it has none.
         np.testing.assert_array_equal(mask_BTS[0, 4:], [source[0] == 0 if 0 in source else source[0] > 0] * 2)
@@ -158,11 +155,16 @@ def test_the_mask_of_an_encoder_looks_both_ways_and_that_of_a_pair_across():
 @pytest.mark.parametrize("cap", [0.0, 2.0])
 def test_products_are_scaled_capped_and_biased_before_the_softmax(cap):
     q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads=2)
-    bias_HTS = jax.random.normal(jax.random.key(7), (H, T, T))
-    mask_BTS = attention.visible(T, T, packed_rows(), causal=False, window=0)
-    settings = {"bias_HTS": bias_HTS, "scale": 0.7, "cap": cap}
-    out_BTHC = np.asarray(attention.attend_masked(q_BTHC, k_BTKC, v_BTKC, mask_BTS, **settings))
-    q, k, v, bias, mask_BTS = *map(np.float64, (q_BTHC, k_BTKC, v_BTKC, bias_HTS)), np.asarray(mask_BTS)
+    bias_HTS = np.random.default_rng(7).normal(size=(H, T, T)).astype(np.float32)
+    settings = {"scale": 0.7, "cap": cap}
+
+    @jax.jit
+    def masked(q_BTHC, k_BTKC, v_BTKC, bias_HTS):
+        mask_BTS = attention.visible(T, T, packed_rows(), causal=False, window=0)
+        return mask_BTS, attention.attend_masked(q_BTHC, k_BTKC, v_BTKC, mask_BTS, bias_HTS=bias_HTS, **settings)
+
+    mask_BTS, out_BTHC = map(np.asarray, masked(q_BTHC, k_BTKC, v_BTKC, bias_HTS))
+    q, k, v, bias = map(np.float64, (q_BTHC, k_BTKC, v_BTKC, bias_HTS))
     for b, h in np.ndindex(B, H):
         product_TS = 0.7 * q[b, :, h] @ k[b, :, h // 2].T
         product_TS = cap * np.tanh(product_TS / cap) if cap else product_TS
@@ -175,7 +177,7 @@ def test_products_are_scaled_capped_and_biased_before_the_softmax(cap):
 def test_the_mask_is_causality_within_segments_and_window():
     segments_BT = np.array([[1, 1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 3, 3]])
     for window in (0, 1, 3):
-        mask_BTS = np.asarray(attention.visible(8, 8, jnp.asarray(segments_BT), causal=True, window=window))
+        mask_BTS = np.asarray(attention.visible(8, 8, segments_BT, causal=True, window=window))
         for b, t, s in np.ndindex(2, 8, 8):
             near = s <= t and (not window or t - s < window)
             assert mask_BTS[b, t, s] == (near and segments_BT[b, t] == segments_BT[b, s])
@@ -183,9 +185,14 @@ def test_the_mask_is_causality_within_segments_and_window():
 
 def test_the_reference_is_softmax_of_scaled_products():
     q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads=2)
-    mask_BTS = attention.visible(T, T, packed_rows(), causal=True, window=0)
-    out_BTHC = np.asarray(attention.attend_masked(q_BTHC, k_BTKC, v_BTKC, mask_BTS))
-    q, k, v, mask_BTS = np.float64(q_BTHC), np.float64(k_BTKC), np.float64(v_BTKC), np.asarray(mask_BTS)
+
+    @jax.jit
+    def masked(q_BTHC, k_BTKC, v_BTKC):
+        mask_BTS = attention.visible(T, T, packed_rows(), causal=True, window=0)
+        return mask_BTS, attention.attend_masked(q_BTHC, k_BTKC, v_BTKC, mask_BTS)
+
+    mask_BTS, out_BTHC = map(np.asarray, masked(q_BTHC, k_BTKC, v_BTKC))
+    q, k, v = map(np.float64, (q_BTHC, k_BTKC, v_BTKC))
     for b, h in np.ndindex(B, H):
         logits_TS = q[b, :, h] @ k[b, :, h // 2].T / np.sqrt(C)
         weights_TS = np.exp(np.where(mask_BTS[b], logits_TS, -np.inf))
@@ -193,72 +200,60 @@ def test_the_reference_is_softmax_of_scaled_products():
         np.testing.assert_allclose(out_BTHC[b, :, h], expected_TC, atol=2e-6)
 
 
-@pytest.mark.parametrize("window", [0, 48])
-@pytest.mark.parametrize("num_kv_heads", [H, 2, 1])
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+FAST_CAUSAL_CASES = [(False, H, 0), (False, 2, 48), (True, 1, 0), (True, 2, 48)]
+
+
+@pytest.mark.parametrize(
+    ("packed", "num_kv_heads", "window"),
+    [
+        pytest.param(*case, marks=[] if case in FAST_CAUSAL_CASES else pytest.mark.exhaustive)
+        for case in itertools.product([False, True], [H, 2, 1], [0, 48])
+    ],
+)
 @pytest.mark.parametrize("name", ["cudnn", "splash"])
-def test_a_fused_kernel_equals_the_reference(name, packed, num_kv_heads, window, monkeypatch):
-    """The TPU kernel runs in Pallas's interpreter; cuDNN, of which there is none, is played by what it is handed."""
-    monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
-    monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_as_documented)
+def test_a_fused_kernel_equals_the_reference(name, packed, num_kv_heads, window, fused_kernels):
     segments_BT = packed_rows() if packed else None
-    q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads)
-
-    def attend(backend):
-        return attention.attend(q_BTHC, k_BTKC, v_BTKC, segments_BT=segments_BT, window=window, backend=backend)
-
-    with jax.set_mesh(make_mesh(Config(mesh=MeshConfig(data=1)), jax.devices()[:1])):
-        fused = attend(Backend(name, "", max_segments=6 if packed else 0))
-    np.testing.assert_allclose(fused, attend(attention.XLA), atol=1e-5)
+    options = {"segments_BT": segments_BT, "window": window}
+    fused = attend(Backend(name, "", max_segments=6 if packed else 0), num_kv_heads, T, **options)
+    np.testing.assert_allclose(fused, attend(attention.XLA, num_kv_heads, T, **options), atol=1e-5)
 
 
-@pytest.mark.parametrize("num_kv_heads", [H, 2])
+@pytest.mark.parametrize("num_kv_heads", [pytest.param(H, marks=pytest.mark.exhaustive), 2])
 @pytest.mark.parametrize("rows", ["plain", "padded", "packed"])
 @pytest.mark.parametrize(
     ("name", "source_length", "window"),
     [("cudnn", T, 0), ("cudnn", 128, 0), ("splash", T, 0), ("splash", T, 48), ("splash", 128, 0)],
 )
 def test_a_fused_kernel_looks_both_ways_and_across_as_the_reference_does(
-    name, source_length, window, rows, num_kv_heads, monkeypatch
+    name, source_length, window, rows, num_kv_heads, fused_kernels
 ):
-    monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
-    monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_as_documented)
-    q_BTHC, k_BSKC, v_BSKC = arrays(num_kv_heads)
-    k_BSKC, v_BSKC = k_BSKC[:, :source_length], v_BSKC[:, :source_length]
     segments_BT = {"plain": None, "padded": padded_rows(T, [T, 100, 0]), "packed": packed_rows()}[rows]
     source = {"plain": None, "padded": padded_rows(128, [128, 7, 0]), "packed": packed_sources()}[rows]
-    cross = {"source_segments_BS": source} if source_length != T else {}
-
-    def attend(backend):
-        return attention.attend(
-            q_BTHC, k_BSKC, v_BSKC, segments_BT=segments_BT, window=window, backend=backend, causal=False, **cross
-        )
-
+    options = {"segments_BT": segments_BT, "window": window, "causal": False}
+    options |= {"source_segments_BS": source} if source_length != T else {}
     most = {"plain": 0, "padded": 1, "packed": 6}[rows]
-    with jax.set_mesh(make_mesh(Config(mesh=MeshConfig(data=1)), jax.devices()[:1])):
-        fused = np.asarray(attend(Backend(name, "", max_segments=most)))
+    fused = attend(Backend(name, "", max_segments=most), num_kv_heads, source_length, **options)
     assert np.all(np.isfinite(fused))
-    real = np.ones((B, T), bool) if segments_BT is None else np.asarray(segments_BT) > 0
-    np.testing.assert_allclose(fused[real], attend(attention.XLA)[real], atol=1e-5)
+    real = np.ones((B, T), bool) if segments_BT is None else segments_BT > 0
+    reference = attend(attention.XLA, num_kv_heads, source_length, **options)
+    np.testing.assert_allclose(fused[real], reference[real], atol=1e-5)
 
 
-def test_one_document_a_row_needs_no_segments_of_cudnn(monkeypatch):
-    monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_as_documented)
-    q_BTHC, k_BTKC, v_BTKC = arrays(num_kv_heads=2)
-    segments_BT = jnp.where(jnp.arange(T)[None] < jnp.array([T, 100, 0])[:, None], 1, 0)
+def test_one_document_a_row_needs_no_segments_of_cudnn(fused_kernels):
+    segments_BT = padded_rows(T, [T, 100, 0])
     fused, reference = (
-        attention.attend(q_BTHC, k_BTKC, v_BTKC, segments_BT=segments_BT, window=0, backend=backend)
+        attend(backend, 2, T, segments_BT=segments_BT, window=0)
         for backend in (Backend("cudnn", "", max_segments=1), attention.XLA)
     )
-    real_BT11 = segments_BT[:, :, None, None] > 0
-    np.testing.assert_allclose(jnp.where(real_BT11, fused, 0), jnp.where(real_BT11, reference, 0), atol=1e-5)
+    np.testing.assert_allclose(fused[segments_BT > 0], reference[segments_BT > 0], atol=1e-5)
 
 
 def test_segment_bounds_say_where_each_segment_lies():
     rng = np.random.default_rng(0)
+    segment_bounds = jax.jit(kernels.segment_bounds, static_argnums=1)
     for most in (2, 5, 9):
         segments_BT = np.array([random_row(rng, 40, most) for _ in range(20)])
-        lengths_BM, offsets_BM = map(np.asarray, kernels.segment_bounds(jnp.asarray(segments_BT), most))
+        lengths_BM, offsets_BM = map(np.asarray, segment_bounds(segments_BT, most))
         assert lengths_BM.shape == (20, most + 1) and offsets_BM.shape == (20, most + 2)
         for row_T, lengths_M, offsets_M in zip(segments_BT, lengths_BM, offsets_BM, strict=True):
             for number, length, offset in zip([*range(1, most + 1), 0], lengths_M, offsets_M, strict=False):
@@ -267,28 +262,44 @@ def test_segment_bounds_say_where_each_segment_lies():
             assert offsets_M[-1] == -1
 
 
+@pytest.fixture
+def fused_kernels(monkeypatch):
+    """The TPU kernel in Pallas's interpreter; cuDNN, of which there is none, as it is documented."""
+    monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
+    monkeypatch.setattr(cudnn, "dot_product_attention", cudnn_as_documented)
+
+
+def attend(backend, num_kv_heads, source_length, **options):
+    """Attention on one device over the first keys; compiled, but for cuDNN's, which is played by NumPy."""
+    q_BTHC, k_BSKC, v_BSKC = arrays(num_kv_heads)
+    function = functools.partial(attention.attend, backend=backend, **options)
+    function = function if backend.name == "cudnn" else jax.jit(function)
+    with jax.set_mesh(make_mesh(Config(mesh=MeshConfig(data=1)), jax.devices()[:1])):
+        return np.asarray(function(q_BTHC, k_BSKC[:, :source_length], v_BSKC[:, :source_length]))
+
+
+@functools.cache
 def arrays(num_kv_heads):
-    keys = jax.random.split(jax.random.key(0), 3)
-    sizes = (H, num_kv_heads, num_kv_heads)
-    return [jax.random.normal(key, (B, T, heads, C)) for key, heads in zip(keys, sizes, strict=True)]
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(B, T, heads, C)).astype(np.float32) for heads in (H, num_kv_heads, num_kv_heads)]
 
 
 def packed_rows():
     """A row with padding, a full one, and one that is nothing but padding."""
     lengths = [[100, 1, 27, 90], [10, 20, 30, 40, 50, 106], []]
     rows = [np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]
-    return jnp.asarray([np.pad(row, (0, T - len(row))) for row in rows])
+    return np.array([np.pad(row, (0, T - len(row))) for row in rows], np.int32)
 
 
 def packed_sources():
     """Sources of packed_rows, of 128 tokens."""
     lengths = [[28, 10, 1, 60], [20, 30, 10, 10, 1, 57], []]
     rows = [np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]
-    return jnp.asarray([np.pad(row, (0, 128 - len(row))) for row in rows])
+    return np.array([np.pad(row, (0, 128 - len(row))) for row in rows], np.int32)
 
 
 def padded_rows(length, lengths):
-    return (jnp.arange(length)[None] < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
+    return (np.arange(length)[None] < np.array(lengths)[:, None]).astype(np.int32)
 
 
 def random_row(rng, length, most):
@@ -329,6 +340,7 @@ def cudnn_as_documented(
         if causal:
             seen = (distance >= 0) & (distance < (sliding_window_length or size))
         logits = np.einsum("thc,shc->hts", q[start : start + size], k[kv_start : kv_start + kv_size]) * scale
-        weights = jax.nn.softmax(np.where(seen[None], logits, -np.inf))
+        weights = np.exp(np.where(seen[None], logits, -np.inf))
+        weights /= weights.sum(axis=-1, keepdims=True)
         out[start : start + size] = np.einsum("hts,shc->thc", weights, v[kv_start : kv_start + kv_size])
     return jnp.asarray(out.reshape(rows, length, heads, width))

@@ -61,8 +61,8 @@ def test_the_slopes_of_norms_are_those_of_their_formulas(config, axes):
     norm, rng = Norm(ModelConfig(**config), axes), np.random.default_rng(1)
     sizes = tuple(axes.values())
     structure = jax.tree.structure(norm)
-    weights = [jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for leaf in jax.tree.leaves(norm)]
-    x, g = (jnp.asarray(rng.normal(size=(2, 5, *sizes)), jnp.float32) for _ in range(2))
+    weights = [rng.normal(size=leaf.shape).astype(np.float32) for leaf in jax.tree.leaves(norm)]
+    x, g = (rng.normal(size=(2, 5, *sizes)).astype(np.float32) for _ in range(2))
 
     def plain(x, weights):
         norm = structure.unflatten(weights)
@@ -73,9 +73,13 @@ def test_the_slopes_of_norms_are_those_of_their_formulas(config, axes):
         y = y * (norm.scale.get_value() + norm.offset)[None, None]
         return y if norm.bias is None else y + norm.bias.get_value()[None, None]
 
-    _, found = jax.vjp(lambda x, weights: structure.unflatten(weights)(x), x, weights)
-    _, wanted = jax.vjp(plain, x, weights)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found(g), wanted(g))
+    @jax.jit
+    def both_gradients(x, weights, g):
+        functions = lambda x, weights: structure.unflatten(weights)(x), plain
+        return [jax.vjp(function, x, weights)[1](g) for function in functions]
+
+    gradients, expected = both_gradients(x, weights, g)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, expected)
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
@@ -156,11 +160,12 @@ def test_near_distances_have_buckets_of_their_own_and_far_ones_share():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("length", "source_length", "start"), [(9, 9, 0), (1, 9, 6), (4, 9, 5), (3, 5, 0)])
 def test_a_relative_bias_depends_on_the_distance_alone(length, source_length, start, causal):
-    table_NH = jax.random.normal(jax.random.key(0), (8, 2))
+    table_NH = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
     place = {"start": jnp.int32(start), "causal": causal, "farthest": 6}
     bias_HTS = jax.jit(lambda table, start: relative_bias(table, length, source_length, **place | {"start": start}))(
         table_NH, start
     )
+    bias_HTS = np.asarray(bias_HTS)
     bucket_N = distance_buckets(8 if causal else 4, 6)
     for t, s in np.ndindex(length, source_length):
         after = s - (start + t)
@@ -181,7 +186,8 @@ def test_activations_are_what_their_names_say():
     }
     assert set(ACTIVATIONS) == set(expected)
     for name, values in expected.items():
-        np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), values, atol=2e-6, err_msg=name)
+        activation = jax.jit(ACTIVATIONS[name])
+        np.testing.assert_allclose(activation(x.astype(np.float32)), values, atol=2e-6, err_msg=name)
 
 
 def test_dropout_keeps_the_mean_and_is_the_identity_without_key_or_rate():
@@ -213,8 +219,13 @@ def test_activations_and_their_slopes_are_those_of_the_formulas(name, dtype):
     g = np.random.default_rng(0).normal(size=x.shape).astype(dtype)
     formula, wide, step = FORMULAS[name], x.astype(np.float64), 1e-5
     slope = (formula(wide + step) - formula(wide - step)) / (2 * step)
-    value, pull = jax.vjp(ACTIVATIONS[name], x)
-    back = pull(jnp.asarray(g))[0]
+
+    @jax.jit
+    def value_and_gradient(x, g):
+        value, pull = jax.vjp(ACTIVATIONS[name], x)
+        return value, pull(g)[0]
+
+    value, back = value_and_gradient(x, g)
     assert value.dtype == back.dtype == dtype
     digits = 1e-6 if dtype == "float32" else 1e-2
     np.testing.assert_allclose(np.float64(value), formula(wide), rtol=digits, atol=digits)

@@ -19,7 +19,10 @@ from lslm_jax.models.attention import Backend
 from lslm_jax.sharding import batch_sharding, make_mesh, shardings_of
 from lslm_jax.train import optim, state, step
 
+more = pytest.mark.exhaustive  # lowering one step takes one to four seconds
 B, T, S = 8, 384, 640  # no other sizes are 384 and 640, so that 384x384 can only be attention
+ONE_DEVICE = MeshConfig(data=1)
+MESH, EXPERT_MESH = MeshConfig(data=-1, fsdp=2, tensor=2), MeshConfig(data=-1, expert=4)
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 CONFIG = validate(
     Config(
@@ -102,12 +105,12 @@ def hopper(monkeypatch):
     ("packed", "model", "expected"),
     [
         (False, {}, (1, 1)),
-        (False, {"num_kv_heads": 4}, (1, 1)),
+        pytest.param(False, {"num_kv_heads": 4}, (1, 1), marks=more),
         (False, {"window": 100}, (1, 1)),
-        (True, {}, (1, 1)),
+        pytest.param(True, {}, (1, 1), marks=more),
         (True, {"window": 100}, (1, 1)),
         (False, {"scan_layers": False}, (3, 3)),
-        (False, {"remat": "save_attention"}, (1, 1)),
+        pytest.param(False, {"remat": "save_attention"}, (1, 1), marks=more),
         (True, {"remat": "save_attention"}, (1, 1)),
         (False, {"remat": "full"}, (2, 1)),
         (False, {"remat": "dots"}, (2, 1)),
@@ -123,8 +126,17 @@ def test_on_gpus_attention_is_one_fused_call_without_mask_or_scores_in_memory(ho
     assert ("PADDING_CAUSAL" in text) == packed
 
 
-@pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])
-@pytest.mark.parametrize(("max_segments", "mask"), [(0, "NO_MASK"), (1, "PADDING"), (16, "PADDING")])
+@pytest.mark.parametrize(
+    ("max_segments", "mask", "family"),
+    [
+        (0, "NO_MASK", "encoder"),
+        (1, "PADDING", "encoder"),
+        (16, "PADDING", "encoder_decoder"),
+        pytest.param(0, "NO_MASK", "encoder_decoder", marks=more),
+        pytest.param(1, "PADDING", "encoder_decoder", marks=more),
+        pytest.param(16, "PADDING", "encoder", marks=more),
+    ],
+)
 def test_on_gpus_encoders_and_cross_attention_are_fused_calls_too(hopper, family, max_segments, mask):
     text = lowered_features(Backend("cudnn", "", max_segments), "cuda", family)
     stacks = 3 if family == "encoder_decoder" else 1  # its encoder, and its decoder's two attentions
@@ -136,8 +148,16 @@ def test_on_gpus_encoders_and_cross_attention_are_fused_calls_too(hopper, family
     assert masks.count("PADDING_CAUSAL" if max_segments > 1 else "CAUSAL") == (2 if stacks == 3 else 0)
 
 
-@pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])
-@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=-1, fsdp=2, tensor=2)], ids=["one", "mesh"])
+@pytest.mark.parametrize(
+    ("mesh", "family"),
+    [
+        (ONE_DEVICE, "encoder"),
+        (MESH, "encoder_decoder"),
+        pytest.param(ONE_DEVICE, "encoder_decoder", marks=more),
+        pytest.param(MESH, "encoder", marks=more),
+    ],
+    ids=["one-encoder", "mesh-encoder_decoder", "one-encoder_decoder", "mesh-encoder"],
+)
 def test_on_tpus_encoders_and_cross_attention_are_pallas_kernels_too(family, mesh):
     window = 100 if family == "encoder" else 0
     text = lowered_features(Backend("splash", "", max_segments=1), "tpu", family, mesh, window=window)
@@ -152,8 +172,16 @@ def test_the_reference_is_what_those_checks_would_catch():
     assert f"{T}x{T}" in text
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=-1, fsdp=2, tensor=2)], ids=["one", "mesh"])
+@pytest.mark.parametrize(
+    ("mesh", "packed"),
+    [
+        (ONE_DEVICE, False),
+        (MESH, True),
+        pytest.param(ONE_DEVICE, True, marks=more),
+        pytest.param(MESH, False, marks=more),
+    ],
+    ids=["one-plain", "mesh-packed", "one-packed", "mesh-plain"],
+)
 def test_on_tpus_attention_is_a_pallas_kernel_on_each_devices_rows_and_heads(packed, mesh):
     text = lowered(Backend("splash", "", max_segments=16 if packed else 0), "tpu", packed, mesh, window=100)
     rows, heads, kv_heads = (8, 4, 2) if mesh.data == 1 else (2, 2, 1)
@@ -165,7 +193,10 @@ def test_on_tpus_attention_is_a_pallas_kernel_on_each_devices_rows_and_heads(pac
     assert not re.search(rf"{T}x{T}x(f32|bf16)", text)
 
 
-@pytest.mark.parametrize(("remat", "expected"), [("none", 2), ("save_attention", 2), ("full", 3)])
+@pytest.mark.parametrize(
+    ("remat", "expected"),
+    [pytest.param("none", 2, marks=more), ("save_attention", 2), pytest.param("full", 3, marks=more)],
+)
 def test_on_tpus_each_device_attends_from_its_positions_to_all(remat, expected):
     mesh, length = MeshConfig(data=-1, context=2, tensor=2), 1536
     text = lowered(Backend("splash", "", max_segments=16), "tpu", True, mesh, length, window=100, remat=remat)
@@ -199,7 +230,9 @@ def test_on_gpus_a_stage_of_a_pipeline_runs_the_same_fused_call(hopper):
     assert "collective_permute" in text and "fmhaScaleBias" not in text and f"{T}x{T}" not in text
 
 
-@pytest.mark.parametrize(("remat", "expected"), [("save_attention", 2), ("full", 3), ("dots", 3)])
+@pytest.mark.parametrize(
+    ("remat", "expected"), [("save_attention", 2), ("full", 3), pytest.param("dots", 3, marks=more)]
+)
 def test_on_tpus_only_save_attention_spares_the_second_forward_pass(remat, expected):
     assert len(kernels(lowered(Backend("splash", ""), "tpu", remat=remat))) == expected
 
@@ -209,11 +242,20 @@ def kernels(text):
     return re.findall(r"@tpu_custom_call\(.*\) \{.*\} : \((.*?)\) ->", text)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=-1, expert=4)], ids=["one", "mesh"])
 @pytest.mark.parametrize(
     # Up and down, forward, and each twice backward, once by a kernel; only `full` does the first ones once more.
-    ("platform", "remat", "products", "gradients"),
-    [("tpu", "none", 4, 2), ("tpu", "dots", 4, 2), ("tpu", "full", 6, 2), ("cuda", "none", 0, 0)],
+    ("mesh", "platform", "remat", "products", "gradients"),
+    [
+        (EXPERT_MESH, "tpu", "none", 4, 2),
+        (ONE_DEVICE, "tpu", "full", 6, 2),
+        (ONE_DEVICE, "cuda", "none", 0, 0),
+        pytest.param(ONE_DEVICE, "tpu", "none", 4, 2, marks=more),
+        pytest.param(ONE_DEVICE, "tpu", "dots", 4, 2, marks=more),
+        pytest.param(EXPERT_MESH, "tpu", "dots", 4, 2, marks=more),
+        pytest.param(EXPERT_MESH, "tpu", "full", 6, 2, marks=more),
+        pytest.param(EXPERT_MESH, "cuda", "none", 0, 0, marks=more),
+    ],
+    ids=lambda value: {ONE_DEVICE: "one", EXPERT_MESH: "mesh"}.get(value, str(value)),
 )
 def test_experts_are_grouped_products_on_tpus_and_loops_elsewhere(mesh, platform, remat, products, gradients):
     text = lowered(Backend("xla", ""), platform, mesh=mesh, num_experts=4, remat=remat)
