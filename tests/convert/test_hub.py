@@ -98,7 +98,7 @@ def directory(tmp_path_factory):
     """A tiny decoder as a Hugging Face directory."""
     directory = tmp_path_factory.mktemp("model") / "model"
     config = Config(model=fill_sizes(ModelConfig(**LLAMA, gated=True, bias=False, max_length=64, vocab_size=259)))
-    model = presets.build(config.model, jax.random.key(0), "causal")
+    model = jax.jit(lambda: presets.build(config.model, jax.random.key(0), "causal"))()
     export(epath.Path(directory), model, Exporter(config, Bytes(), []), {})
     return directory
 
@@ -125,15 +125,31 @@ def environment(server, tmp_path):
 
 
 @pytest.fixture
-def run(environment):
-    """Runs a command in its own process; gives its exit code and its last line on stderr."""
+def start(environment):
+    """Starts a process that generates from the model of each address, one after another."""
+    program = """
+import contextlib, io, json, sys
+from lslm_jax.main import main
+for address in sys.argv[1:]:
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            main(["generate", "--prompt=abc", f"--pretrained={address}"])
+    except SystemExit as stop:
+        print(json.dumps([stop.code, errors.getvalue().strip().splitlines()[-1]]))
+"""
 
-    def run(*arguments, **more):
-        process = [sys.executable, "-m", "lslm_jax.main", *arguments]
-        found = subprocess.run(process, env=environment | more, capture_output=True, text=True)
-        return found.returncode, found.stderr.strip().splitlines()[-1]
+    def start(*addresses, **more):
+        process = [sys.executable, "-c", program, *addresses]
+        return subprocess.Popen(process, env=environment | more, stdout=subprocess.PIPE, text=True)
 
-    return run
+    return start
+
+
+def outcomes(process):
+    """The exit code and the last line on stderr of each command of a process."""
+    output, _ = process.communicate()
+    return [tuple(json.loads(line)) for line in output.splitlines()]
 
 
 @pytest.fixture
@@ -143,73 +159,74 @@ def read(environment):
 import json, pathlib, sys
 from lslm_jax.convert import pretrained, safetensors
 from lslm_jax.data import tokenizer
-source = pretrained.describe(sys.argv[1])
-assert pretrained.describe(sys.argv[1]).directory == source.directory
-tensors = {name: tensor.read().tobytes().hex() for name, tensor in safetensors.open_directory(source.directory).items()}
-words = tokenizer.load(pretrained.vocabulary(source.directory))
-root = pathlib.Path(source.directory)
-files = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
-print(json.dumps([source.settings, tensors, words.facts(), files]))
+for address in sys.argv[1:]:
+    source = pretrained.describe(address)
+    assert pretrained.describe(address).directory == source.directory
+    tensors = safetensors.open_directory(source.directory)
+    tensors = {name: tensor.read().tobytes().hex() for name, tensor in tensors.items()}
+    words = tokenizer.load(pretrained.vocabulary(source.directory))
+    root = pathlib.Path(source.directory)
+    files = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+    print(json.dumps([[source.settings, tensors, words.facts()], files]))
 """
 
-    def read(address, **more):
-        process = [sys.executable, "-c", program, address]
+    def read(*addresses, **more):
+        process = [sys.executable, "-c", program, *addresses]
         found = subprocess.run(process, env=environment | more, capture_output=True, text=True)
         assert found.returncode == 0, found.stderr
-        *model, files = json.loads(found.stdout)
-        return model, files
+        return list(map(json.loads, found.stdout.splitlines()))
 
     return read
 
 
-WRITE = ("generate", "--prompt=abc")
+NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
 def test_a_model_is_fetched_once_without_what_is_not_read_and_then_needs_no_hub(server, directory, read):
-    expected, _ = read(str(directory))
-    found, files = read("hf://some/model")
-    assert found == expected
+    [(expected, _), (model, files)] = read(str(directory), "hf://some/model")
+    assert model == expected
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert not {"pytorch_model.bin", "consolidated.safetensors", "onnx", "README.md"} & set(files)
     before = len(server.asked)
-    assert read("hf://some/model", HF_HUB_OFFLINE="1")[0] == expected
+    [(model, _)] = read("hf://some/model", HF_HUB_OFFLINE="1")
+    assert model == expected
     assert len(server.asked) == before
-    assert read("hf://some/model@v1.0")[0] == expected
+    [(model, _)] = read("hf://some/model@v1.0")
+    assert model == expected and len(server.asked) > before
     assert not any("/resolve/" in path for path in server.asked[before:])
+    [(model, _)] = read("hf://some/model", **NOWHERE)
+    assert model == expected
+
+
+REFUSED = {
+    "some/gated": (66, "some/gated is gated: ask for access at HUB/some/gated, then set HF_TOKEN"),
+    "some/private": (66, "HUB has no model some/private, or it is private: then set HF_TOKEN"),
+    "some/missing": (66, "HUB has no model some/missing, or it is private"),
+    "some/model@v9": (66, "HUB has no such revision as some/model@v9"),
+    "some/model/more/of/it": (2, "hf://some/model/more/of/it does not name a model: write hf://ORG/NAME or"),
+    "": (2, "hf:// does not name a model"),
+}
+
+
+def test_what_cannot_be_had_is_told_in_a_line(server, start):
+    results = outcomes(start(*(f"hf://{address}" for address in REFUSED)))
+    for (code, line), (expected_code, message) in zip(results, REFUSED.values(), strict=True):
+        assert code == expected_code and line.startswith("lslm: " + message.replace("HUB", server.address)), line
+
+
+def test_without_a_network_it_says_so_soon(server, start):
     server.mute.set()
-    assert read("hf://some/model")[0] == expected
-
-
-@pytest.mark.parametrize(
-    ("address", "code", "message"),
-    [
-        ("some/gated", 66, "some/gated is gated: ask for access at HUB/some/gated, then set HF_TOKEN"),
-        ("some/private", 66, "HUB has no model some/private, or it is private: then set HF_TOKEN"),
-        ("some/missing", 66, "HUB has no model some/missing, or it is private"),
-        ("some/model@v9", 66, "HUB has no such revision as some/model@v9"),
-        ("some/model/more/of/it", 2, "hf://some/model/more/of/it does not name a model: write hf://ORG/NAME or"),
-        ("", 2, "hf:// does not name a model"),
-    ],
-)
-def test_what_cannot_be_had_is_told_in_a_line(address, code, message, server, run):
-    found, line = run(*WRITE, f"--pretrained=hf://{address}")
-    assert (found, line.startswith("lslm: " + message.replace("HUB", server.address))) == (code, True), line
-
-
-def test_without_a_network_it_says_so_soon(server, run):
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    code, line = run(*WRITE, "--pretrained=hf://some/model", **nowhere)
-    assert (code, line) == (
-        66,
-        "lslm: http://127.0.0.1:9 is out of reach, and the cache does not hold all of some/model",
-    )
-    code, line = run(*WRITE, "--pretrained=hf://some/model", HF_HUB_OFFLINE="1")
-    assert (code, line) == (66, "lslm: HF_HUB_OFFLINE is set, and the cache does not hold all of some/model")
-    server.mute.set()
-    start = time.monotonic()
-    code, line = run(*WRITE, "--pretrained=hf://some/model@v1.0")
+    begun = time.monotonic()
+    unanswered = start("hf://some/model@v1.0")
+    refused = start("hf://some/model", **NOWHERE)
+    offline = start("hf://some/model", HF_HUB_OFFLINE="1")
+    line = "lslm: http://127.0.0.1:9 is out of reach, and the cache does not hold all of some/model"
+    assert outcomes(refused) == [(66, line)]
+    line = "lslm: HF_HUB_OFFLINE is set, and the cache does not hold all of some/model"
+    assert outcomes(offline) == [(66, line)]
+    [(code, line)] = outcomes(unanswered)
     assert code == 66 and line.startswith(f"lslm: {server.address} is out of reach")
-    assert time.monotonic() - start < hub._PATIENCE + 60
+    assert time.monotonic() - begun < hub._PATIENCE + 60
 
 
 def test_a_path_is_itself(tmp_path):

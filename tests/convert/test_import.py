@@ -1,5 +1,6 @@
 """`import`: a directory of others becomes a run of ours, or is refused in one line; what other programs say of it."""
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -19,6 +20,7 @@ from lslm_jax.data.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
 from lslm_jax.main import main
 from lslm_jax.models import attention, presets
+from lslm_jax.trees import flatten, unflatten
 
 SIZES = {"num_layers": 3, "d_model": 32, "num_heads": 2, "max_length": 64, "vocab_size": 300}
 LLAMA = replace(presets.LLAMA, **SIZES, dtype="float32")
@@ -35,10 +37,22 @@ MODELS = {
 LABELS = ["bad", "so-so", "good"]
 
 
-def save(directory, model, objective, seed=3):
+def random_model(config, objective):
+    """A model whose parameters NumPy draws, so that nothing is compiled."""
+    rng = np.random.default_rng(3)
+    abstract = jax.eval_shape(lambda: presets.build(config, jax.random.key(0), objective))
+    arrays = {
+        # Scales of norms are close to 1, everything else to 0.
+        name: jax.device_put(np.float32(name.endswith(".scale")) + 0.1 * rng.standard_normal(leaf.shape, np.float32))
+        for name, leaf in flatten(abstract).items()
+    }
+    return unflatten(abstract, arrays)
+
+
+def save(directory, model, objective):
     """A directory with a random model; returns that model."""
     config = Config(model=fill_sizes(model), task=TaskConfig(objective=objective))
-    made = presets.build(config.model, jax.random.key(seed), objective)
+    made = random_model(config.model, objective)
     exporter = Exporter(config, Bytes(), LABELS if objective in ("classification", "tagging") else [])
     exporter.write(epath.Path(directory), exporter.sources(made), {})
     return made
@@ -52,18 +66,28 @@ def tamper(directory, name, by=1.0):
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("llama")
-    save(directory, LLAMA, "causal")
-    return directory
+def saved(tmp_path_factory):
+    """`saved(objective)`: a directory with a random model, which the tests must not change, and that model."""
+
+    @functools.cache
+    def saved(objective):
+        directory = tmp_path_factory.mktemp(objective)
+        return directory, save(directory, MODELS[objective][0], objective)
+
+    return saved
+
+
+@pytest.fixture(scope="module")
+def llama(saved):
+    return saved("causal")[0]
 
 
 @pytest.mark.parametrize("objective", MODELS)
-def test_an_imported_model_is_a_run_that_answers_and_is_given_back(objective, tmp_path, command):
-    model, prompt = MODELS[objective]
-    theirs, run, out = (tmp_path / name for name in ("theirs", "run", "out"))
+def test_an_imported_model_is_a_run_that_answers_and_is_given_back(objective, saved, tmp_path, command):
+    theirs, _ = saved(objective)
+    _, prompt = MODELS[objective]
+    run, out = (tmp_path / name for name in ("run", "out"))
     (tmp_path / "context").write_text("a dog met a cat in the park")
-    save(theirs, model, objective)
     summary = json.loads(command("import", f"--pretrained={theirs}", f"--workdir={run}"))
     arrays = load_file(theirs / "model.safetensors")
     assert summary.items() >= {"objective": objective, "files": ["model.safetensors"], "fresh": []}.items()
@@ -131,12 +155,12 @@ def test_half_precision_in_several_files_is_read_without_a_vocabulary(llama, tmp
     assert "holds no vocabulary" in message
 
 
-def test_a_head_that_is_missing_is_made_and_told(tmp_path, command):
-    save(tmp_path, MODELS["masked"][0], "masked")
+def test_a_head_that_is_missing_is_made_and_told(saved, tmp_path, command):
+    bert, _ = saved("masked")
     (tmp_path / "given.json").write_text(
         json.dumps({"data": {"source": "synthetic", "labels": LABELS, "seq_len": 32}, "task": {"objective": "tagging"}})
     )
-    flags = [f"--pretrained={tmp_path}", f"--config={tmp_path}/given.json", f"--workdir={tmp_path}/run"]
+    flags = [f"--pretrained={bert}", f"--config={tmp_path}/given.json", f"--workdir={tmp_path}/run"]
     summary = json.loads(command("import", *flags))
     assert summary["fresh"] == ["top.bias", "top.head"]
     assert "cls.predictions.bias" in summary["skipped"]
@@ -170,10 +194,16 @@ def test_what_import_lacks_is_told(flags, message, llama, command):
 # References.
 
 
-def reference(path, made, objective, rng=0):
+@jax.jit
+def outputs(model, batch):
+    """Hidden states by place, and logits."""
+    return dict(check.hidden_states(model, batch)), model.logits(model.features(batch, backend=attention.XLA))
+
+
+def reference(path, made, objective):
     """What a model says of random rows, in a file."""
     model = made.config
-    rng = np.random.default_rng(rng)
+    rng = np.random.default_rng(0)
     tokens_BT = rng.integers(0, 300, (2, 20))
     segments_BT = (np.arange(20)[None] < np.array([[20], [13]])).astype(np.int32)
     arrays = {"input_ids": tokens_BT, "attention_mask": segments_BT}
@@ -185,13 +215,25 @@ def reference(path, made, objective, rng=0):
     else:
         batch = check._batch(tokens_BT, segments_BT)
     names = dict(check._hidden_names(model))
-    found = dict(check.hidden_states(made, batch))
-    arrays |= {names[place]: np.asarray(x_BTD) for place, x_BTD in found.items() if place in names}
-    logits = np.asarray(made.logits(made.features(batch, backend=attention.XLA)))[..., :300]
+    found, logits = jax.tree.map(np.asarray, outputs(made, batch))
+    arrays |= {names[place]: x_BTD for place, x_BTD in found.items() if place in names}
+    logits = logits[..., :300]
     # The library writes the memory of an array, whatever its strides are.
     arrays["logits"] = np.ascontiguousarray(logits[:, 0] if objective == "classification" else logits)
     save_file(arrays, path)
     return arrays
+
+
+@pytest.fixture(scope="module")
+def references(saved, tmp_path_factory):
+    """`references(objective)`: the file with what the saved model says, and its arrays."""
+
+    @functools.cache
+    def references(objective):
+        path = tmp_path_factory.mktemp(objective) / "reference.safetensors"
+        return path, reference(path, saved(objective)[1], objective)
+
+    return references
 
 
 TAMPERED = {
@@ -211,17 +253,19 @@ TAMPERED = {
 
 
 @pytest.mark.parametrize("objective", TAMPERED)
-def test_a_reference_is_met_or_parts_exactly_where_a_weight_was_tampered_with(objective, tmp_path, command):
-    made = save(tmp_path / "whole", MODELS[objective][0], objective)
-    arrays = reference(tmp_path / "reference.safetensors", made, objective)
-    flags = [f"--reference={tmp_path}/reference.safetensors", "--tolerance=1e-4"]
-    found = json.loads(command("import", f"--pretrained={tmp_path}/whole", *flags))["check"]
-    assert found["name"] == f"{tmp_path}/reference.safetensors" and found["parts_at"] is None
+def test_a_reference_is_met_or_parts_exactly_where_a_weight_was_tampered_with(
+    objective, saved, references, tmp_path, command
+):
+    directory, _ = saved(objective)
+    path, arrays = references(objective)
+    flags = [f"--reference={path}", "--tolerance=1e-4"]
+    found = json.loads(command("import", f"--pretrained={directory}", *flags))["check"]
+    assert found["name"] == str(path) and found["parts_at"] is None
     assert found["max_difference"] < 1e-4 and found["top1"] == 1.0 and 0 <= found["kl"] < 1e-6
     assert len(found["layers"]) == sum("hidden_states" in name for name in arrays)
     assert max(found["layers"].values()) < 1e-4
     for name, place in TAMPERED[objective].items():
-        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.copytree(directory, tmp_path / name)
         tamper(tmp_path / name, name)
         message = command("import", f"--pretrained={tmp_path / name}", *flags, code=65)
         told = message.partition("they first part at ")[2]
@@ -229,11 +273,10 @@ def test_a_reference_is_met_or_parts_exactly_where_a_weight_was_tampered_with(ob
 
 
 @pytest.mark.parametrize("by", [1.0, np.nan])
-def test_what_parts_is_not_kept_and_says_by_how_much(by, tmp_path, capsys):
-    made = save(tmp_path / "model", LLAMA, "causal")
-    reference(tmp_path / "reference.safetensors", made, "causal")
+def test_what_parts_is_not_kept_and_says_by_how_much(by, llama, references, tmp_path, capsys):
+    shutil.copytree(llama, tmp_path / "model")
     tamper(tmp_path / "model", "model.layers.1.self_attn.v_proj.weight", by)
-    flags = [f"--pretrained={tmp_path}/model", f"--reference={tmp_path}/reference.safetensors"]
+    flags = [f"--pretrained={tmp_path}/model", f"--reference={references('causal')[0]}"]
     with pytest.raises(SystemExit) as stop:
         main(["import", *flags, f"--workdir={tmp_path}/run"])
     output = capsys.readouterr()
@@ -271,10 +314,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("changes", "message"), FAULTS.values(), ids=FAULTS)
-def test_a_reference_that_cannot_be_one_is_told_in_a_line(changes, message, llama, tmp_path, command):
+def test_a_reference_that_cannot_be_one_is_told_in_a_line(changes, message, llama, references, tmp_path, command):
     path = tmp_path / "reference.safetensors"
-    config = Config(model=fill_sizes(LLAMA))
-    arrays = reference(path, presets.build(config.model, jax.random.key(3)), "causal")
+    _, arrays = references("causal")
     save_file({name: array for name, array in (arrays | changes).items() if array is not None}, path)
     found = command("import", f"--pretrained={llama}", f"--reference={path}", code=65)
     assert found.startswith(str(path)) and message in found

@@ -73,7 +73,7 @@ def directory(tmp_path_factory):
     pad = len(ids) - 1
     (directory / "config.json").write_text(json.dumps({"is_encoder_decoder": True, "decoder_start_token_id": pad}))
     words = tokenizers.load(directory / "source.spm")
-    made = presets.build(config.model, jax.random.key(0), "seq2seq")
+    made = jax.jit(lambda: presets.build(config.model, jax.random.key(0), "seq2seq"))()
     export(epath.Path(directory), made, Exporter(config, words, []), {})
     settings = json.loads((directory / "generation_config.json").read_text())
     (directory / "generation_config.json").write_text(json.dumps(settings | {"bad_words_ids": [[pad]]}))

@@ -12,7 +12,7 @@ from etils import epath
 from lslm_jax.convert import pretrained, safetensors
 from lslm_jax.convert.safetensors import Source
 
-D, F, V, L = 2048, 8192, 32_000, 15
+D, F, V, L = 1536, 6144, 32_000, 6
 LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -59,7 +59,7 @@ finally:
 
 
 def write(directory, scale=1):
-    """Two gigabytes of bfloat16 in five files; or the same with widths that much smaller, in fewer."""
+    """Half a gigabyte of bfloat16 in five files; or the same with widths that much smaller, in fewer."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 1 << 14, V * D, np.uint16)  # small numbers, all of them
     bfloat16 = safetensors._TYPES["BF16"]
@@ -71,7 +71,7 @@ def write(directory, scale=1):
     layers = {f"model.layers.{i}.{name}.weight": source(shape) for i in range(L) for name, shape in SHAPES.items()}
     ends = {"model.embed_tokens.weight": source((V, D)), "model.norm.weight": source((D,))}
     # The largest comes last, when all others are there.
-    safetensors.write_directory(directory, layers | ends, limit=450_000_000)
+    safetensors.write_directory(directory, layers | ends, limit=120_000_000)
     widths = {name: LLAMA[name] // scale for name in ("vocab_size", "hidden_size", "intermediate_size")}
     (directory / "config.json").write_text(json.dumps(LLAMA | widths))
     return pretrained.describe(directory)
@@ -101,5 +101,5 @@ def test_reading_takes_the_models_own_memory_and_less_than_two_tensors_more(tmp_
     over = measured["grown"] - own
     figures = {"file": summary["bytes"], "model": own, "largest tensor": largest, "beyond the model": over}
     print(", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in figures.items()))
-    assert len(summary["files"]) >= 4 and summary["bytes"] > 1.9e9
+    assert len(summary["files"]) >= 4 and summary["bytes"] > 0.5e9
     assert over < 2 * largest

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -20,10 +20,13 @@ SETTINGS = {
 }
 
 
-def guessed(text, count, room=4):
-    """What is guessed after a text that lies in a longer array, whose rest nobody has written yet."""
-    text_BL = jnp.array([[*text.encode(), *[ord("?")] * room]], jnp.int32)
-    return bytes(np.asarray(guess(text_BL, jnp.int32(len(text)), count))[0].tolist()).decode()
+compiled_guess = jax.jit(guess, static_argnames="count")
+
+
+def guessed(text, count, length=24):
+    """Draft tokens after a text that lies in a longer array, whose rest nobody has written yet."""
+    text_BL = np.array([[*text.encode(), *[ord("?")] * (length - len(text))]], np.int32)
+    return bytes(np.asarray(compiled_guess(text_BL, np.int32(len(text)), count))[0].tolist()).decode()
 
 
 @pytest.mark.parametrize(
@@ -45,50 +48,66 @@ def test_a_text_that_repeats_nothing_is_no_failure(text):
     assert "?" not in guessed(text, 3)
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def further(model, settings):
+    return pytest.param(model, settings, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("llama", "what was said counts"),
+        ("t5", "drawn"),
+        # The stop string below goes with gpt, greedy.
+        *(further("gpt", name) for name in SETTINGS),
+        *(further("llama", name) for name in ("greedy", "drawn")),
+        *(further("transformer", name) for name in SETTINGS),
+        *(further("t5", name) for name in ("greedy", "what was said counts")),
+    ],
+    indirect=["model"],
+)
 def test_texts_stay_the_same(model, tokenizer, settings):
+    settings = SETTINGS[settings]
     plain = generate(model, tokenizer, PROMPTS, settings, 3)
     assert generate(model, tokenizer, PROMPTS, replace(settings, lookup=4), 3) == plain
 
 
 def test_a_row_alone_goes_on_by_its_own_guesses_and_says_the_same(llama, tokenizer):
-    guesses = replace(SETTINGS["drawn"], lookup=1)
-    together = generate(llama, tokenizer, PROMPTS, guesses, 3)
-    assert generate(llama, tokenizer, PROMPTS[2:], guesses, 3, first=2) == together[2:]
+    settings = SETTINGS["what was said counts"]
+    together = generate(llama, tokenizer, PROMPTS, settings, 3)
+    assert generate(llama, tokenizer, PROMPTS[2:], replace(settings, lookup=1), 3, first=2) == together[2:]
+
+
+LONGEST = GenerateConfig(max_tokens=200, temperature=0.0)
 
 
 def test_a_stop_string_and_the_longest_text_end_it_all_the_same(gpt, tokenizer):
-    plain = generate(gpt, tokenizer, PROMPTS, GenerateConfig(max_tokens=200, temperature=0.0), 0)
+    plain = generate(gpt, tokenizer, PROMPTS, LONGEST, 0)
     assert {result.ended for result in plain} == {"length"}  # where the model's positions end
-    guesses = GenerateConfig(max_tokens=200, temperature=0.0, lookup=7)
+    guesses = replace(LONGEST, lookup=7)
     assert generate(gpt, tokenizer, PROMPTS, guesses, 0) == plain
     stop = plain[0].text[10:12]
-    stopped = [
-        generate(gpt, tokenizer, PROMPTS, replace(each, stop=(stop,)), 0)
-        for each in (guesses, replace(guesses, lookup=0))
-    ]
+    stopped = [generate(gpt, tokenizer, PROMPTS, replace(each, stop=(stop,)), 0) for each in (guesses, LONGEST)]
     assert stopped[0] == stopped[1] and stopped[0][0].ended == "stop"
 
 
-def test_a_stream_tells_the_same_text(llama, tokenizer):
-    settings = GenerateConfig(max_tokens=40, temperature=0.0)
-    parts = stream(llama, tokenizer, PROMPTS[0], replace(settings, lookup=6), 0)
-    assert "".join(parts) == generate(llama, tokenizer, PROMPTS[:1], settings, 0)[0].text
+def test_a_stream_tells_the_same_text(gpt, tokenizer):
+    parts = stream(gpt, tokenizer, PROMPTS[0], replace(LONGEST, lookup=7), 0)
+    assert "".join(parts) == generate(gpt, tokenizer, PROMPTS[:1], LONGEST, 0)[0].text
 
 
 def test_a_text_that_repeats_itself_takes_fewer_passes(gpt, tokenizer, monkeypatch):
-    settings = GenerateConfig(max_tokens=64, temperature=0.0)
     passes = []
+    decode_until = decode._decode
 
     def counted(model, prompts, state, ended_B, until, rules):
         before = int(state.step)
-        after = decode._step(model, prompts, rules, state)  # one pass
+        after = decode_until(model, prompts, state, ended_B, np.int32(before + 1), rules)  # one pass
         passes.append(int(after.step) - before)
         return after
 
     monkeypatch.setattr(decode, "_decode", counted)
-    (plain,) = generate(gpt, tokenizer, PROMPTS[:1], settings, 0)
-    assert passes == [1] * 63
+    (plain,) = generate(gpt, tokenizer, PROMPTS[:1], LONGEST, 0)
+    assert passes == [1] * (plain.num_tokens - 1) and len(passes) > 64
     passes.clear()
-    (result,) = generate(gpt, tokenizer, PROMPTS[:1], replace(settings, lookup=4), 0)
-    assert result == plain and len(passes) < 63 and max(passes) == 5
+    (result,) = generate(gpt, tokenizer, PROMPTS[:1], replace(LONGEST, lookup=7), 0)
+    assert result == plain and len(passes) < plain.num_tokens - 1 and max(passes) == 8

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import pytest
 
 from lslm_jax.config import Config, GenerateConfig
@@ -28,7 +29,7 @@ def tokenizer(directory):
 def model(directory):
     source = pretrained.describe(directory)
     config = Config(model=source.model)
-    return pretrained.load(source, "causal", abstract_model(config, make_mesh(config))).model
+    return pretrained.load(source, "causal", abstract_model(config, make_mesh(config, jax.devices()[:1]))).model
 
 
 @pytest.mark.parametrize("scan", [True, False])

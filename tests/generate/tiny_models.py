@@ -64,18 +64,25 @@ def make_model(config: ModelConfig):
 
 
 @jax.jit
-def all_logits(model, tokens_BT, source_BS=None):
+def all_logits(model, tokens_BT, source_BS=None, source_segments_BS=None):
     """The full forward pass, to compare with: [B, T, V]."""
-    batch = Batch(tokens_BT, tokens_BT, tokens_BT, source_BS=source_BS)
+    batch = Batch(tokens_BT, tokens_BT, tokens_BT, source_BS=source_BS, source_segments_BS=source_segments_BS)
     return model.logits(model.features(batch, backend=attention.XLA))
 
 
-def text_logits(model, tokenizer, prompt, ids):
-    """What the full forward pass says before each of `ids`, given the prompt: [n, V]."""
-    is_source = model.config.family == "encoder_decoder"
-    read = [tokenizer.bos_id, *([] if is_source else prompt)]
-    row = read + ids
-    row_BT = np.array([row + [0] * (model.config.max_length - len(row))])
-    source_BS = np.array([[*prompt, tokenizer.eos_id]]) if is_source else None
-    logits_BTV = all_logits(model, row_BT, source_BS)
-    return np.asarray(logits_BTV[0, len(read) - 1 :][: len(ids), : tokenizer.vocab_size])
+def padded(rows, length):
+    return np.array([[*row, *[0] * (length - len(row))] for row in rows], np.int32)
+
+
+def text_logits(model, tokenizer, prompts, texts):
+    """Logits of the full forward pass before each token of the texts: for each prompt and its text [n, V]."""
+    has_source = model.config.family == "encoder_decoder"
+    begun = [[tokenizer.bos_id, *([] if has_source else prompt)] for prompt in prompts]
+    tokens_BT = padded([[*row, *ids] for row, ids in zip(begun, texts, strict=True)], model.config.max_length)
+    source = ()
+    if has_source:
+        rows = [[*prompt, tokenizer.eos_id] for prompt in prompts]
+        longest = max(map(len, rows))
+        source = padded(rows, longest), padded([[1] * len(row) for row in rows], longest)
+    logits_BTV = np.asarray(all_logits(model, tokens_BT, *source))[..., : tokenizer.vocab_size]
+    return [logits_TV[len(row) - 1 :][: len(ids)] for logits_TV, row, ids in zip(logits_BTV, begun, texts, strict=True)]
