@@ -10,12 +10,14 @@ import subprocess
 import sys
 import unittest.mock
 
+import forked
 import numpy as np
 import pytest
 from error_table import assert_told
 
 from lslm_jax import config_loading
 from lslm_jax.data import pipeline, tokenizer
+from lslm_jax.main import main
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIBRARY = pathlib.Path(os.__file__).parent  # text that is always there
@@ -39,28 +41,52 @@ OPTIONAL = {"tensorflow", "tensorflow_datasets", "clu", "tensorboard", "datasket
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """One device, and one place for what all processes compile."""
+    """One device, fast compilation, and one compilation cache for all processes."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    return os.environ | cache | {"XLA_FLAGS": ""}
+    return os.environ | cache | {"XLA_FLAGS": " ".join(flags)}
 
 
-def lslm(environment: dict[str, str], *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    """Runs a command that must end with this code, and without a traceback or warning."""
-    command = [sys.executable, "-m", "lslm_jax.main", *arguments]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+def checked(process: forked.Process | subprocess.CompletedProcess, code: int = 0):
+    """A process that must have ended with this code, and without a traceback or warning."""
     assert process.returncode == code, process.stderr
     assert not any(word in process.stderr for word in ("Traceback", "Warning", "WARNING")), process.stderr
     return process
 
 
-def trained(environment: dict[str, str], workdir: pathlib.Path, *arguments: str) -> dict:
-    """Trains to the end; returns the JSON that is all of stdout."""
-    process = lslm(environment, f"--workdir={workdir}", *arguments)
-    assert process.stdout.count("\n") == 1
-    result = json.loads(process.stdout)
+def lslm(environment: dict[str, str], *arguments: str, code: int = 0) -> forked.Process:
+    """Runs a command in a forked process."""
+    return checked(forked.run(*arguments, env=environment, cwd=ROOT, timeout=200), code)
+
+
+def lslm_from_shell(environment: dict[str, str], *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    """Runs a command in a new process, as a user does: with imports of its own, and its own end."""
+    command = [sys.executable, "-m", "lslm_jax.main", *arguments]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    return checked(process, code)
+
+
+@pytest.fixture
+def lslm_here(capsys, monkeypatch):
+    """lslm_here(argument, ...) runs a command in this process, which has eight devices and has imported TensorFlow."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        return checked(subprocess.CompletedProcess(arguments, stop.value.code, *capsys.readouterr()))
+
+    return run
+
+
+def result_of(training: forked.Process | subprocess.CompletedProcess) -> dict:
+    """The JSON that is all of a finished run's stdout."""
+    assert training.stdout.count("\n") == 1
+    result = json.loads(training.stdout)
     assert SUMMARY <= set(result)
     assert result["step"] == 20
     assert all(math.isfinite(value) for value in result.values() if isinstance(value, float))
@@ -80,8 +106,9 @@ def novels(shared, environment, tmp_path_factory) -> tuple[pathlib.Path, list[st
         f"--config.data.valid_files={files}/valid.jsonl.gz",
         "--config.data.max_documents=20",
         "--config.eval.batches=0",
+        "--config.log.tensorboard=false",  # importing TensorFlow takes 8 CPU seconds
     ]
-    return workdir, arguments, trained(environment, workdir, *arguments)
+    return workdir, arguments, result_of(lslm(environment, f"--workdir={workdir}", *arguments))
 
 
 def test_a_run_ends_with_its_result_and_leaves_the_promised_files(novels):
@@ -90,11 +117,10 @@ def test_a_run_ends_with_its_result_and_leaves_the_promised_files(novels):
     assert result["eval/loss"] < math.log(512)
     names = {path.name for path in workdir.iterdir()}
     texts = {"config.json", "metrics.jsonl", "result.json", "lock"}
-    assert names == texts | {"data", "checkpoints", "tensorboard", "samples", "ledger"}
+    assert names == texts | {"data", "checkpoints", "samples", "ledger"}
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"10", "20"}
     assert {path.name for path in (workdir / "samples").iterdir()} == {"10.txt", "20.txt"}
     assert (workdir / "checkpoints" / "20" / "manifest.json").exists()
-    assert list((workdir / "tensorboard").glob("events.*"))
     assert json.loads((workdir / "result.json").read_text()) == result
     assert config_loading.load(f"{workdir}/config.json").model.vocab_size == 512
 
@@ -119,7 +145,7 @@ def test_evaluation_of_a_checkpoint_gives_what_training_measured(novels, environ
     assert set(now) >= EVALUATION | {"step"}
 
 
-@pytest.mark.parametrize(("dtype", "apart"), [("int8", 1e-3), ("int4", 5e-2)])
+@pytest.mark.parametrize(("dtype", "apart"), [("int8", 1e-3), pytest.param("int4", 5e-2, marks=pytest.mark.exhaustive)])
 def test_weights_of_a_few_bits_say_nearly_what_training_measured(novels, environment, dtype, apart):
     workdir, _, result = novels
     now = json.loads(lslm(environment, "evaluate", f"--workdir={workdir}", f"--dtype={dtype}").stdout)
@@ -150,9 +176,7 @@ def test_a_streamed_text_and_one_of_a_batch_from_the_best_checkpoint_are_the_sam
 
 
 def test_a_prompt_longer_than_the_model_is_refused_before_it_is_echoed(novels, environment):
-    command = [sys.executable, "-m", "lslm_jax.main", "generate", f"--workdir={novels[0]}", f"--prompt={'word ' * 200}"]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
-    assert process.returncode == 2
+    process = lslm(environment, "generate", f"--workdir={novels[0]}", f"--prompt={'word ' * 200}", code=2)
     assert process.stdout == "" and process.stderr.count("\n") == 1
     assert "model.max_length=128 leaves room to continue at most 127" in process.stderr
 
@@ -196,21 +220,23 @@ def lm1b(tmp_path_factory) -> dict[str, pathlib.Path]:
 
 
 @pytest.mark.slow
-def test_a_tfds_benchmark_is_prepared_from_either_file_format_and_trained_on(lm1b, environment, tmp_path):
+def test_a_tfds_benchmark_is_prepared_from_either_file_format_and_trained_on(lm1b, lslm_here, tmp_path):
     config, key = "--config=configs/lm1b.py:smoke", "--config.data.data_dir"
     for name, data_dir in lm1b.items():
-        prepared = lslm(environment, "prepare", config, f"--workdir={tmp_path}/{name}", f"{key}={data_dir}")
+        prepared = lslm_here("prepare", config, f"--workdir={tmp_path}/{name}", f"{key}={data_dir}")
         counts = json.loads(prepared.stdout)
         assert counts["vocab_size"] == 512 and not counts["skipped"]
         # The smoke config reads 300 documents of each split; empty and repeated ones are dropped.
         assert counts["documents"] + sum(counts["dropped"].values()) == 600
         assert set(counts["splits"]) == {"train", "valid"}
-    result = trained(environment, tmp_path / "tfrecord", config, f"{key}={lm1b['tfrecord']}")
+    flags = [f"--workdir={tmp_path}/tfrecord", f"{key}={lm1b['tfrecord']}", "--config.generate.prompts="]
+    result = result_of(lslm_here(config, *flags))
+    assert list((tmp_path / "tfrecord" / "tensorboard").glob("events.*"))
     assert EVALUATION <= set(result)
 
 
 @pytest.mark.slow
-def test_ones_own_tfds_data_set_is_trained_on(environment, tmp_path):
+def test_ones_own_tfds_data_set_is_trained_on(lslm_here, tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
 
     class TidyLines(tfds.core.GeneratorBasedBuilder):
@@ -233,14 +259,14 @@ def test_ones_own_tfds_data_set_is_trained_on(environment, tmp_path):
     data = {"source": "tfds", "tfds": "tidy_lines", "data_dir": str(tmp_path / "tfds"), "text_key": "line"}
     splits = {"split": "train[:90%]", "valid_split": "train[90%:]", "seq_len": 64}
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"data": data | splits}))
-    result = trained(environment, tmp_path / "run", f"--config={tmp_path}/config.json")
+    result = result_of(lslm_here(f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/run"))
     assert EVALUATION <= set(result)
 
 
 # Several sources; few packages.
 
 
-def test_a_mixture_draws_from_each_source_by_its_weight(environment, tmp_path):
+def test_a_mixture_draws_from_each_source_by_its_weight(lslm_here, tmp_path):
     for name, letters in [("low", "abcdef"), ("high", "UVWXYZ")]:
         draw = np.random.default_rng(0).choice(list(letters), size=(300, 200))
         (tmp_path / f"{name}.txt").write_text("".join("".join(row) + "\n" for row in draw))
@@ -249,7 +275,7 @@ def test_a_mixture_draws_from_each_source_by_its_weight(environment, tmp_path):
         for name, weight in [("low", 3.0), ("high", 1.0)]
     ]
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"data": {"mixture": sources, "seq_len": 64}}))
-    result = trained(environment, tmp_path / "run", f"--config={tmp_path}/config.json")
+    result = result_of(lslm_here(f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/run"))
     assert EVALUATION <= set(result)
 
     data_dir, config = tmp_path / "run" / "data", config_loading.load(f"{tmp_path}/run/config.json")
@@ -271,22 +297,31 @@ def bare(environment, tmp_path) -> dict[str, str]:
 def test_prepared_data_are_trained_on_without_tensorflow(novels, bare, tmp_path):
     workdir, arguments, result = novels
     shards = ["--config.data.source=shards", f"--config.data.dir={workdir}/data", "--config.data.valid_files="]
-    again = trained(bare, tmp_path / "run", *arguments, *shards)
+    shards += ["--config.log.tensorboard=true"]
+    again = result_of(lslm_from_shell(bare, f"--workdir={tmp_path}/run", *arguments, *shards))
     assert again["loss"] == result["loss"]
     assert again["eval/loss"] == result["eval/loss"]
 
 
 def test_random_tokens_are_trained_on_without_tensorflow(bare, tmp_path):
-    result = trained(bare, tmp_path / "run", "--config=configs/llama_1b.py:smoke")
+    """At XLA's own optimization level, as a user trains."""
+    environment = bare | {"XLA_FLAGS": ""}
+    training = lslm_from_shell(environment, f"--workdir={tmp_path}/run", "--config=configs/llama_1b.py:smoke")
+    result = result_of(training)
     assert "eval/loss" not in result
 
 
 @pytest.mark.slow
 def test_the_script_for_a_laptop_goes_the_whole_way(environment, tmp_path):
+    """Its own config, but without TensorBoard and a vocabulary, which take seconds."""
+    flags = "--config.log.tensorboard=false --config.tokenizer.kind=bytes"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@" {flags}\n')
+    python.chmod(0o755)
     script = subprocess.run(
         [ROOT / "launch" / "cpu.sh", "run"],
         cwd=tmp_path,
-        env=environment | {"PYTHON": sys.executable},
+        env=environment | {"PYTHON": str(python)},
         capture_output=True,
         text=True,
         timeout=280,

@@ -179,23 +179,24 @@ def test_words_and_tags_of_a_sequence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("objective", "data", "counts"),
+    ("objective", "data", "counts", "tokenizer"),
     [
-        ("classification", {"tfds": "glue/sst2", "example": "label", "text_key": "sentence"}, (20, 5)),
-        ("seq2seq", {"tfds": "glue/sst2", "example": "label", "text_key": "sentence"}, (20, 5)),
-        ("qa", {"tfds": "squad/v2.0", "example": "qa"}, (30, 9)),
+        ("classification", {"tfds": "glue/sst2", "example": "label", "text_key": "sentence"}, (20, 5), "bytes"),
+        ("seq2seq", {"tfds": "glue/sst2", "example": "label", "text_key": "sentence"}, (20, 5), "bytes"),
+        ("qa", {"tfds": "squad/v2.0", "example": "qa"}, (30, 9), "bytes"),
         (
             "seq2seq",
             {"tfds": "wmt16_translate/de-en", "example": "pair", "text_key": "de", "target_key": "en"},
             (20, 5),
+            "sentencepiece",  # trained on a sample of the data set
         ),
     ],
 )
-def test_each_is_prepared(data_dir, tmp_path, objective, data, counts):
+def test_each_is_prepared(data_dir, tmp_path, objective, data, counts, tokenizer):
     config = Config(
         data=DataConfig(source="tfds", data_dir=data_dir, valid_split="validation", **data),
         task=TaskConfig(objective=objective),
-        tokenizer=TokenizerConfig(vocab_size=300),
+        tokenizer=TokenizerConfig(kind=tokenizer, vocab_size=300),
     )
     summary = prepare(config, tmp_path, lambda line: None, workers=1)
     assert tuple(summary["splits"][split]["documents"] for split in ("train", "valid")) == counts

@@ -1,5 +1,6 @@
 """Every vocabulary trained here gives any text back; those of others keep special ids out of text."""
 
+import functools
 import hashlib
 import json
 import os
@@ -138,26 +139,28 @@ def test_a_saved_tokenizer_is_the_same_one(trained, tmp_path, hugging_face):
 
 @pytest.fixture
 def hugging_face(tmp_path):
+    return functools.partial(hugging_face_file, tmp_path)
+
+
+def hugging_face_file(
+    root: pathlib.Path, beside: dict[str, dict] | None = None, special: tuple[str, ...] = ("<s>", "</s>")
+) -> epath.Path:
     """Makes a directory with a unigram tokenizer.json, whose model itself spells its special tokens as T5's does."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    def make(beside: dict[str, dict] | None = None, special=("<s>", "</s>")) -> epath.Path:
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-        letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz<>/\u2581"]
-        vocabulary = [("<unk>", 0.0), *((token, -0.1) for token in special), *letters]
-        tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0))
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-        tokenizer.decoder = decoders.Metaspace(prepend_scheme="never", split=False)
-        tokenizer.add_special_tokens([AddedToken(token) for token in special])
-        tokenizer.enable_truncation(4)
-        directory = epath.Path(tmp_path / "hf")
-        directory.mkdir(exist_ok=True)
-        tokenizer.save(str(directory / "tokenizer.json"))
-        for name, content in (beside or {}).items():
-            (directory / name).write_text(json.dumps(content))
-        return directory / "tokenizer.json"
-
-    yield make
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz<>/\u2581"]
+    vocabulary = [("<unk>", 0.0), *((token, -0.1) for token in special), *letters]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never", split=False)
+    tokenizer.add_special_tokens([AddedToken(token) for token in special])
+    tokenizer.enable_truncation(4)
+    directory = epath.Path(root / "hf")
+    directory.mkdir(exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    for name, content in (beside or {}).items():
+        (directory / name).write_text(json.dumps(content))
+    return directory / "tokenizer.json"
 
 
 @pytest.mark.parametrize(
@@ -256,16 +259,17 @@ def byte_level(shared, tmp_path) -> epath.Path:
     return path
 
 
-@pytest.fixture
-def others(shared, hugging_face, tmp_path) -> dict[str, tokenizers.Tokenizer]:
+@pytest.fixture(scope="module")
+def others(shared, tmp_path_factory) -> dict[str, tokenizers.Tokenizer]:
     """Vocabularies that were not trained here: with normalisation, a blank before each text, or bytes in pieces."""
+    root = tmp_path_factory.mktemp("others")
     paths = {
         "google": shared / "tokenizers" / "sentencepiece_tests" / "sentencepiece_test.model",
         "t5": shared / "tokenizers" / "sentencepiece_tests" / "seqio_test.model",
         "llama": shared / "models" / "stories260K" / "tokenizer.json",
-        "gpt2": byte_level(shared, tmp_path),
-        "unigram": hugging_face(),
-        "bert": word_piece(tmp_path),
+        "gpt2": byte_level(shared, root),
+        "unigram": hugging_face_file(root),
+        "bert": word_piece(root),
     }
     return {name: tokenizers.load(path) for name, path in paths.items()}
 
