@@ -126,6 +126,30 @@ def test_an_exported_model_says_what_the_run_says(kind, vocabulary, texts, tmp_p
     assert adapter == "this run has no adapters (model.lora_rank=0): leave out --adapter"
 
 
+@pytest.mark.exhaustive
+def test_a_trained_llama_goes_on_from_its_weights_and_back(shared, texts, tmp_path, command):
+    stories = shared / "models" / "stories260K"
+    data = {"files": [f"{texts}/a.txt"], "document": "line", "seq_len": 64, "valid_fraction": 0.2}
+    untrained = json.loads(
+        command(
+            "evaluate",
+            f"--pretrained={stories}",
+            f"--workdir={tmp_path}/zero",
+            f"--config={given(tmp_path, data=data)}",
+        )
+    )
+    result = trained(
+        tmp_path / "run", command, f"--pretrained={stories}", data=data, train={"steps": 20, "batch_size": 16}
+    )
+    assert untrained["eval/loss"] - 1.0 > result["eval/loss"]
+    adapter = command("export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/out", "--adapter", code=2)
+    assert adapter == "this run has no adapters (model.lora_rank=0): leave out --adapter"
+    command("export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/out")
+    assert pretrained.describe(tmp_path / "out").family.model_type == "llama"
+    tokenizers = [json.loads((directory / "tokenizer.json").read_text()) for directory in (tmp_path / "out", stories)]
+    assert tokenizers[0] == tokenizers[1]
+
+
 def test_adapters_are_trained_beside_a_model_and_leave_alone_or_merged(decoder, texts, tmp_path, command):
     _, base, base_summary = decoder
     data = {"files": [f"{texts}/reversed.txt"], "document": "line", "seq_len": 64, "valid_fraction": 0.2}

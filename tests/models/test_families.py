@@ -80,9 +80,10 @@ def test_a_target_depends_on_all_of_its_source_and_on_what_it_has_read(config):
     assert_depends(size_TV[:, source_BS[0]], segments_BT[0][:, None] == source_segments_BS[0][None])
 
 
+@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["padded", "bare"])
 @families
-def test_packed_examples_equal_examples_alone(config):
-    """Forward and backward; one compiled program reads all rows, those of one example are padded."""
+def test_packed_examples_equal_examples_alone(config, padded):
+    """Forward and backward; padded to one length, all rows are read by one compiled program."""
     model = random_model(config, "tagging")
     packed, alone = examples(config)
     readout_TD = np.random.default_rng(3).normal(size=(T, D)).astype(np.float32)
@@ -96,7 +97,10 @@ def test_packed_examples_equal_examples_alone(config):
     parts = []
     for batch, place in zip(alone, (slice(0, 5), slice(5, 9)), strict=True):
         length = place.stop - place.start
-        part, own_BTD = gradient(model, full_length(batch), first_rows(readout_TD[place], length))
+        if padded:
+            part, own_BTD = gradient(model, full_length(batch), first_rows(readout_TD[place], length))
+        else:
+            part, own_BTD = gradient(model, batch, readout_TD[place])
         np.testing.assert_allclose(x_BTD[:, place], own_BTD[:, :length], atol=1e-5)
         parts.append(part)
     total = jax.tree.map(np.add, *parts)
@@ -130,6 +134,19 @@ def test_padding_changes_nothing_and_is_never_nan(config):
     empty = jax.tree.map(np.zeros_like, packed)
     for x_BTD in (padded, features(model, packed), features(model, empty)):
         assert np.all(np.isfinite(x_BTD))
+
+
+@pytest.mark.exhaustive
+@families
+def test_padding_of_either_side_and_a_row_of_padding_change_nothing(config):
+    model = random_model(config, "tagging")
+    _, (first, _) = examples(config)
+    x_BTD = features(model, first)
+    pair = config.family == "encoder_decoder"
+    for sides in [["BT"], ["BS"], ["BT", "BS"]] if pair else [["BT"]]:
+        padded = np.asarray(features(model, with_padding(first, sides)))
+        np.testing.assert_allclose(padded[:1, :5], x_BTD, atol=1e-5, err_msg=str(sides))
+        assert np.all(np.isfinite(padded))
 
 
 @pytest.mark.parametrize(
@@ -396,3 +413,13 @@ def full_length(batch):
 def first_rows(x_TD, count):
     """The first rows, and zeros behind them up to T."""
     return np.pad(x_TD[:count], ((0, T - count), (0, 0)))
+
+
+def with_padding(batch, sides):
+    """The batch with padding behind its target (BT) or its source (BS), and a row that is nothing but padding."""
+
+    def pad(name, part):
+        longer = 4 if name[-2:] in sides else 0
+        return part if part is None else np.pad(part, ((0, 1), (0, longer)))
+
+    return Batch(*(pad(name, part) for name, part in batch._asdict().items()))

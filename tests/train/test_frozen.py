@@ -37,8 +37,9 @@ def run_of(family="decoder", objective="causal", model=None):
 
 
 DECODER = run_of()
-ENCODER = run_of("encoder", "classification", {"num_labels": 3, "norm_place": "after"})
-PAIRS = run_of("encoder_decoder", "seq2seq", {"scan_layers": True})  # its layers, scanned, compile faster
+# Scanned layers compile faster; those of the decoder are unrolled.
+ENCODER = run_of("encoder", "classification", {"num_labels": 3, "norm_place": "after", "scan_layers": True})
+PAIRS = run_of("encoder_decoder", "seq2seq", {"scan_layers": True})
 families = pytest.mark.parametrize("config", [DECODER, ENCODER, PAIRS], ids=["decoder", "encoder", "pairs"])
 
 

@@ -24,7 +24,9 @@ CONFIGS = FAMILIES | {
     "dropout": changed(model={"dropout": 0.1}),
 }
 CONFIGS["grouped heads, windows, dropout, remat"] = changed(
-    CONFIGS["grouped heads, windows"], model={"dropout": 0.1, "remat": "save_attention"}, train={"accumulate": 2}
+    CONFIGS["grouped heads, windows"],
+    model={"dropout": 0.1, "remat": "save_attention", "scan_layers": True},
+    train={"accumulate": 2},
 )
 more = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 
