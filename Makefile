@@ -35,7 +35,7 @@ test-all: $(READY)
 # which the project itself does not install; with models from the package index.
 # SELECT="--changed-since=REVISION --share=K/N" runs what depends on a change, and a share of the rest.
 test-parity: parity-packages
-	$(PYTEST) $(PARITY) $(SELECT)
+	$(PY) -m pytest -q -n $(WORKERS) $(PARITY) $(SELECT)
 
 # Plants faults of one line in copies of the package; each must be caught.
 test-faults: $(READY)
