@@ -21,7 +21,7 @@ REST = {
     "eval": {"every": 0},
     "log": {"tensorboard": False},
 }
-FAST = {"learning_rate": 1e-2, "warmup_steps": 5}  # a third of the steps that a usual rate needs
+FAST = {"learning_rate": 1e-2, "warmup_steps": 5}  # fewer steps are enough than at the rate of REST
 
 
 def run(workdir: pathlib.Path, capsys, *arguments: str, code: int = 0) -> str:

@@ -67,8 +67,8 @@ def trained(config, steps=3) -> tuple[State, State, list[float]]:
     """The state before and after some steps, and their losses."""
     mesh, optimizer = mesh_of(config), make_optimizer(config.optimizer, config.train.steps)
     data = SyntheticInput(config, V)
+    before = state = fresh(replace(config, mesh=MeshConfig(data=1)))  # on one device: not within the mesh
     with jax.set_mesh(mesh):
-        before = state = fresh(replace(config, mesh=MeshConfig(data=1)))
         if mesh.size > 1:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
             state = jax.device_put(before, shardings)

@@ -120,7 +120,8 @@ def fresh_arrays(config):
 @functools.cache
 def _fresh_arrays(config):
     optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
-    return [np.array(leaf) for leaf in jax.tree.leaves(init_state(config, optimizer, one_device(config)))]
+    with jax.set_mesh(one_device(config)):  # whatever mesh the first caller is in
+        return [np.array(leaf) for leaf in jax.tree.leaves(init_state(config, optimizer, one_device(config)))]
 
 
 def placed(config, abstract):
