@@ -35,6 +35,11 @@ def run_script(script: str, flags: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    "sitecustomize",
+    [SITECUSTOMIZE, pytest.param("", marks=pytest.mark.exhaustive)],
+    ids=["few packages", "all packages"],
+)
+@pytest.mark.parametrize(
     ("script", "flags", "figures"),
     [
         (
@@ -61,8 +66,8 @@ def run_script(script: str, flags: list[str]) -> None:
         ("input", ["--tokens=2000000", "--seconds=0.1"], {"tokens_per_second", "first_batch_seconds", "fill"}),
     ],
 )
-def test_a_benchmark_prints_its_figures(script, flags, figures, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+def test_a_benchmark_prints_its_figures(script, flags, figures, sitecustomize, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(sitecustomize)
     xla_flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     env = os.environ | {"XLA_FLAGS": " ".join(xla_flags), "PYTHONPATH": str(tmp_path)}
     process = forked.Process(run_script, script, flags, env=env)

@@ -312,9 +312,15 @@ def test_random_tokens_are_trained_on_without_tensorflow(bare, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_for_a_laptop_goes_the_whole_way(environment, tmp_path):
-    """Its own config, but without TensorBoard and a vocabulary, which take seconds."""
-    flags = "--config.log.tensorboard=false --config.tokenizer.kind=bytes"
+@pytest.mark.parametrize(
+    "flags",
+    [
+        # The script's own config, but without TensorBoard and without training a vocabulary, which take seconds.
+        "--config.log.tensorboard=false --config.tokenizer.kind=bytes",
+        pytest.param("", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_the_script_for_a_laptop_goes_the_whole_way(environment, tmp_path, flags):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@" {flags}\n')
     python.chmod(0o755)

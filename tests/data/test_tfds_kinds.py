@@ -190,6 +190,27 @@ def test_words_and_tags_of_a_sequence(tmp_path):
             (20, 5),
             "sentencepiece",  # trained on a sample of the data set
         ),
+        pytest.param(
+            "classification",
+            {"tfds": "glue/sst2", "example": "label", "text_key": "sentence"},
+            (20, 5),
+            "sentencepiece",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            "seq2seq",
+            {"tfds": "glue/sst2", "example": "label", "text_key": "sentence"},
+            (20, 5),
+            "sentencepiece",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            "qa",
+            {"tfds": "squad/v2.0", "example": "qa"},
+            (30, 9),
+            "sentencepiece",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_each_is_prepared(data_dir, tmp_path, objective, data, counts, tokenizer):

@@ -59,9 +59,10 @@ def test_what_does_not_fit_is_told_with_a_change_that_was_tried_and_does(plan):
 
 
 @pytest.mark.slow
-def test_where_nothing_helps_more_devices_are_asked_for(plan):
+@pytest.mark.parametrize("topology", ["cpu:2", pytest.param("cpu:8", marks=pytest.mark.exhaustive)])
+def test_where_nothing_helps_more_devices_are_asked_for(plan, topology):
     code, found, report = plan(
-        "--topology=cpu:2", "--memory=1000", "--config.model.remat=full", "--config.mesh.tensor=1"
+        f"--topology={topology}", "--memory=1000", "--config.model.remat=full", "--config.mesh.tensor=1"
     )
     assert code == 2 and found["advice"] is None
     assert report.splitlines()[-1].endswith("on each device: nothing that was tried makes it fit: use more devices")
