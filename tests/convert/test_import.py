@@ -236,26 +236,28 @@ def references(saved, tmp_path_factory):
     return references
 
 
-TAMPERED = {
-    "causal": {"model.layers.1.mlp.down_proj.weight": "layer 1", "model.norm.weight": "layer 2 + final norm"},
-    "classification": {
-        "bert.encoder.layer.2.attention.self.value.bias": "layer 2",
-        "bert.embeddings.LayerNorm.bias": "embeddings",
-        "classifier.bias": "the output layer",
-    },
-    "qa": {"bert.encoder.layer.0.output.dense.weight": "layer 0", "qa_outputs.weight": "the output layer"},
-    "seq2seq": {
-        "encoder.block.1.layer.0.SelfAttention.o.weight": "encoder layer 1",
-        "decoder.block.2.layer.1.EncDecAttention.o.weight": "decoder layer 2 + final norm",
-        "lm_head.weight": "the output layer",
-    },
-}
+CHECKED = ["causal", "classification", "qa", "seq2seq"]
+TAMPERED = [
+    ("causal", "model.layers.1.mlp.down_proj.weight", "layer 1"),
+    ("causal", "model.norm.weight", "layer 2 + final norm"),
+    ("classification", "bert.embeddings.LayerNorm.bias", "embeddings"),
+    ("classification", "classifier.bias", "the output layer"),
+    ("qa", "qa_outputs.weight", "the output layer"),
+    ("seq2seq", "encoder.block.1.layer.0.SelfAttention.o.weight", "encoder layer 1"),
+    ("seq2seq", "decoder.block.2.layer.1.EncDecAttention.o.weight", "decoder layer 2 + final norm"),
+    *(
+        pytest.param(*case, marks=pytest.mark.exhaustive)
+        for case in (
+            ("classification", "bert.encoder.layer.2.attention.self.value.bias", "layer 2"),
+            ("qa", "bert.encoder.layer.0.output.dense.weight", "layer 0"),
+            ("seq2seq", "lm_head.weight", "the output layer"),
+        )
+    ),
+]
 
 
-@pytest.mark.parametrize("objective", TAMPERED)
-def test_a_reference_is_met_or_parts_exactly_where_a_weight_was_tampered_with(
-    objective, saved, references, tmp_path, command
-):
+@pytest.mark.parametrize("objective", CHECKED)
+def test_a_reference_is_met(objective, saved, references, command):
     directory, _ = saved(objective)
     path, arrays = references(objective)
     flags = [f"--reference={path}", "--tolerance=1e-4"]
@@ -264,12 +266,18 @@ def test_a_reference_is_met_or_parts_exactly_where_a_weight_was_tampered_with(
     assert found["max_difference"] < 1e-4 and found["top1"] == 1.0 and 0 <= found["kl"] < 1e-6
     assert len(found["layers"]) == sum("hidden_states" in name for name in arrays)
     assert max(found["layers"].values()) < 1e-4
-    for name, place in TAMPERED[objective].items():
-        shutil.copytree(directory, tmp_path / name)
-        tamper(tmp_path / name, name)
-        message = command("import", f"--pretrained={tmp_path / name}", *flags, code=65)
-        told = message.partition("they first part at ")[2]
-        assert told == place or told.startswith(f"{place} (by "), message
+
+
+@pytest.mark.parametrize(("objective", "name", "place"), TAMPERED)
+def test_a_reference_parts_exactly_where_a_weight_was_tampered_with(
+    objective, name, place, saved, references, tmp_path, command
+):
+    shutil.copytree(saved(objective)[0], tmp_path / "tampered")
+    tamper(tmp_path / "tampered", name)
+    flags = [f"--reference={references(objective)[0]}", "--tolerance=1e-4"]
+    message = command("import", f"--pretrained={tmp_path}/tampered", *flags, code=65)
+    told = message.partition("they first part at ")[2]
+    assert told == place or told.startswith(f"{place} (by "), message
 
 
 @pytest.mark.parametrize("by", [1.0, np.nan])

@@ -146,8 +146,19 @@ def test_a_trained_llama_goes_on_from_its_weights_and_back(shared, texts, tmp_pa
     assert adapter == "this run has no adapters (model.lora_rank=0): leave out --adapter"
     command("export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/out")
     assert pretrained.describe(tmp_path / "out").family.model_type == "llama"
-    tokenizers = [json.loads((directory / "tokenizer.json").read_text()) for directory in (tmp_path / "out", stories)]
-    assert tokenizers[0] == tokenizers[1]
+    assert tokenizer_of(tmp_path / "out") == tokenizer_of(stories)
+
+
+def test_the_vocabulary_of_others_is_given_back(shared, tmp_path, command):
+    stories = shared / "models" / "stories260K"
+    command("import", f"--pretrained={stories}", f"--workdir={tmp_path}/run")
+    command("export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/out")
+    assert pretrained.describe(tmp_path / "out").family.model_type == "llama"
+    assert tokenizer_of(tmp_path / "out") == tokenizer_of(stories)
+
+
+def tokenizer_of(directory):
+    return json.loads((directory / "tokenizer.json").read_text())
 
 
 def test_adapters_are_trained_beside_a_model_and_leave_alone_or_merged(decoder, texts, tmp_path, command):
@@ -165,13 +176,10 @@ def test_adapters_are_trained_beside_a_model_and_leave_alone_or_merged(decoder, 
     small = json.loads(command("export", f"--workdir={run}", f"--to={tmp_path}/adapter", "--adapter"))
     assert set(small["files"]) == {"adapter_model.safetensors", "adapter_config.json"}
     adapters = load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()
-    assert sum(array.size for array in adapters) < base_summary["parameters"] / 2
+    assert sum(array.size for array in adapters) < base_summary["parameters"] / 6
     merged = json.loads(command("export", f"--workdir={run}", f"--to={tmp_path}/merged"))
     assert merged["model_type"] == base_summary["model_type"]
-    [tokenizer, expected] = [
-        json.loads((directory / "tokenizer.json").read_text()) for directory in (tmp_path / "merged", base)
-    ]
-    assert tokenizer == expected
+    assert tokenizer_of(tmp_path / "merged") == tokenizer_of(base)
 
     prompt = ("--prompt=the cat sat on", "--config.generate.max_tokens=24", "--config.generate.temperature=0")
     spoken = [

@@ -34,7 +34,8 @@ def guessed(text, count, length=24):
     [
         ("the cat sat. the c", "at s"),  # what followed then
         ("xab1 ab2 xab", "1 ab"),  # three tokens agree there, two at the later place
-        ("ab1 ab2 ab", "2 ab"),  # both agree in two: the later
+        ("ab1 ab2 ab", "2 ab"),  # three tokens agree at the later place, two at the earlier
+        ("ab1 ab2 xab", "2 xa"),  # two agree at both: the later
         ("abcabc", "abca"),  # less followed than is wanted: it goes round
         ("aaaa", "aaaa"),
     ],
