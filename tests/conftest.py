@@ -1,13 +1,12 @@
 """Eight simulated devices, which every test sees; and NumPy-style rank promotion is an error."""
 
 import faulthandler
-import fcntl
 import gc
 import importlib.metadata
 import os
 import pathlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -103,31 +102,6 @@ def shared() -> pathlib.Path:
     if not SHARED.is_dir():
         pytest.skip("no ../shared/data beside this checkout")
     return SHARED
-
-
-@pytest.fixture(scope="session")
-def made_once(tmp_path_factory) -> Callable[[str, Callable[[pathlib.Path], None]], pathlib.Path]:
-    """Directories that several test files share: `made_once(name, make)` calls `make(path)` once for the whole suite.
-
-    Workers of pytest-xdist share them too; a file lock makes all others wait for the first. Copy such a directory
-    before a test changes it.
-    """
-    root = tmp_path_factory.getbasetemp()
-    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "made_once"
-    root.mkdir(exist_ok=True)
-
-    def directory(name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
-        path, complete = root / name, root / f"{name}.complete"
-        with open(root / f"{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not complete.exists():
-                assert not path.exists(), f"making {name} failed before"
-                path.mkdir()
-                make(path)
-                complete.touch()
-        return path
-
-    return directory
 
 
 @pytest.fixture(scope="module", autouse=True)

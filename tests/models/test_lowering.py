@@ -19,7 +19,7 @@ from lslm_jax.models.attention import Backend
 from lslm_jax.sharding import batch_sharding, make_mesh, shardings_of
 from lslm_jax.train import optim, state, step
 
-more = pytest.mark.exhaustive  # lowering one step takes one to four seconds
+exhaustive = pytest.mark.exhaustive  # lowering one step takes one to four seconds
 B, T, S = 8, 384, 640  # no other sizes are 384 and 640, so that 384x384 can only be attention
 ONE_DEVICE = MeshConfig(data=1)
 MESH, EXPERT_MESH = MeshConfig(data=-1, fsdp=2, tensor=2), MeshConfig(data=-1, expert=4)
@@ -105,12 +105,12 @@ def hopper(monkeypatch):
     ("packed", "model", "expected"),
     [
         (False, {}, (1, 1)),
-        pytest.param(False, {"num_kv_heads": 4}, (1, 1), marks=more),
+        pytest.param(False, {"num_kv_heads": 4}, (1, 1), marks=exhaustive),
         (False, {"window": 100}, (1, 1)),
-        pytest.param(True, {}, (1, 1), marks=more),
+        pytest.param(True, {}, (1, 1), marks=exhaustive),
         (True, {"window": 100}, (1, 1)),
         (False, {"scan_layers": False}, (3, 3)),
-        pytest.param(False, {"remat": "save_attention"}, (1, 1), marks=more),
+        pytest.param(False, {"remat": "save_attention"}, (1, 1), marks=exhaustive),
         (True, {"remat": "save_attention"}, (1, 1)),
         (False, {"remat": "full"}, (2, 1)),
         (False, {"remat": "dots"}, (2, 1)),
@@ -132,9 +132,9 @@ def test_on_gpus_attention_is_one_fused_call_without_mask_or_scores_in_memory(ho
         (0, "NO_MASK", "encoder"),
         (1, "PADDING", "encoder"),
         (16, "PADDING", "encoder_decoder"),
-        pytest.param(0, "NO_MASK", "encoder_decoder", marks=more),
-        pytest.param(1, "PADDING", "encoder_decoder", marks=more),
-        pytest.param(16, "PADDING", "encoder", marks=more),
+        pytest.param(0, "NO_MASK", "encoder_decoder", marks=exhaustive),
+        pytest.param(1, "PADDING", "encoder_decoder", marks=exhaustive),
+        pytest.param(16, "PADDING", "encoder", marks=exhaustive),
     ],
 )
 def test_on_gpus_encoders_and_cross_attention_are_fused_calls_too(hopper, family, max_segments, mask):
@@ -153,8 +153,8 @@ def test_on_gpus_encoders_and_cross_attention_are_fused_calls_too(hopper, family
     [
         (ONE_DEVICE, "encoder"),
         (MESH, "encoder_decoder"),
-        pytest.param(ONE_DEVICE, "encoder_decoder", marks=more),
-        pytest.param(MESH, "encoder", marks=more),
+        pytest.param(ONE_DEVICE, "encoder_decoder", marks=exhaustive),
+        pytest.param(MESH, "encoder", marks=exhaustive),
     ],
     ids=["one-encoder", "mesh-encoder_decoder", "one-encoder_decoder", "mesh-encoder"],
 )
@@ -177,8 +177,8 @@ def test_the_reference_is_what_those_checks_would_catch():
     [
         (ONE_DEVICE, False),
         (MESH, True),
-        pytest.param(ONE_DEVICE, True, marks=more),
-        pytest.param(MESH, False, marks=more),
+        pytest.param(ONE_DEVICE, True, marks=exhaustive),
+        pytest.param(MESH, False, marks=exhaustive),
     ],
     ids=["one-plain", "mesh-packed", "one-packed", "mesh-plain"],
 )
@@ -195,7 +195,7 @@ def test_on_tpus_attention_is_a_pallas_kernel_on_each_devices_rows_and_heads(pac
 
 @pytest.mark.parametrize(
     ("remat", "expected"),
-    [pytest.param("none", 2, marks=more), ("save_attention", 2), pytest.param("full", 3, marks=more)],
+    [pytest.param("none", 2, marks=exhaustive), ("save_attention", 2), pytest.param("full", 3, marks=exhaustive)],
 )
 def test_on_tpus_each_device_attends_from_its_positions_to_all(remat, expected):
     mesh, length = MeshConfig(data=-1, context=2, tensor=2), 1536
@@ -231,7 +231,7 @@ def test_on_gpus_a_stage_of_a_pipeline_runs_the_same_fused_call(hopper):
 
 
 @pytest.mark.parametrize(
-    ("remat", "expected"), [("save_attention", 2), ("full", 3), pytest.param("dots", 3, marks=more)]
+    ("remat", "expected"), [("save_attention", 2), ("full", 3), pytest.param("dots", 3, marks=exhaustive)]
 )
 def test_on_tpus_only_save_attention_spares_the_second_forward_pass(remat, expected):
     assert len(kernels(lowered(Backend("splash", ""), "tpu", remat=remat))) == expected
@@ -249,11 +249,11 @@ def kernels(text):
         (EXPERT_MESH, "tpu", "none", 4, 2),
         (ONE_DEVICE, "tpu", "full", 6, 2),
         (ONE_DEVICE, "cuda", "none", 0, 0),
-        pytest.param(ONE_DEVICE, "tpu", "none", 4, 2, marks=more),
-        pytest.param(ONE_DEVICE, "tpu", "dots", 4, 2, marks=more),
-        pytest.param(EXPERT_MESH, "tpu", "dots", 4, 2, marks=more),
-        pytest.param(EXPERT_MESH, "tpu", "full", 6, 2, marks=more),
-        pytest.param(EXPERT_MESH, "cuda", "none", 0, 0, marks=more),
+        pytest.param(ONE_DEVICE, "tpu", "none", 4, 2, marks=exhaustive),
+        pytest.param(ONE_DEVICE, "tpu", "dots", 4, 2, marks=exhaustive),
+        pytest.param(EXPERT_MESH, "tpu", "dots", 4, 2, marks=exhaustive),
+        pytest.param(EXPERT_MESH, "tpu", "full", 6, 2, marks=exhaustive),
+        pytest.param(EXPERT_MESH, "cuda", "none", 0, 0, marks=exhaustive),
     ],
     ids=lambda value: {ONE_DEVICE: "one", EXPERT_MESH: "mesh"}.get(value, str(value)),
 )

@@ -16,7 +16,7 @@ from lslm_jax.models import attention, pipeline, presets, stack
 from lslm_jax.sharding import make_mesh, shardings_of
 
 B, T = 8, 12
-more = pytest.mark.exhaustive
+exhaustive = pytest.mark.exhaustive
 GPT = fill_sizes(ModelConfig(num_layers=4, d_model=32, num_heads=4, vocab_size=61, max_length=T))
 # Windows, two kinds of rotation and a first layer without a norm: all that makes layers differ.
 MIXED = replace(
@@ -61,7 +61,7 @@ def test_a_batch_is_split_into_as_many_equal_parts_as_keep_stages_busy(rows, rou
         (4, 1, 3),
         (2, 2, 5),
         (4, 3, 4),
-        *(pytest.param(*sizes, marks=more) for sizes in [(2, 1, 8), (4, 2, 8), (2, 4, 2)]),
+        *(pytest.param(*sizes, marks=exhaustive) for sizes in [(2, 1, 8), (4, 2, 8), (2, 4, 2)]),
     ],
 )
 def test_every_part_meets_every_layer_in_order_with_its_own_rows(stages, rounds, rows):
@@ -109,10 +109,10 @@ REMAT = replace(GPT, remat="full")
     [
         (2, 2, B, REMAT),
         (4, 1, 3, MIXED),
-        pytest.param(2, 2, B, GPT, marks=more),
-        pytest.param(2, 2, B, MIXED, marks=more),
-        pytest.param(4, 1, 3, GPT, marks=more),
-        pytest.param(4, 1, 3, REMAT, marks=more),
+        pytest.param(2, 2, B, GPT, marks=exhaustive),
+        pytest.param(2, 2, B, MIXED, marks=exhaustive),
+        pytest.param(4, 1, 3, GPT, marks=exhaustive),
+        pytest.param(4, 1, 3, REMAT, marks=exhaustive),
     ],
     ids=["2-2-8-remat", "4-1-3-mixed", "2-2-8-gpt", "2-2-8-mixed", "4-1-3-gpt", "4-1-3-remat"],
 )

@@ -28,7 +28,7 @@ def trained(family, mesh, model):
     return run, [run.step(batch_of(config, i % 2))["loss"] for i in range(STEPS)]
 
 
-more = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
+exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 
 
 @pytest.mark.slow
@@ -41,12 +41,12 @@ more = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
         ("decoder", {"context": 2, "stage": 2}, {}),
         ("decoder", {"expert": 2, "stage": 2}, EXPERTS),
         ("encoder_decoder", {"stage": 2}, {}),
-        more("decoder", {"stage": 2}, {"pipeline_rounds": 2, "remat": "dots"}),
-        more("decoder", {"stage": 4}, {"microbatches": 8, "remat": "full"}),
-        more("decoder", {"data": 2, "stage": 2}, {}),
-        more("decoder", {"fsdp": 2, "stage": 2}, {"pipeline_rounds": 4}),
-        more("decoder", {"tensor": 2, "stage": 2}, {}),
-        more("encoder", {"stage": 2}, {}),
+        exhaustive("decoder", {"stage": 2}, {"pipeline_rounds": 2, "remat": "dots"}),
+        exhaustive("decoder", {"stage": 4}, {"microbatches": 8, "remat": "full"}),
+        exhaustive("decoder", {"data": 2, "stage": 2}, {}),
+        exhaustive("decoder", {"fsdp": 2, "stage": 2}, {"pipeline_rounds": 4}),
+        exhaustive("decoder", {"tensor": 2, "stage": 2}, {}),
+        exhaustive("encoder", {"stage": 2}, {}),
     ],
 )
 def test_stages_learn_what_one_device_learns(family, mesh, model):

@@ -28,7 +28,7 @@ CONFIGS["grouped heads, windows, dropout, remat"] = changed(
     model={"dropout": 0.1, "remat": "save_attention", "scan_layers": True},
     train={"accumulate": 2},
 )
-more = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
+exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
 
 
 @pytest.mark.slow
@@ -39,12 +39,12 @@ more = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
         ("grouped heads, windows, dropout, remat", [{"context": 2, "tensor": 2}]),
         ("encoder", [{"data": 2, "context": 2}]),
         ("encoder_decoder", [{"context": 2}]),
-        more("decoder", [{"context": 8}]),
-        more("encoder", [{"context": 2}]),
-        more("encoder_decoder", [{"data": 2, "context": 2}]),
-        more("grouped heads, windows", [{"context": 2, "tensor": 2}]),
-        more("relative, remat", [{"context": 2}]),
-        more("dropout", [{"context": 2}]),
+        exhaustive("decoder", [{"context": 8}]),
+        exhaustive("encoder", [{"context": 2}]),
+        exhaustive("encoder_decoder", [{"data": 2, "context": 2}]),
+        exhaustive("grouped heads, windows", [{"context": 2, "tensor": 2}]),
+        exhaustive("relative, remat", [{"context": 2}]),
+        exhaustive("dropout", [{"context": 2}]),
     ],
 )
 def test_twenty_steps_on_split_rows_give_the_losses_of_one_device(name, meshes):
