@@ -182,9 +182,9 @@ def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(corpus, t
         codes, _, texts = lslm(corpus, processes, workdir, steps).end()
         assert codes == [0] * processes and f"resumed from step {step}" in texts[0], texts
         assert [line["step"] for line in record(workdir)[: step + 5]] == list(range(1, step + 6))
-        told = json.loads(lslm(corpus, 1, workdir, "audit").end()[1][0])
-        assert (told["steps"], told["starts"], told["repeated_steps"]) == (step + 5, 2, 0)
     assert_close(*(record(tmp_path / f"goes-on-{processes}") for processes in numbers))
+    audited = json.loads(lslm(corpus, 1, workdir, "audit").end()[1][0])
+    assert (audited["steps"], audited["starts"], audited["repeated_steps"]) == (step + 5, 2, 0)
 
 
 def test_what_fails_at_the_primary_ends_all_and_is_told_once(corpus, tmp_path):
