@@ -128,6 +128,7 @@ def test_losses_and_the_evaluation_of_every_example_are_those_of_one_process(cor
     assert not any("{" in out for out in outs[1:]) and not any(texts[1:]), "only the first process speaks"
 
 
+@pytest.mark.exhaustive  # devices of one process: tests/train/test_step.py
 def test_a_reproducible_run_is_the_same_to_the_last_bit_for_any_number_of_devices_and_processes(corpus, tmp_path):
     flags = ["--config.train.reproducible=true", "--config.mesh.fsdp=1", "--config.model.dropout=0.1"]
     flags += ["--config.model.d_model=128", "--config.optimizer.clip=0.1", "--config.train.steps=6"]
