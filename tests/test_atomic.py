@@ -1,5 +1,6 @@
 """Paths as users write them, and files that grow; what lies in a bucket is tested with one (test_bucket.py)."""
 
+import os
 import pathlib
 
 import pytest
@@ -31,3 +32,20 @@ def test_lines_are_added_to_what_is_there_each_at_once(tmp_path, before):
     lines.add("two")
     lines.close()
     assert path.read_text() == before + "one\ntwo\n"
+
+
+def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    """A power cut after a rename without fsync leaves an empty file under the final name."""
+    events, fsync, path = [], os.fsync, tmp_path / "file"
+
+    def record(descriptor):
+        size = os.fstat(descriptor).st_size if os.path.isfile(f"/proc/self/fd/{descriptor}") else "directory"
+        events.append((size, path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    file = atomic.WholeFile(epath.Path(path))
+    file.write(b"twelve bytes")
+    assert not path.exists()
+    file.close()
+    assert events[0] == (12, False) and path.read_bytes() == b"twelve bytes"
