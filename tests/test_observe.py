@@ -140,6 +140,21 @@ def test_tensorboard_shows_scalars_and_texts_and_says_nothing(tmp_path, capfd, m
 
 
 @needs_tensorflow
+@needs_tensorflow
+def test_steps_that_a_killed_run_showed_are_shown_once_after_it_goes_on(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, stop in ((0, 9), (5, 8)):  # killed after step 9, resumed from the checkpoint of step 5
+        metrics = Metrics(str(tmp_path), LogConfig())
+        metrics.truncate(start)
+        for step in range(start + 1, stop + 1):
+            metrics.write(step, {"loss": float(step + 100 * start)})
+        metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = [event.step for event in events.Tensors("loss")]
+    assert shown == list(range(1, 9))
+
+
 def test_a_broken_display_does_not_stop_the_run(tmp_path, capfd):
     (tmp_path / "tensorboard").write_text("in the way")
     with Metrics(str(tmp_path), LogConfig()) as metrics:
