@@ -68,6 +68,7 @@ def resolve_labels(model: ModelConfig, labels: int) -> ModelConfig:
 
 def _problems(config: Config) -> Iterator[str]:
     yield from _out_of_range(config)
+    yield from _too_large(config)
     yield from _model_problems(config.model)
     yield from _data_problems(config.data)
     yield from _task_problems(config)
@@ -136,8 +137,6 @@ def _too_large(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _out_of_range(config: Config) -> Iterator[str]:
-    yield from _too_large(config)
-
     def value(key: str) -> float:
         section, _, name = key.rpartition(".")
         return getattr(getattr(config, section) if section else config, name)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lslm_jax import errors, peers, progress
+from lslm_jax import environment, errors, peers, progress
 from lslm_jax.errors import ConfigError, LslmError, PeerLost, first_line
 
 _JOIN_SECONDS = 600.0  # for the other processes to come
@@ -142,10 +142,29 @@ def start(
         )
     except Exception as error:  # jax looks at the scheduler's variables itself, and raises what it meets
         raise PeerLost(f"cannot join the other processes ({cluster.kind}): {first_line(error)}") from error
+    _connect()
     if not is_primary():
         progress.be_quiet()
     if patience:
         peers.begin(_client(), jax.process_index(), jax.process_count(), patience)
+
+
+def _connect() -> None:
+    """Lets the CPU devices of all processes meet once: gloo writes a line for each then, which nobody needs.
+
+    Raises:
+      PeerLost: they do not meet.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    spread = NamedSharding(mesh, PartitionSpec("all"))
+    try:
+        with environment.without_output():
+            ones = jax.make_array_from_callback((mesh.size,), spread, lambda _: np.ones(1, np.int32))
+            jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(ones).block_until_ready()
+    except RuntimeError as error:
+        raise PeerLost(f"cannot reach the other processes: {first_line(error)}") from error
 
 
 def _bind_address(cluster: Cluster) -> str | None:

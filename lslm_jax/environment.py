@@ -1,9 +1,11 @@
 """Process environment: limits of the operating system, and the settings of JAX and XLA that change a run's numbers."""
 
+import contextlib
 import os
 import re
 import resource
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lslm_jax.errors import ConfigError
@@ -39,9 +41,27 @@ def raise_open_file_limit() -> None:
 
 
 def quiet_libraries(environ: Any = os.environ) -> None:
-    """Sets the log levels of gloo and libtpu, which otherwise write pages to stderr; before jax is imported."""
-    for name, value in {"GLOO_LOG_LEVEL": "ERROR", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}.items():
-        environ.setdefault(name, value)
+    """Sets the log level of libtpu, which otherwise writes pages to stderr where no TPU is; before jax is imported."""
+    for name in ("TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL"):
+        environ.setdefault(name, "3")
+
+
+@contextlib.contextmanager
+def without_output() -> Iterator[None]:
+    """Sends what is written to the process's own stdout and stderr, by C++ libraries too, nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number, _ in kept:
+            os.dup2(nowhere, number)
+        yield
+    finally:
+        for number, copy in kept:
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nowhere)
 
 
 def check_jax_options() -> None:

@@ -73,6 +73,7 @@ def test_files_lines_and_the_names_of_both_are_put_on_disk(tmp_path, monkeypatch
     assert synced[2:] == ["directory"]
     lines.sync()
     assert synced[3:] == ["file"]
+    lines.close()
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):

@@ -48,17 +48,21 @@ def test_a_cluster_is_found_by_flags_or_by_what_its_scheduler_sets(environ, flag
 @pytest.mark.parametrize(
     ("environ", "flags", "message"),
     [
-        (SLURM | {"SLURM_NTASKS": "two"}, (), "SLURM_NTASKS=two must be a number"),
-        (SLURM | {"SLURM_NTASKS": "\u00b2"}, (), "SLURM_NTASKS=\u00b2 must be a number"),
-        (SLURM | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "?"}, (), "SLURM_STEP_NUM_NODES=? must be a number"),
+        (SLURM | {"SLURM_NTASKS": "two"}, (None, None, None), "SLURM_NTASKS=two must be a number"),
+        (SLURM | {"SLURM_NTASKS": "\u00b2"}, (None, None, None), "SLURM_NTASKS=\u00b2 must be a number"),
+        (
+            SLURM | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "?"},
+            (None, None, None),
+            "SLURM_STEP_NUM_NODES=? must be a number",
+        ),
         (
             SLURM | {"SLURM_NTASKS": "1000000", "SLURM_STEP_NUM_NODES": "1000000", "SLURM_GPUS_ON_NODE": "9" * 30},
-            (),
+            (None, None, None),
             f"SLURM_GPUS_ON_NODE={'9' * 30} must be a number of at most",
         ),
         (SLURM | {"SLURM_NTASKS": "2"}, ("nowhere", None, None), "--coordinator=nowhere must be HOST:PORT"),
         ({}, ("a:99999", 2, 0), "--coordinator=a:99999 must be HOST:PORT, with a port below 65536"),
-        ({}, ("a:1", 10**30, 0), "must be in [1, "),
+        ({}, ("a:1", 10**30, 0), "--processes=1000000000000000000000000000000 must be in [1, "),
         ({}, (None, 2, 0), "--coordinator is missing: a run of several processes needs --coordinator, --processes, "),
         ({}, ("a:1", None, 0), "--processes is missing"),
         ({}, ("a:1", 2, None), "--process is missing"),

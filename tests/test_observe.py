@@ -140,6 +140,34 @@ def test_tensorboard_shows_scalars_and_texts_and_says_nothing(tmp_path, capfd, m
 
 
 @needs_tensorflow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda path: path.write_text(path.read_text().replace("1.5", "1.6")),
+            "holds other lines than those that it had",
+        ),
+        (
+            lambda path: path.write_text("".join(path.read_text().splitlines(True)[:2])),
+            "lacks 2 of the 4 lines after step 2",
+        ),
+        (lambda path: path.unlink(), "lacks 4 of the 4 lines after step 0 that it had when the checkpoint was saved"),
+        (lambda path: path.write_text(path.read_text() + '{"step": 5, "loss": 1.0}\n'), ""),  # which is done again
+    ],
+)
+def test_a_record_is_compared_with_the_one_at_the_time_of_a_checkpoint(tmp_path, change, message):
+    metrics = Metrics(str(tmp_path), PLAIN)
+    for step in range(1, 5):
+        metrics.write(step, {"loss": step + 0.5})
+    memory = metrics.memory
+    metrics.close()
+    change(tmp_path / "metrics.jsonl")
+    again = Metrics(str(tmp_path), PLAIN)
+    again.truncate(4)
+    assert message in again.difference(memory) and bool(again.difference(memory)) == bool(message)
+    assert again.difference({}) == ""  # of a version that recorded none
+
+
 @needs_tensorflow
 def test_steps_that_a_killed_run_showed_are_shown_once_after_it_goes_on(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

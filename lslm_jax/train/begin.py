@@ -49,8 +49,6 @@ def begin(
         source = hub.local(config.train.init_from)
         if pretrained.is_pretrained(source):
             model = _load_pretrained(source, config, checkpoints.identity["tokenizer_sha256"], state.model, log)
-        elif source.name.isdigit() and source.parent.name == "checkpoints":
-            model = checkpoints.load_fitting(source.parent, state.model, log, int(source.name))
         else:
             model = checkpoints.load_fitting(source / "checkpoints", state.model, log)
         if bad := not_finite(flatten(model)):

@@ -8,7 +8,9 @@ finished. A checkpoint restores on any mesh.
 
 import contextlib
 import json
+import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +35,16 @@ from lslm_jax.trees import flatten, unflatten
 _READ_TRIES, _VANISH_POLLS = 5, 10
 _HEAD = "top."  # of the names of what an encoder ends with
 _PIECE = 16 << 20  # bytes that each of several devices with one array saves, or one saves all: a cut is compiled
+
+
+class _WithoutTracebacks(logging.Filter):
+    """Drops what Orbax's threads log of an exception, page by page: it is raised as well, and reported in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_WithoutTracebacks())
 
 
 class Checkpoints:
@@ -136,19 +148,18 @@ class Checkpoints:
             restored["ema"] = jax.tree.map(jnp.copy, restored["model"])
         return State(**{"ema": None, **restored, **counters})
 
-    def load_fitting(self, source: epath.Path, model: Any, log: Callable[[str], None], step: int | None = None) -> Any:
-        """A model with the weights of another run where it has the same parameters; tells which those are.
+    def load_fitting(self, source: epath.Path, model: Any, log: Callable[[str], None]) -> Any:
+        """A model with the latest weights of another run where it has the same parameters; tells which those are.
 
         Args:
           source: the `checkpoints` directory of that run.
-          step: of the checkpoint. None: the latest.
           model: fresh; what the other run lacks stays as it is.
           log: told what was taken, what is fresh, and what was left behind.
 
         Raises:
           CheckpointRefused: the other run had another tokenizer, or its body another shape.
         """
-        directory = atomic.place(source) / str(latest_step(source) if step is None else step)
+        directory = atomic.place(source) / str(latest_step(source))
         part = "ema" if (directory / "ema").is_dir() else "model"
         _check(directory, part, "metrics")
         found: Any = ocp.metadata(directory, part)

@@ -173,14 +173,15 @@ def audit(workdir: epath.Path, data: Rows, batch_size: int) -> dict[str, Any]:
         skipped |= {step for span in parts[0].spans for step in span.get("skipped", ()) if step <= done}
     detours = last.detours if last else []
     # Positions of the data order are contiguous over all batch sizes.
-    rows_read = (last.offset + at(done, detours) * (last.batch_size or batch_size)) if last else 0
+    size = (last.batch_size if last else None) or batch_size
+    rows_read = (last.offset if last else 0) + at(done, detours) * size
     return {
         "steps": done,
         "starts": len(starts),
         "repeated_steps": repeated,
         "skipped_steps": sorted(skipped),
         "batches_left_out": at(done, detours) - done,
-        "epochs": _count(data, rows_read, batch_size),
+        "epochs": _count(last._replace(offset=0).of(data) if last else data, rows_read, size),
     }
 
 

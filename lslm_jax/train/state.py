@@ -1,6 +1,7 @@
 """All that training changes, born where it will live."""
 
 import fnmatch
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -110,7 +111,8 @@ def divide(config: Config, model: Any) -> tuple[Any, Any]:
     return split(model, trained)
 
 
-_SECOND_MOMENTS = ("nu", "v", "v_row", "v_col")  # parts of the names that optax gives them
+# Names that optax gives second moments, behind their place in a chain; models have parts named `v` as well.
+_SECOND_MOMENT = re.compile(r"(?:^optimizer|\.\d+)\.(?:nu|v|v_row|v_col)\.")
 _HUGE = 1e20  # of a moment: gradients of 1e10 are no numbers of training, but those of a damaged bit
 
 
@@ -128,7 +130,7 @@ def survey(arrays: Mapping[str, jax.Array]) -> dict[str, tuple[bool, int]]:
     """
     where = next(iter(arrays.values())).sharding
     whole = NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
-    second = tuple(any(part in _SECOND_MOMENTS for part in name.split(".")) for name in arrays)
+    second = tuple(_SECOND_MOMENT.search(name) is not None for name in arrays)
     checked = jax.jit(_survey, static_argnums=1, out_shardings=whole)(list(arrays.values()), second)
     finite, odd = jax.device_get(checked)
     return {name: (bool(finite[i]), int(odd[i])) for i, name in enumerate(arrays)}

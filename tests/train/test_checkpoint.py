@@ -26,7 +26,7 @@ from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.begin import begin
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import abstract_model, abstract_state
+from lslm_jax.train.state import abstract_model, abstract_state, survey
 
 BASE = Config(
     model=ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=120, max_length=16),
@@ -335,12 +335,6 @@ def test_a_run_may_begin_with_the_weights_of_another_but_its_own_step_and_optimi
     assert_same(state.ema, state_at(7).ema)
 
 
-def test_a_run_may_begin_with_a_chosen_checkpoint_of_another_by_its_directory(saved, tmp_path):
-    state, lines = begun(tmp_path, changed(train={"init_from": f"{saved}/checkpoints/7"}))
-    assert_same(state.model, state_at(7).ema)
-    assert lines == [f"started from 20 of 20 parameters in {saved}/checkpoints/7"]
-
-
 def test_weights_to_begin_with_that_are_not_finite_are_refused_at_the_start(tmp_path, monkeypatch):
     model = state_at(7).model
     leaves = dict(trees.flatten(model))
@@ -497,16 +491,30 @@ def test_moments_out_of_range_are_reported_when_they_are_saved(tmp_path, capsys)
     state = state_at(3)
     leaves = dict(trees.flatten(state.optimizer))
     name = next(name for name in leaves if ".nu." in name)
-    spoilt = np.abs(np.asarray(leaves[name]))
-    spoilt.flat[5] = 1e38
-    optimizer = trees.unflatten(state.optimizer, leaves | {name: jax.device_put(spoilt, leaves[name].sharding)})
+    spoilt = {other: np.abs(np.asarray(leaf)) for other, leaf in leaves.items() if np.ndim(leaf)}
+    spoilt[name].flat[5] = 1e38
+    placed = {other: jax.device_put(array, leaves[other].sharding) for other, array in spoilt.items()}
     run = opened(tmp_path)
-    run.save(state._replace(optimizer=optimizer))
+    run.save(state._replace(optimizer=trees.unflatten(state.optimizer, leaves | placed)))
     run.close()
-    found = [
-        line for line in capsys.readouterr().err.splitlines() if f"1 values of optimizer.{name} are out of" in line
-    ]
-    assert found and found[0].startswith("warning: step 3: ")
+    assert capsys.readouterr().err.startswith(f"warning: step 3: 1 values of optimizer.{name} are out of the range")
+
+
+def test_an_average_that_the_checkpoint_lacks_begins_with_its_weights(tmp_path):
+    plain, lines = changed(train={"ema": 0.0}), []
+    run = opened(tmp_path, plain)
+    run.save(state_at(3, plain))
+    run.close()
+    restored = opened(tmp_path).restore(3, abstract(), lines.append)
+    assert_same((restored.model, restored.ema), (state_at(3, plain).model,) * 2)
+    assert any(
+        "3 has no averaged weights: the average (train.ema) begins with the weights of step 3" in line for line in lines
+    )
+
+
+def test_a_parameter_named_v_is_no_second_moment():
+    arrays = {name: jax.numpy.full(3, -1.0) for name in ("optimizer.1.0.mu.blocks.attention.v.b", "optimizer.0.nu.w")}
+    assert [odd for _, odd in survey(arrays).values()] == [0, 3]
 
 
 def test_a_renamed_checkpoint_of_an_older_version_is_refused_by_its_own_step(copy):

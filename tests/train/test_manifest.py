@@ -162,7 +162,7 @@ def test_a_file_that_is_not_listed_and_a_renamed_step_are_refused(checkpoints):
 def test_a_listed_file_that_is_a_device_is_refused_before_it_is_read(checkpoints):
     path = checkpoints / "110" / "model" / "array"
     path.unlink()
-    path.symlink_to("/dev/zero")
+    pathlib.Path(path).symlink_to("/dev/zero")
     with pytest.raises(CheckpointRefused, match="is not a regular file"):
         check_manifest(checkpoints / "110")
 
@@ -186,6 +186,6 @@ def test_of_a_link_to_an_archive_a_rollback_removes_the_link_alone(checkpoints, 
     archive = tmp_path / "archive"
     archive.mkdir()
     shutil.move(checkpoints / "110", archive / "110")
-    (checkpoints / "110").symlink_to(archive / "110")
+    pathlib.Path(checkpoints / "110").symlink_to(archive / "110")
     discard(checkpoints / "110")
     assert steps(checkpoints) == [90, 100] and (archive / "110" / "manifest.json").exists()
