@@ -99,11 +99,16 @@ def _write_purge(directory: str, step: int) -> None:
     tf = import_tensorflow()
     tf.io.gfile.makedirs(directory)
     # TensorBoard reads files in the order of their names: behind those of earlier starts, before that of this one.
-    name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0.purge"
+    name, tries = "", 0
+    while not name or (tries < 20 and name <= max(tf.io.gfile.listdir(directory), default="")):
+        time.sleep(0.1 * bool(name))  # the one before was begun in this very second
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0.purge"
+        tries += 1
     event, start = tf.compat.v1.Event, tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
     with tf.io.TFRecordWriter(f"{directory}/{name}") as writer:
         writer.write(event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-        writer.write(event(wall_time=time.time(), step=step, session_log=start).SerializeToString())
+        for _ in range(2):  # TensorBoard takes the first start of all for no restart
+            writer.write(event(wall_time=time.time(), step=step, session_log=start).SerializeToString())
 
 
 class Metrics:
