@@ -87,7 +87,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Does it in a directory that is this run's alone."""
     data_dir = resolving.data_dir(config, workdir)
     if distributed.is_primary():
-        for directory in (workdir, workdir / "samples", data_dir):
+        for directory in (workdir, workdir / "samples"):
             atomic.remove_leftovers(directory)
     _prepare(config, data_dir)
     if config.data.verify:

@@ -271,6 +271,9 @@ def load_latest(directory: epath.Path, load: Callable[[int], Any]) -> tuple[Any,
     Raises:
       CheckpointRefused: there is none, or the latest is damaged.
     """
+    if jax.process_count() > 1:  # which have to read the same one, and cannot each try another
+        step = distributed.by_primary("latest", lambda: latest_step(directory))
+        return load(step), step
     for _ in range(_READ_TRIES):
         step = latest_step(directory)
         try:
