@@ -249,7 +249,7 @@ def check_equal(
     by_primary(name, compare)
 
 
-def on_each(name: str, work: Callable[[], None], key: str) -> None:
+def on_each(name: str, work: Callable[[], Any], key: str) -> None:
     """Does work on one process of each key; if it fails on any, all raise its error.
 
     Args:

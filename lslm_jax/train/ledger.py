@@ -300,6 +300,7 @@ def _starts(workdir: epath.Path) -> dict[int, list[_Start]]:
             raise DataError(f"{path} is damaged: {first_line(error)}") from error
         for number, start in mine.items():
             found.setdefault(number, []).append(start)
+    return found
 
 
 def _lines(path: epath.Path) -> Iterator[dict[str, Any]]:
