@@ -409,20 +409,16 @@ def twice(make_batch, start, stop, **_):
     yield from (make_batch(step // 2) for step in range(start, stop))
 
 
-@pytest.mark.parametrize("loader", [None, twice])
-def test_the_ledger_holds_what_was_trained_on_and_not_what_was_due(tmp_path, monkeypatch, loader):
-    if loader:
-        monkeypatch.setattr(prefetch, "batches", loader)
+def test_the_ledger_holds_what_was_trained_on_and_not_what_was_due(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefetch, "batches", twice)
     config = configured(train={"steps": 6})
     train(config, tmp_path)
     data = SyntheticInput(config, config.model.vocab_size)
-    if loader:
-        with pytest.raises(DataError, match="steps 1 to 6 trained on other arrays than their rows make"):
-            ledger.audit(epath.Path(tmp_path), data, 8)
-    else:
-        assert ledger.audit(epath.Path(tmp_path), data, 8)["steps"] == 6
+    with pytest.raises(DataError, match="steps 1 to 6 trained on other arrays than their rows make"):
+        ledger.audit(epath.Path(tmp_path), data, 8)
 
 
+@pytest.mark.exhaustive
 def test_updates_that_are_skipped_are_counted_over_all_starts(tmp_path):
     config = configured(checkpoint={"every": 10})
     with pytest.raises(NumericAbort):
