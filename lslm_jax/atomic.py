@@ -1,9 +1,12 @@
 """Files that are whole or not there at all, local or remote."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import time
 import weakref
 from collections.abc import Iterator
@@ -14,6 +17,8 @@ from etils import epath
 from lslm_jax.errors import ConfigError, DataError, SaveError
 
 _SYNC_SECONDS = 60.0  # after which added lines are put into a bucket unasked
+_SCHEMES = ("gs://", "s3://", "az://", "hf://")  # that epath and fsspec open
+_LEFTOVER = re.compile(r".+\.[0-9a-f]{16}\.tmp")  # temporary file of a process that was killed
 
 
 class WholeFile:
@@ -21,10 +26,15 @@ class WholeFile:
 
     def __init__(self, path: epath.Path):
         self._path = path
-        self._part = path.parent / f"{path.name}.tmp"
         self._size, self._sha256 = 0, hashlib.sha256()
         with saving(path):
-            self._stream = self._part.open("wb")
+            if is_remote(path):
+                self._part = path.parent / f"{path.name}.tmp"
+                self._stream: IO[Any] = self._part.open("wb")
+            else:
+                # Random and exclusive: a link that somebody has put there is not followed.
+                self._part = path.parent / f"{path.name}.{secrets.token_hex(8)}.tmp"
+                self._stream = open_plain(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, "wb")
         weakref.finalize(self, _abandon, self._stream)
 
     def write(self, data: bytes) -> None:
@@ -42,6 +52,7 @@ class WholeFile:
                 os.fsync(self._stream.fileno())
             self._stream.close()
             self._part.replace(self._path)
+            sync_directory(self._path.parent)
         return {"file": self._path.name, "size": self._size, "sha256": self._sha256.hexdigest()}
 
 
@@ -59,7 +70,8 @@ class Lines:
         with saving(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if not is_remote(path):
-                self._stream = path.open("a")
+                self._stream = open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, "a")
+                sync_directory(path.parent)
             elif path.exists():
                 self._content += path.read_bytes()
         self._whole = len(self._content)  # bytes of it that are in the bucket
@@ -76,7 +88,12 @@ class Lines:
             self.sync()
 
     def sync(self) -> None:
-        """Puts what was added where other processes, and later ones, find it."""
+        """Puts what was added where other processes, and later ones, find it, also after a power cut."""
+        if self._stream is not None:
+            stream = self._stream
+            with saving(self._path):
+                stream.flush()
+                os.fsync(stream.fileno())
         if self._stream is None and len(self._content) > self._whole:
             write(self._path, bytes(self._content))
             self._whole, self._synced = len(self._content), time.monotonic()
@@ -87,6 +104,33 @@ class Lines:
         if self._stream is not None:
             with saving(self._path):
                 self._stream.close()
+
+
+def open_plain(path: epath.Path, flags: int, mode: str) -> IO[Any]:
+    """Opens a local file by its own name: a symbolic link is an error (ELOOP), not a way to another file."""
+    return os.fdopen(os.open(os.fspath(path), flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), mode)
+
+
+def sync_directory(directory: epath.Path) -> None:
+    """Puts the names in a local directory on disk; without that, a power cut may take a file that was renamed."""
+    if is_remote(directory):
+        return
+    with contextlib.suppress(OSError):  # some file systems cannot
+        descriptor = os.open(os.fspath(directory), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_leftovers(directory: epath.Path) -> None:
+    """Removes temporary files that killed processes left in a local directory; nothing may be writing there."""
+    if is_remote(directory) or not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _abandon(stream: IO[Any]) -> None:
@@ -101,16 +145,24 @@ def saving(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise SaveError(f"could not write {path}: it is a symbolic link, which is not followed") from error
         raise SaveError(f"could not write {path}: {error.strerror or error}") from error
 
 
-def is_remote(path: epath.Path) -> bool:
+def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path is an address such as gs://bucket/name."""
     return "://" in os.fspath(path)
 
 
 def place(path: str | os.PathLike[str]) -> epath.Path:
-    """What a user wrote as a path that holds in any directory; an address is one already (epath would prepend ours)."""
+    """What a user wrote as a path that holds in any directory; an address is one already (epath would prepend ours).
+
+    Raises:
+      ConfigError: an address of a scheme that there is not.
+    """
+    if is_remote(path) and not os.fspath(path).startswith(_SCHEMES):
+        raise ConfigError(f"{os.fspath(path)} is no known address: use a local directory, or gs:// or s3://")
     path = epath.Path(path)
     return path if is_remote(path) else path.expanduser().absolute()
 

@@ -312,7 +312,9 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Probability spread evenly over the vocabulary in the targets."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the weights, which evaluation then uses. 0: off."""
+    """Decay of a moving average of the weights, which evaluation then uses; it rises as (1 + n) / (10 + n). 0: off."""
+    resume_from: int = 0
+    """Checkpoint to go back to, once; later ones are set aside. 0: go on from the newest."""
     init_from: str = ""
     """A run, or a Hugging Face model (directory, hf://ORG/NAME), whose weights a fresh run starts from as they fit."""
     watchdog: float = 60.0
@@ -340,7 +342,9 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine", "rsqrt", "wsd"] = "cosine"
     """Shape after the warm-up. `rsqrt`: reciprocal square root; `wsd`: flat, then linear over the last fifth."""
     warmup_steps: int = 100
-    """Steps of linear rise from 0."""
+    """Steps of linear rise from warmup_from."""
+    warmup_from: float = 0.0
+    """Learning rate of the first step, relative to the peak; with 0 that step changes no weight."""
     final_ratio: float = 0.1
     """Learning rate at the end, relative to the peak (linear, cosine, wsd)."""
     b1: float = 0.9

@@ -1,8 +1,11 @@
 """Refuses a config that cannot work, in one line that names the keys and what would do."""
 
+import dataclasses
 import fnmatch
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from lslm_jax import config_mesh
 from lslm_jax.config import Config, DataConfig, GenerateConfig, MixtureSource, ModelConfig, Source
@@ -65,6 +68,7 @@ def resolve_labels(model: ModelConfig, labels: int) -> ModelConfig:
 
 def _problems(config: Config) -> Iterator[str]:
     yield from _out_of_range(config)
+    yield from _too_large(config)
     yield from _model_problems(config.model)
     yield from _data_problems(config.data)
     yield from _task_problems(config)
@@ -88,12 +92,48 @@ _NOT_NEGATIVE = (
     "model.expert_capacity model.microbatches data.source_len train.balance_loss train.router_z_loss train.watchdog "
     "train.spike train.check_copies data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss "
     "optimizer.warmup_steps optimizer.weight_decay optimizer.clip checkpoint.keep_every checkpoint.export_every "
-    "eval.every eval.batches generate.temperature generate.top_k"
+    "eval.every eval.batches generate.temperature generate.top_k train.resume_from"
 ).split()
 _BELOW_ONE = (
     "model.dropout data.valid_fraction task.mask_rate train.label_smoothing train.ema optimizer.b1 optimizer.b2 "
     "generate.min_p"
 ).split()
+
+
+# Largest values. Other whole numbers must fit into int32, as they do on devices.
+_INT32 = (1 << 31) - 1
+_LARGEST = {
+    "seed": (1 << 32) - 1,  # of larger ones jax would drop the upper bits, and so give several seeds the same weights
+    "model.num_layers": 10_000,
+    "model.num_decoder_layers": 10_000,
+    "model.d_model": 1 << 24,
+    "model.d_ff": 1 << 24,
+    "model.head_dim": 1 << 20,
+    "model.num_heads": 1 << 16,
+    "model.num_kv_heads": 1 << 16,
+    "model.num_experts": 1 << 16,
+    "model.num_labels": 1 << 24,
+    "train.batch_size": 1 << 24,
+    "data.shard_tokens": 1 << 62,
+    "data.max_documents": 1 << 62,
+    "tokenizer.sample_bytes": 1 << 62,
+    "clean.min_chars": 1 << 62,
+    "clean.max_chars": 1 << 62,
+}
+
+
+def _too_large(node: Any, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(node):
+        key, value = f"{prefix}{field.name}", getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _too_large(value, f"{key}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                yield f"{key} must be finite, got {number}"
+            elif isinstance(number, int) and abs(number) > (most := _LARGEST.get(key, _INT32)):
+                yield (
+                    f"{key} must be at most {most}, got {number:.4g}" if abs(number) < 1e300 else f"{key} is too large"
+                )
 
 
 def _out_of_range(config: Config) -> Iterator[str]:
@@ -104,7 +144,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
     yield from (f"{key} must be positive, got {value(key)}" for key in _POSITIVE if not value(key) > 0)
     yield from (f"{key} must not be negative, got {value(key)}" for key in _NOT_NEGATIVE if not value(key) >= 0)
     yield from (f"{key} must be in [0, 1), got {value(key)}" for key in _BELOW_ONE if not 0 <= value(key) < 1)
-    for key in ("generate.top_p", "optimizer.final_ratio", "model.rope_fraction"):
+    for key in ("generate.top_p", "optimizer.final_ratio", "optimizer.warmup_from", "model.rope_fraction"):
         if not 0 <= value(key) <= 1:
             yield f"{key} must be in [0, 1], got {value(key)}"
 

@@ -6,6 +6,8 @@ One process is a run too: then everything here returns at once. Process 0 is the
 import itertools
 import json
 import os
+import re
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lslm_jax import errors, peers, progress
+from lslm_jax import environment, errors, peers, progress
 from lslm_jax.errors import ConfigError, LslmError, PeerLost, first_line
 
 _JOIN_SECONDS = 600.0  # for the other processes to come
 _ABORT_SECONDS = 100.0  # of silence until JAX aborts everyone: the last resort, where nobody watches
 _POLL_SECONDS = 5.0  # a process waits in such slices, between which it can be stopped
+_MOST = 1 << 20  # processes, or devices of one
 _calls = itertools.count()  # every process asks the same questions in the same order
 
 
@@ -58,13 +61,16 @@ def find_cluster(
             if "OMPI_MCA_orte_hnp_uri" not in environ:
                 raise ConfigError("Open MPI does not say where process 0 is: set --coordinator=HOST:PORT")
             return Cluster("openmpi")
+    if coordinator is not None:
+        _check_address(coordinator)
     if (coordinator, processes, process) != (None, None, None) and not _is_slurm(environ):
         return _told(coordinator, processes, process)
     if _is_slurm(environ):
-        tasks = int(environ["SLURM_NTASKS"])
+        tasks = _number(environ, "SLURM_NTASKS")
         if tasks == 1:
             return None
-        alone = int(environ.get("SLURM_STEP_NUM_NODES", "1")) == tasks  # one process a host, which has all its GPUs
+        nodes = _number(environ, "SLURM_STEP_NUM_NODES")
+        alone = (1 if nodes is None else nodes) == tasks  # one process a host, which has all its GPUs
         gpus = _number(environ, "SLURM_GPUS_ON_NODE") if alone else None
         return Cluster("slurm", coordinator, devices=tuple(range(gpus)) if gpus else None)
     if "," in environ.get("TPU_WORKER_HOSTNAMES", "") or environ.get("MEGASCALE_COORDINATOR_ADDRESS"):
@@ -84,19 +90,24 @@ def _told(coordinator: str | None, processes: int | None, process: int | None) -
     if missing := [name for name, value in said.items() if value is None]:
         raise ConfigError(f"{missing[0]} is missing: a run of several processes needs {', '.join(said)}")
     assert coordinator and processes is not None and process is not None
-    host, colon, port = coordinator.rpartition(":")
-    if not (colon and host and port.isdigit()):
-        raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT")
+    if not 0 < processes <= _MOST:
+        raise ConfigError(f"--processes={processes} must be in [1, {_MOST}]")
     if not 0 <= process < processes:
         raise ConfigError(f"--process={process} must be at least 0 and below --processes={processes}")
     return Cluster("flags", coordinator, processes, process)
 
 
+def _check_address(coordinator: str) -> None:
+    match = re.fullmatch(r"(\S+):([0-9]{1,5})", coordinator)
+    if not match or not 0 < int(match[2]) < 1 << 16:
+        raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT, with a port below 65536")
+
+
 def _number(environ: Mapping[str, str], name: str) -> int | None:
     if name not in environ:
         return None
-    if not environ[name].isdigit():
-        raise ConfigError(f"{name}={environ[name]} must be a number")
+    if not re.fullmatch(r"[0-9]{1,7}", environ[name]) or int(environ[name]) > _MOST:
+        raise ConfigError(f"{name}={environ[name]} must be a number of at most {_MOST}")
     return int(environ[name])
 
 
@@ -118,8 +129,6 @@ def start(
         return
     # That service would swallow SIGTERM; here, signals are agreed upon by the loop (`Agreement`).
     jax.config.update("jax_enable_preemption_service", False)
-    host = (cluster.coordinator or "").rpartition(":")[0]
-    address = cluster.coordinator if host in ("localhost", "127.0.0.1") else None
     try:
         jax.distributed.initialize(
             coordinator_address=cluster.coordinator,
@@ -129,14 +138,53 @@ def start(
             cluster_detection_method="deactivate" if cluster.kind == "flags" else None,
             initialization_timeout=int(_JOIN_SECONDS),
             heartbeat_timeout_seconds=int(max(_ABORT_SECONDS, 2 * patience)),
-            coordinator_bind_address=address,
+            coordinator_bind_address=_bind_address(cluster),
         )
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # jax looks at the scheduler's variables itself, and raises what it meets
         raise PeerLost(f"cannot join the other processes ({cluster.kind}): {first_line(error)}") from error
+    _connect()
     if not is_primary():
         progress.be_quiet()
     if patience:
         peers.begin(_client(), jax.process_index(), jax.process_count(), patience)
+
+
+def _connect() -> None:
+    """Lets the CPU devices of all processes meet once: gloo writes a line for each then, which nobody needs.
+
+    Raises:
+      PeerLost: they do not meet.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    spread = NamedSharding(mesh, PartitionSpec("all"))
+    try:
+        with environment.without_output():
+            ones = jax.make_array_from_callback((mesh.size,), spread, lambda _: np.ones(1, np.int32))
+            jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(ones).block_until_ready()
+    except RuntimeError as error:
+        raise PeerLost(f"cannot reach the other processes: {first_line(error)}") from error
+
+
+def _bind_address(cluster: Cluster) -> str | None:
+    """Address that the service of process 0 listens on: the named one, and not all, if it is one of this machine.
+
+    The service authenticates nobody: whoever reaches it can end the run. None leaves the choice to jax (all addresses),
+    as where the name is that of a load balancer, or the scheduler chooses.
+    """
+    host = (cluster.coordinator or "").rpartition(":")[0]
+    if host in ("", "0.0.0.0", "[::]"):
+        return None
+    if host == "localhost":
+        return cluster.coordinator
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind((address[0], 0))
+    except OSError:
+        return None
+    return cluster.coordinator
 
 
 def is_primary() -> bool:
@@ -167,6 +215,74 @@ def by_primary(name: str, work: Callable[[], Any]) -> Any:
         error.told = True
         raise error
     return answer["value"]
+
+
+def check_equal(
+    name: str, values: Mapping[str, Any], error: type[LslmError] = ConfigError, remedy: str = "give all the same"
+) -> None:
+    """Compares JSON values, by name, of all processes with those of process 0.
+
+    Args:
+      name: of the comparison.
+      values: of this process.
+      error: raised on a difference.
+      remedy: end of its message.
+
+    Raises:
+      LslmError: `error`, on every process, where one has another value; its message names both.
+    """
+    if jax.process_count() == 1:
+        return
+    key = f"lslm/equal/{name}-{next(_calls)}"
+    mine = {"host": socket.gethostname(), "values": json.loads(json.dumps(dict(values)))}
+    _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(mine))
+
+    def compare() -> None:
+        for process in range(1, jax.process_count()):
+            theirs = json.loads(_await(f"{key}/{process}"))
+            for field in dict(mine["values"]) | theirs["values"]:
+                ours, other = mine["values"].get(field), theirs["values"].get(field)
+                if ours != other:
+                    where = f"process {process} on {theirs['host']}"
+                    raise error(f"{where} has {field}={other}, process 0 has {ours}: {remedy}")
+
+    by_primary(name, compare)
+
+
+def on_each(name: str, work: Callable[[], Any], key: str) -> None:
+    """Does work on one process of each key; if it fails on any, all raise its error.
+
+    Args:
+      name: of the work.
+      work: raises an LslmError where it fails.
+      key: of this process; the first process of each key works, the others wait.
+    """
+    if jax.process_count() == 1:
+        work()
+        return
+    prefix, processes, me = f"lslm/each/{name}-{next(_calls)}", range(jax.process_count()), jax.process_index()
+    _client().key_value_set(f"{prefix}/key/{me}", key)
+    workers = by_primary(name, lambda: _first_of_each([_await(f"{prefix}/key/{process}") for process in processes]))
+    if me in workers:
+        failure = {}
+        try:
+            work()
+        except LslmError as error:
+            failure = {"error": type(error).__name__, "text": str(error)}
+        _client().key_value_set(f"{prefix}/done/{me}", json.dumps(failure))
+
+    def collect() -> None:
+        for process in workers:
+            if failure := json.loads(_await(f"{prefix}/done/{process}")):
+                raise getattr(errors, failure["error"])(
+                    f"process {process}: {failure['text']}" if process else failure["text"]
+                )
+
+    by_primary(name, collect)
+
+
+def _first_of_each(keys: list[str]) -> list[int]:
+    return sorted({key: process for process, key in reversed(list(enumerate(keys)))}.values())
 
 
 def primary_first(name: str, work: Callable[[], Any]) -> Any:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from lslm_jax import config_checks, config_loading, malloc, peers
+from lslm_jax import atomic, config_checks, config_loading, environment, malloc, peers
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError, LslmError
+from lslm_jax.train import preemption
 
 VERBS = {
     "train": "prepare the data if needed, train or go on training, evaluate, save (the default)",
@@ -119,6 +120,9 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         return None
     settings = [flag for flag in argv if flag.startswith("--config.")]
     flags = parser().parse_args([flag for flag in argv if flag not in settings])
+    if flags.workdir:
+        atomic.place(flags.workdir)  # rejects an unknown scheme
+    environment.raise_open_file_limit()
     if flags.verb == "verify":  # which needs no config, nor jax
         from etils import epath
 
@@ -132,13 +136,17 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
 
         topology.prepare(flags.topology)
     # Not before the config is known to be sound: this imports jax.
+    environment.quiet_libraries()
     from lslm_jax import compile_cache, distributed, verbs
-    from lslm_jax.train import reproducible
+    from lslm_jax.train import identity, reproducible
+
+    environment.check_jax_options()
 
     if config.train.reproducible:
         reproducible.fix_threads()
     if flags.verb != "plan":  # for which one process is enough, whatever hardware it is for
         distributed.start(flags.coordinator, flags.processes, flags.process, config.train.watchdog)
+        identity.check_processes(config, vars(flags))
     if flags.workdir:
         compile_cache.keep(flags.workdir)
     return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
@@ -194,7 +202,13 @@ def _named(workdir: str | None) -> str:
 def run() -> NoReturn:
     """The command, in a process of its own."""
     malloc.ensure_large_pages()
-    main()
+    preemption.end_on_signals(sys.argv[1:])
+    try:
+        main()
+    except SystemExit as stop:
+        if isinstance(stop.code, int) and stop.code:
+            peers.end_soon(stop.code)  # a thread that hangs, in a save that failed, must not keep the process
+        raise
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 Nothing here changes what a run computes.
 """
 
+import hashlib
 import json
 import math
+import os
+import socket
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +18,7 @@ from etils import epath
 
 from lslm_jax import atomic, devices
 from lslm_jax.config import LogConfig
-from lslm_jax.imports import import_metric_writers
+from lslm_jax.imports import import_metric_writers, import_tensorflow
 from lslm_jax.progress import say
 
 FLUSH_SECONDS = 5.0  # after which TensorBoard is shown what is new
@@ -37,6 +40,7 @@ class TensorBoard:
         self._writer: Any = None
         self._flushed = self._queued = -math.inf
         self._left_out: tuple[int, dict[str, float]] | None = None
+        self._purge_from: int | None = None
         self._off = False
 
     def scalars(self, step: int, values: Mapping[str, float], *, often: bool = False) -> None:
@@ -53,6 +57,10 @@ class TensorBoard:
         """Shows a text letter by letter; held until the first scalars, so that no import slows the first step."""
         verbatim = "".join(f"    {line}\n" for line in text.splitlines())
         self._held.append(("write_texts", step, {name: verbatim}))
+
+    def purge(self, step: int) -> None:
+        """Makes TensorBoard drop what an earlier start of the run wrote of this step and later ones."""
+        self._purge_from = step
 
     def close(self) -> None:
         """Writes what is queued, and the last step, and ends."""
@@ -72,6 +80,9 @@ class TensorBoard:
         if self._off:
             return
         try:
+            if self._purge_from is not None:
+                _write_purge(self._directory, self._purge_from)
+                self._purge_from = None
             self._writer = self._writer or import_metric_writers().SummaryWriter(self._directory)
             for method, step, values in calls:
                 getattr(self._writer, method)(step, values)
@@ -81,6 +92,23 @@ class TensorBoard:
         except Exception as error:
             self._off = True
             say(f"TensorBoard is off: {' '.join(str(error).split())}")
+
+
+def _write_purge(directory: str, step: int) -> None:
+    """Writes an events file with a session start at a step, which TensorBoard takes to replace later events."""
+    tf = import_tensorflow()
+    tf.io.gfile.makedirs(directory)
+    # TensorBoard reads files in the order of their names: behind those of earlier starts, before that of this one.
+    name, tries = "", 0
+    while not name or (tries < 20 and name <= max(tf.io.gfile.listdir(directory), default="")):
+        time.sleep(0.1 * bool(name))  # the one before was begun in this very second
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0.purge"
+        tries += 1
+    event, start = tf.compat.v1.Event, tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
+    with tf.io.TFRecordWriter(f"{directory}/{name}") as writer:
+        writer.write(event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        for _ in range(2):  # TensorBoard takes the first start of all for no restart
+            writer.write(event(wall_time=time.time(), step=step, session_log=start).SerializeToString())
 
 
 class Metrics:
@@ -95,6 +123,7 @@ class Metrics:
         self._log = log
         self._primary = primary
         self._file: atomic.Lines | None = None
+        self._count, self._digest, self._last = 0, hashlib.sha256(), 0
         self._tensorboard = TensorBoard(f"{workdir}/tensorboard") if primary and log.tensorboard else None
 
     def __enter__(self) -> Self:
@@ -125,7 +154,9 @@ class Metrics:
         line = {"step": step, **scalars, **(clock if self._log.timing else {})}
         if self._file is None:
             self._file = atomic.Lines(self._path)
-        self._file.add(json.dumps(json_values(line)))
+        text = json.dumps(json_values(line))
+        self._file.add(text)
+        self._account(text.encode() + b"\n", step)
         if self._tensorboard:
             self._tensorboard.scalars(step, scalars | clock, often=timing is not None)
 
@@ -143,6 +174,8 @@ class Metrics:
         Raises:
           SaveError: metrics.jsonl cannot be written.
         """
+        if self._tensorboard and step:
+            self._tensorboard.purge(step + 1)
         if not self._primary or not self._path.exists():
             return 0
         with atomic.saving(self._path):
@@ -151,7 +184,33 @@ class Metrics:
             if len(kept) < len(lines):
                 self._close_file()
                 atomic.write(self._path, b"".join(kept))
+        self._count, self._digest, self._last = 0, hashlib.sha256(), 0
+        for line in kept:
+            self._account(line, int(_step_of(line)))
         return len(lines) - len(kept)
+
+    def _account(self, line: bytes, step: int) -> None:
+        self._count, self._last = self._count + 1, step
+        self._digest.update(line)
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """Number and sha256 of the lines of metrics.jsonl so far, for a checkpoint; nothing on other processes."""
+        if not self._primary:
+            return {}
+        return {"lines": self._count, "sha256": self._digest.hexdigest(), "last": self._last}
+
+    def difference(self, memory: Mapping[str, Any]) -> str:
+        """A warning where metrics.jsonl, truncated, is not what it was when `memory` was taken; "" where it is."""
+        if not self._primary or not memory or memory["sha256"] == self._digest.hexdigest():
+            return ""
+        missing = memory["lines"] - self._count
+        if missing > 0:
+            after = f" after step {self._last}" if self._last < memory["last"] else ""
+            what = f"lacks {missing} of the {memory['lines']} lines{after}"
+        else:
+            what = "holds other lines than those"
+        return f"warning: {self._path} {what} that it had when the checkpoint was saved: it was altered since"
 
     def sync(self) -> None:
         """Puts metrics.jsonl where a later run will look for it, as far as it goes; SaveError if that fails."""

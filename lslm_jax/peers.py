@@ -25,6 +25,7 @@ _SUSPICION = 10.0  # seconds of silence that are enough where a collective has f
 _GRACE = 30.0  # seconds in which the others may come to the same end by themselves
 _PARTING = 15.0  # seconds at most that process 0, which holds the store, leaves to the others to hear the verdict
 _FAREWELL = 1800.0  # seconds to wait for the others at a good end
+_ENDING = 10.0  # seconds that the interpreter may take to end after a failure
 _ALIVE, _LEFT, _VERDICT = "lslm/alive/", "lslm/left/", "lslm/verdict"
 
 _watch: "_Watch | None" = None
@@ -61,6 +62,13 @@ def end_now(code: int, text: str) -> NoReturn:
         time.sleep(_BEAT)  # the others, which may be stuck as well, have something to write too
         _watch.end(code, text)
     _leave(code)
+
+
+def end_soon(code: int) -> None:
+    """Lets the interpreter end as usual, but ends the process with `code` where that takes too long."""
+    timer = threading.Timer(_ENDING, _leave, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def explain(error: Exception) -> None:

@@ -54,7 +54,8 @@ class Progress:
         """Prints a text above the bar. Control characters, which an untrained model may utter, become U+FFFD."""
         text = "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
         if self._bar:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            with contextlib.suppress(OSError):
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             say(text)
 
@@ -147,9 +148,10 @@ def told(items: Iterable[_T], doing: str, total: int, *, clock: Callable[[], flo
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr."""
+    """Prints a line on stderr, if there still is one: a run whose terminal was closed (SIGHUP) has yet to save."""
     if not _quiet:
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 def be_quiet() -> None:

@@ -9,21 +9,31 @@ from etils import epath
 from lslm_jax import atomic, distributed, imports
 from lslm_jax.config import Config
 from lslm_jax.data import records, special, synthetic, tokenizer
-from lslm_jax.errors import InputMissing, SaveError, first_line
+from lslm_jax.errors import DataError, InputMissing, SaveError, first_line
+from lslm_jax.progress import say
 
 
-def workdir(path: str) -> epath.Path:
+def workdir(path: str, *, reads: bool = False) -> epath.Path:
     """The run directory, made if it is missing; a bucket is tried once.
+
+    Args:
+      path: as the user wrote it.
+      reads: for a command that reads a run: nothing is made or tried, and it need not be writable.
 
     Raises:
       ConfigError: it is in a bucket, and a package is missing.
+      InputMissing: it is to be read, and is not there.
       SaveError: it cannot be written.
     """
     directory = atomic.place(path)
+    if reads and not atomic.is_remote(directory):
+        if not directory.is_dir():
+            raise InputMissing(f"{directory} is no run directory")
+        return directory
     if atomic.is_remote(directory):
         if path.startswith("gs://"):
             imports.require_google_cloud(path)
-        if distributed.is_primary():
+        if distributed.is_primary() and not reads:
             _try(directory)
         return directory
     try:
@@ -45,6 +55,21 @@ def _try(directory: epath.Path) -> None:
     except Exception as error:  # whatever those raise that speak to it
         reason = first_line(error) or type(error).__name__
         raise SaveError(f"cannot create {directory}: {reason}") from error
+
+
+def read_result(workdir: epath.Path) -> dict[str, Any]:
+    """The result that a run ended with; {"step": 0} where there is none, or none that can be read."""
+    path = workdir / "result.json"
+    if not path.exists():
+        return {"step": 0}
+    try:
+        result = atomic.read_json(path)
+        if not isinstance(result.get("step"), int):
+            raise DataError(f"{path} does not hold the step of a result")
+    except (DataError, OSError) as error:
+        say(f"{first_line(error)}: it is ignored")
+        return {"step": 0}
+    return result
 
 
 def data_dir(config: Config, workdir: epath.Path) -> epath.Path:

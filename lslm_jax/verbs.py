@@ -20,7 +20,7 @@ from lslm_jax.convert.export import export_adapter as write_adapter
 from lslm_jax.data import chat, detours, pipeline, records, templates, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
-from lslm_jax.errors import ConfigError, DataError, InputMissing
+from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
 from lslm_jax.evaluate import harness, tasks
 from lslm_jax.evaluate.evaluator import Report, Setting, choose_backend
 from lslm_jax.models import quantized
@@ -29,7 +29,7 @@ from lslm_jax.observe import json_values
 from lslm_jax.plan.verb import plan as plan
 from lslm_jax.progress import say
 from lslm_jax.sharding import local_rows, make_mesh, use
-from lslm_jax.train import checkpoint, identity, ledger, lock, manifest, reproducible, spikes
+from lslm_jax.train import checkpoint, identity, ledger, lock, manifest, metadata, reproducible, rewind, spikes
 from lslm_jax.train.exports import Exports
 from lslm_jax.train.loop import train as train_loop
 from lslm_jax.train.state import abstract_model
@@ -52,10 +52,9 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     mesh = make_mesh(config)  # before anything slow: it may be refused
     reproducible.check(config, mesh)
     workdir = resolving.workdir(flags.workdir)
-    result = workdir / "result.json"
-    read = lambda: json.loads(result.read_text()) if result.exists() else {"step": 0}
-    finished = distributed.by_primary("result", read)
-    if finished["step"] >= config.train.steps:
+    finished = distributed.by_primary("result", lambda: resolving.read_result(workdir))
+    goes_back = distributed.by_primary("back", lambda: rewind.is_pending(workdir, config.train.resume_from))
+    if finished["step"] >= config.train.steps and not goes_back:
         distributed.by_primary("settings", lambda: _compare_with_finished(config, workdir))
         say(f"{workdir} is complete: all {config.train.steps} steps are done (raise train.steps to go on)")
         return finished
@@ -87,10 +86,14 @@ def _compare_with_finished(config: Config, workdir: epath.Path) -> None:
 def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Does it in a directory that is this run's alone."""
     data_dir = resolving.data_dir(config, workdir)
+    if distributed.is_primary():
+        for directory in (workdir, workdir / "samples"):
+            atomic.remove_leftovers(directory)
     _prepare(config, data_dir)
     if config.data.verify:
-        distributed.by_primary("verify", lambda: records.verify(data_dir))
+        distributed.on_each("verify", lambda: records.verify(data_dir), records.place(data_dir))
     config, facts = resolving.by_data(config, data_dir)
+    identity.check_data(facts)
     if distributed.is_primary():
         atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
     with use(mesh, config.mesh):
@@ -104,9 +107,16 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         exporter = _exporter(setting) if config.checkpoint.export_every else None
         distributed.by_primary("detours", lambda: spikes.settle(workdir))
         left_out = detours.read(workdir)
-        made_by = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh, left_out)
         saved = workdir / "checkpoints"
+        distributed.by_primary("back", lambda: rewind.go_back(workdir, config.train.resume_from, say))
         whole = distributed.by_primary("checkpoints", lambda: manifest.settle(saved, say))
+        if whole is not None:
+            before = metadata.read(saved / str(whole))
+            data.offset = identity.continued_rows(before, whole, config.train.batch_size, left_out)
+            if change := identity.batch_size_change(before, config, data, whole, left_out):
+                say(change)
+        hashes = facts["tokenizer"]["sha256"], facts["sha256"]
+        made_by = identity.make(config, *hashes, mesh, left_out, facts=facts, row_offset=data.offset)
         summary = train_loop(
             config,
             workdir,
@@ -126,7 +136,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 def audit(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`audit`: what a run read, over all its starts, compared with what seed and data say."""
-    workdir = resolving.workdir(flags.workdir)
+    workdir = resolving.workdir(flags.workdir, reads=True)
     data_dir = resolving.data_dir(config, workdir)
     config, _ = resolving.by_data(config, data_dir)
     data = pipeline.open_train(config, data_dir, config.model.vocab_size)
@@ -140,7 +150,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     if unused := [name for name in ("harness_path", "fewshot", "limit") if getattr(flags, name) is not None]:
         raise ConfigError(f"--{unused[0]} is for tasks of lm-eval: add --harness=TASKS")
     mesh = make_mesh(config)
-    workdir = resolving.workdir(flags.workdir)
+    workdir = resolving.workdir(flags.workdir, reads=not flags.pretrained)
     data_dir = resolving.data_dir(config, workdir)
     if flags.pretrained:
         _prepare(config, data_dir)
@@ -150,7 +160,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         held_out = pipeline.open_eval(*where, flags.split)
         if not held_out:
             raise InputMissing(f"{data_dir} holds no {flags.split} split: set data.{_KEYS[flags.split]}, prepare again")
-        model, step = _load_model(config, flags, mesh)
+        model, step = _load_model(config, flags, mesh, facts)
         setting = _setting(config, facts, data_dir, mesh, list(held_out.values()))
         report = tasks.make(setting, held_out)(model)
         baseline = tasks.gzip_baseline(setting, held_out)
@@ -161,8 +171,13 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 def _write_samples(workdir: epath.Path, prefix: str, report: Report) -> None:
     for name, text in report.files.items() if distributed.is_primary() else ():
-        (workdir / "samples").mkdir(exist_ok=True)
-        atomic.write(workdir / "samples" / f"{prefix}-{name}", text.encode())
+        path = workdir / "samples" / f"{prefix}-{name}"
+        try:
+            with atomic.saving(path):
+                path.parent.mkdir(exist_ok=True)
+            atomic.write(path, text.encode())
+        except SaveError as error:  # of a run that is only read, on a disk that may be read-only
+            say(f"{error}; the metrics do not depend on it")
 
 
 def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
@@ -181,10 +196,10 @@ def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str,
             data = replace(config.data, seq_len=length, mask_documents=False)
             return choose_backend(replace(config, data=data), mesh, ())
 
-        model, step = _load_model(config, flags, mesh)
+        model, step = _load_model(config, flags, mesh, facts)
         report = harness.evaluate(setting, model, asked, backend_of)
     if flags.workdir:
-        _write_samples(resolving.workdir(flags.workdir), str(step), report)
+        _write_samples(resolving.workdir(flags.workdir, reads=True), str(step), report)
     results = {f"harness/{name}": value for name, value in (report.metrics | report.facts).items()}
     return json_values({"step": step, **results})
 
@@ -201,7 +216,7 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
         if config.task.objective == "qa" and not flags.pretrained and (data_dir / "train").exists():
             starts_N = Shards.open(data_dir / "train").numbers[:, 0]
             setting = setting._replace(answerable=bool((starts_N >= 0).all()))
-        model, step = _load_model(config, flags, mesh)
+        model, step = _load_model(config, flags, mesh, facts)
         writes = config.task.objective in ("causal", "seq2seq")
         if writes and len(prompts) == 1 and not flags.json:
             for text in respond.stream(setting, model, prompts[0]):
@@ -219,15 +234,14 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     if flags.dtype in quantized.KINDS:
         raise ConfigError(f"export writes no {flags.dtype}: --dtype=float32, bfloat16 or float16")
     mesh = _mesh_without_batch(config)
-    workdir = resolving.workdir(flags.workdir)
+    workdir = resolving.workdir(flags.workdir, reads=True)
     data_dir = resolving.data_dir(config, workdir)
     config, facts = resolving.by_data(config, data_dir)
     with use(mesh, config.mesh):
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
-        model, step = _load_model(config, flags, mesh)
-        result = workdir / "result.json"
-        metrics = json.loads(result.read_text()) if result.exists() else {}
+        model, step = _load_model(config, flags, mesh, facts)
+        metrics = resolving.read_result(workdir)
         measured = metrics if metrics.get("step") == step else {}
         to = atomic.place(flags.to)
         if flags.adapter:
@@ -286,7 +300,7 @@ def _model_alone(config: Config, flags: argparse.Namespace) -> tuple[Config, dic
     """A run's, or a pretrained model's, config and facts, for commands that read no examples; where its files are."""
     if flags.pretrained:
         return *resolving.by_tokenizer(config), epath.Path(config.tokenizer.path).parent
-    data_dir = resolving.data_dir(config, resolving.workdir(flags.workdir))
+    data_dir = resolving.data_dir(config, resolving.workdir(flags.workdir, reads=True))
     return *resolving.by_data(config, data_dir), data_dir
 
 
@@ -296,26 +310,41 @@ def _setting(
     """What evaluators and answers to prompts work with; the kernel is right for the rows of all inputs."""
     file = facts["tokenizer"].get("file")
     words = tokenizer.load(data_dir / file) if file else None
+    if words is not None and words.sha256 != facts["tokenizer"]["sha256"]:
+        raise DataError(f"{data_dir / file} was altered: its sha256 is not the one in {data_dir}/manifest.json")
     backend = choose_backend(config, mesh, inputs)
     setting = Setting(config, words, facts["labels"], facts["special"], backend, mesh)
     return setting._replace(template=templates.of_run(config, facts, data_dir, words))
 
 
-def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[Any, int]:
-    """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step."""
+def _load_model(
+    config: Config, flags: argparse.Namespace, mesh: Mesh, facts: dict[str, Any] | None = None
+) -> tuple[Any, int]:
+    """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step.
+
+    `facts` is the data manifest that the command uses with a checkpoint, for `identity.check_inputs`.
+    """
     if flags.dtype in quantized.KINDS:
         imports.import_qwix()  # before anything slow: it may be missing
-        model, step = _read_model(config, flags, abstract_model(config, mesh, config.model.activations))
+        model, step = _read_model(config, flags, abstract_model(config, mesh, config.model.activations), facts)
         return quantized.quantize(model, flags.dtype), step
-    return _read_model(config, flags, abstract_model(config, mesh, None if flags.verb == "export" else flags.dtype))
+    dtype = None if flags.verb == "export" else flags.dtype
+    return _read_model(config, flags, abstract_model(config, mesh, dtype), facts)
 
 
-def _read_model(config: Config, flags: argparse.Namespace, abstract: Any) -> tuple[Any, int]:
+def _read_model(
+    config: Config, flags: argparse.Namespace, abstract: Any, facts: dict[str, Any] | None
+) -> tuple[Any, int]:
     """The weights that the flags name, for the places and in the types of `abstract`, and their step."""
     if flags.pretrained:
         source = pretrained.describe(flags.pretrained)
         return pretrained.load(source, config.task.objective, abstract).model, 0
-    directory = resolving.workdir(flags.workdir) / "checkpoints"
+    directory = resolving.workdir(flags.workdir, reads=True) / "checkpoints"
+
+    def load(step: int) -> Any:
+        identity.check_inputs(directory / str(step), config, facts)
+        return checkpoint.load_model(directory, abstract, step)
+
     if flags.step is not None:
         step = flags.step
         if step not in (steps := checkpoint.list_steps(directory)):
@@ -325,5 +354,5 @@ def _read_model(config: Config, flags: argparse.Namespace, abstract: Any) -> tup
             raise ConfigError("--best needs checkpoint.best, the metric to go by")
         step = checkpoint.best_step(directory, config.checkpoint.best)
     else:
-        step = checkpoint.latest_step(directory)
-    return checkpoint.load_model(directory, abstract, step), step
+        return checkpoint.load_latest(directory, load)
+    return load(step), step

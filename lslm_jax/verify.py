@@ -4,11 +4,12 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import config_loading, resolving
+from lslm_jax import atomic, config_loading, resolving
 from lslm_jax.config import Config
 from lslm_jax.data import records
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
 from lslm_jax.progress import say
+from lslm_jax.train import metadata
 from lslm_jax.train.manifest import check_manifest
 
 
@@ -43,6 +44,7 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
             say(str(error))
     try:
         size = records.verify(data_dir)
+        _check_data_of(checkpoints, data_dir)
         say(f"{data_dir} is whole: {size:,} bytes")
     except DataError as error:
         if not damaged:
@@ -51,3 +53,17 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
     if damaged:
         raise CheckpointRefused("; ".join(damaged))
     return {"checkpoints": [int(path.name) for path in checkpoints], "data_bytes": size}
+
+
+def _check_data_of(checkpoints: list[epath.Path], data_dir: epath.Path) -> None:
+    """Compares labels, token ids and counts of the data manifest with those that each checkpoint was trained with."""
+    path = data_dir / "manifest.json"
+    if not path.exists():
+        return
+    now = metadata.manifest_sha256(atomic.read_json(path))
+    for checkpoint in checkpoints:
+        try:
+            saved = metadata.read(checkpoint)
+        except CheckpointRefused:  # already named
+            continue
+        metadata.check_manifest_sha256(checkpoint, saved, now)

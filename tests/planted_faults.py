@@ -240,8 +240,8 @@ FAULTS = [
     Fault(
         "a damaged checkpoint is taken for a complete one",
         "train/manifest.py",
-        "        if found[1] != sha256:",
-        "        if found[1] == sha256[:1]:",
+        "        if atomic.fingerprint(path)[1] != sha256:",
+        "        if atomic.fingerprint(path)[1] == sha256[:1]:",
         "train/test_manifest.py train/test_checkpoint.py",
     ),
     Fault(
@@ -261,8 +261,8 @@ FAULTS = [
     Fault(
         "a loss spike is noticed one step late",
         "train/spikes.py",
-        "if self._high == self._steps:",
-        "if self._high == self._steps + 1:",
+        "if is_high and len(high) == self._steps:",
+        "if is_high and len(high) == self._steps + 1:",
         "train/test_spikes.py",
     ),
     # Generation, evaluation, conversion.

@@ -2,11 +2,13 @@
 
 import os
 import pathlib
+import stat
 
 import pytest
 from etils import epath
 
 from lslm_jax import atomic
+from lslm_jax.errors import ConfigError, SaveError
 
 
 def test_a_path_holds_in_any_directory_and_an_address_is_one_already(monkeypatch, tmp_path):
@@ -49,3 +51,51 @@ def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     assert not path.exists()
     file.close()
     assert events[0] == (12, False) and path.read_bytes() == b"twelve bytes"
+
+
+@pytest.mark.parametrize("address", ["foo://x", "https://example.org/run", "HTTP://example.org", "GS://bucket/run"])
+def test_an_address_of_another_scheme_is_refused_in_one_line(address):
+    with pytest.raises(ConfigError, match=f"^{address} is no known address: use a local directory, or gs:// or s3://$"):
+        atomic.place(address)
+
+
+def test_no_link_that_lies_where_something_is_written_is_followed(tmp_path, monkeypatch):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    target = epath.Path(tmp_path) / "config.json"
+    for name in ("config.json", "config.json.tmp", "config.json.0123456789abcdef.tmp"):
+        (tmp_path / name).symlink_to(outside)
+    monkeypatch.setattr(atomic.secrets, "token_hex", lambda _: "0123456789abcdef")
+    with pytest.raises(SaveError, match="File exists"):
+        atomic.write(target, b"new")
+    monkeypatch.undo()
+    atomic.write(target, b"new")
+    assert outside.read_text() == "precious" and target.read_text() == "new" and not os.path.islink(target)
+    (tmp_path / "lines").symlink_to(outside)
+    with pytest.raises(SaveError, match="lines: it is a symbolic link, which is not followed"):
+        atomic.Lines(epath.Path(tmp_path) / "lines")
+
+
+def test_files_lines_and_the_names_of_both_are_put_on_disk(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor):
+        synced.append("directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    atomic.write(epath.Path(tmp_path) / "whole", b"content")
+    assert synced == ["file", "directory"]
+    lines = atomic.Lines(epath.Path(tmp_path) / "lines")
+    lines.add("one")
+    assert synced[2:] == ["directory"]
+    lines.sync()
+    assert synced[3:] == ["file"]
+    lines.close()
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    names = ("config.json", "config.json.0123456789abcdef.tmp", "notes.tmp", "a.0123.tmp")
+    for name in names:
+        (tmp_path / name).write_text("x")
+    atomic.remove_leftovers(epath.Path(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(set(names) - {names[1]})

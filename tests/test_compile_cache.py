@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 
 import forked
 import jax
@@ -44,17 +45,60 @@ def named():
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-@pytest.mark.parametrize(
-    ("mode", "mine", "expected"),
-    [(0o755, None, "runs/.xla_cache"), (0o755, "elsewhere", "elsewhere"), (0o777, None, None), (0o1777, None, None)],
-)
-def test_programs_are_taken_from_where_the_user_says_or_only_the_user_can_write(named, tmp_path, mode, mine, expected):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs").chmod(mode)
-    named(mine)
-    compile_cache.keep(str(tmp_path / "runs" / "one"))
-    found = jax.config.jax_compilation_cache_dir
-    assert found == expected if mine or expected is None else found.startswith(f"{tmp_path}/{expected}/")
+@pytest.fixture
+def private(tmp_path, monkeypatch):
+    """The user's own place."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return f"{tmp_path}/home/lslm_jax/xla/"
+
+
+def keep(workdir):
+    compile_cache.keep(str(workdir))
+    return jax.config.jax_compilation_cache_dir
+
+
+def test_programs_are_kept_beside_the_runs_or_where_the_user_says(named, tmp_path, private):
+    named(None)
+    found = keep(tmp_path / "runs" / "one")
+    assert found.startswith(f"{tmp_path}/runs/.xla_cache/") and stat.S_IMODE(os.stat(found).st_mode) == 0o700
+    named("elsewhere")
+    assert keep(tmp_path / "runs" / "one") == "elsewhere"
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775])
+@pytest.mark.parametrize("shared", ["runs", "runs/.xla_cache", "base"])
+def test_where_others_can_write_nothing_is_kept_and_a_line_says_so(named, tmp_path, private, mode, shared, capsys):
+    runs = tmp_path / "base" / "runs"
+    (runs / ".xla_cache").mkdir(parents=True)
+    chosen = tmp_path / "base" / shared if shared != "base" else tmp_path / "base"
+    chosen.chmod(mode)
+    named(None)
+    found = keep(runs / "one")
+    if shared == "base" and mode == 0o1777:  # as /tmp: nobody else can replace what lies in it
+        assert found.startswith(f"{runs}/.xla_cache/")
+        return
+    assert found.startswith(private)
+    assert capsys.readouterr().err.startswith(f"others can write to {chosen}: compiled programs are kept in {private}")
+
+
+def test_a_place_that_a_link_leads_to_is_looked_at(named, tmp_path, private):
+    shared, runs = tmp_path / "shared", tmp_path / "runs"
+    for path in (shared, runs):
+        path.mkdir()
+    shared.chmod(0o777)
+    (runs / ".xla_cache").symlink_to(shared)
+    named(None)
+    assert keep(runs / "one").startswith(private)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
+def test_what_belongs_to_another_user_is_not_used(named, tmp_path, private, capsys):
+    cache = tmp_path / "runs" / ".xla_cache"
+    cache.mkdir(parents=True)
+    os.chown(cache, 12345, 12345)
+    named(None)
+    assert keep(tmp_path / "runs" / "one").startswith(private)
+    assert capsys.readouterr().err.startswith(f"{cache} belongs to another user")
 
 
 def test_a_place_to_be_made_and_one_in_a_bucket_will_do(named, tmp_path):

@@ -240,6 +240,13 @@ def test_a_missing_file_is_a_missing_input():
             "there are attention.q, attention.k, attention.v, attention.o",
         ),
         ("data.files=", "data: source=files needs files"),
+        (f"seed={2**63}", "seed must be at most 4294967295, got 9.223e+18"),
+        (f"train.batch_size={10**30}", "train.batch_size must be at most 16777216, got 1e+30"),
+        (f"train.steps={10**30}", "train.steps must be at most 2147483647, got 1e+30"),
+        (f"log.profile=1,{10**400}", "log.profile is too large"),
+        (f"model.num_layers={10**9}", "model.num_layers must be at most 10000, got 1e+09"),
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate must be finite, got inf"),
+        ("optimizer.warmup_from=1.5", "optimizer.warmup_from must be in [0, 1], got 1.5"),
         ("data.source=tfds", "data: source=tfds needs tfds, the data set's name"),
         (
             "data.packing=bins data.mask_documents=false",

@@ -48,6 +48,21 @@ def test_a_cluster_is_found_by_flags_or_by_what_its_scheduler_sets(environ, flag
 @pytest.mark.parametrize(
     ("environ", "flags", "message"),
     [
+        (SLURM | {"SLURM_NTASKS": "two"}, (None, None, None), "SLURM_NTASKS=two must be a number"),
+        (SLURM | {"SLURM_NTASKS": "\u00b2"}, (None, None, None), "SLURM_NTASKS=\u00b2 must be a number"),
+        (
+            SLURM | {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "?"},
+            (None, None, None),
+            "SLURM_STEP_NUM_NODES=? must be a number",
+        ),
+        (
+            SLURM | {"SLURM_NTASKS": "1000000", "SLURM_STEP_NUM_NODES": "1000000", "SLURM_GPUS_ON_NODE": "9" * 30},
+            (None, None, None),
+            f"SLURM_GPUS_ON_NODE={'9' * 30} must be a number of at most",
+        ),
+        (SLURM | {"SLURM_NTASKS": "2"}, ("nowhere", None, None), "--coordinator=nowhere must be HOST:PORT"),
+        ({}, ("a:99999", 2, 0), "--coordinator=a:99999 must be HOST:PORT, with a port below 65536"),
+        ({}, ("a:1", 10**30, 0), "--processes=1000000000000000000000000000000 must be in [1, "),
         ({}, (None, 2, 0), "--coordinator is missing: a run of several processes needs --coordinator, --processes, "),
         ({}, ("a:1", None, 0), "--processes is missing"),
         ({}, ("a:1", 2, None), "--process is missing"),
@@ -61,6 +76,20 @@ def test_half_a_cluster_is_refused_in_one_line(environ, flags, message):
     with pytest.raises(ConfigError) as error:
         find_cluster(environ, *flags)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "expected"),
+    [
+        ("127.0.0.1:81", "127.0.0.1:81"),
+        ("localhost:81", "localhost:81"),
+        ("192.0.2.1:81", None),  # no address of this machine: a load balancer, say
+        ("no-such-host.invalid:81", None),
+        (None, None),
+    ],
+)
+def test_the_service_listens_on_the_named_address_alone(coordinator, expected):
+    assert distributed._bind_address(Cluster("flags", coordinator, 2, 0)) == expected
 
 
 def test_alone_nothing_waits_and_wishes_are_known_at_once():

@@ -140,6 +140,49 @@ def test_tensorboard_shows_scalars_and_texts_and_says_nothing(tmp_path, capfd, m
 
 
 @needs_tensorflow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda path: path.write_text(path.read_text().replace("1.5", "1.6")),
+            "holds other lines than those that it had",
+        ),
+        (
+            lambda path: path.write_text("".join(path.read_text().splitlines(True)[:2])),
+            "lacks 2 of the 4 lines after step 2",
+        ),
+        (lambda path: path.unlink(), "lacks 4 of the 4 lines after step 0 that it had when the checkpoint was saved"),
+        (lambda path: path.write_text(path.read_text() + '{"step": 5, "loss": 1.0}\n'), ""),  # which is done again
+    ],
+)
+def test_a_record_is_compared_with_the_one_at_the_time_of_a_checkpoint(tmp_path, change, message):
+    metrics = Metrics(str(tmp_path), PLAIN)
+    for step in range(1, 5):
+        metrics.write(step, {"loss": step + 0.5})
+    memory = metrics.memory
+    metrics.close()
+    change(tmp_path / "metrics.jsonl")
+    again = Metrics(str(tmp_path), PLAIN)
+    again.truncate(4)
+    assert message in again.difference(memory) and bool(again.difference(memory)) == bool(message)
+    assert again.difference({}) == ""  # of a version that recorded none
+
+
+@needs_tensorflow
+def test_steps_that_a_killed_run_showed_are_shown_once_after_it_goes_on(tmp_path):
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+    for start, stop in ((0, 9), (5, 8)):  # killed after step 9, resumed from the checkpoint of step 5
+        metrics = Metrics(str(tmp_path), LogConfig())
+        metrics.truncate(start)
+        for step in range(start + 1, stop + 1):
+            metrics.write(step, {"loss": float(step + 100 * start)})
+        metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), tensor_size_guidance={"scalars": 0}).Reload()
+    shown = [event.step for event in events.Tensors("loss")]
+    assert shown == list(range(1, 9))
+
+
 def test_a_broken_display_does_not_stop_the_run(tmp_path, capfd):
     (tmp_path / "tensorboard").write_text("in the way")
     with Metrics(str(tmp_path), LogConfig()) as metrics:

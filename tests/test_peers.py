@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -123,3 +124,17 @@ def test_at_a_good_end_those_that_are_done_wait_for_those_that_are_not(start):
     codes, texts = start(3, rounds=5, patience=2.5).end(0, 1, 2)
     assert codes == [0, 0, 0], texts
     assert not any("lslm:" in text for text in texts)
+
+
+HANGS = """
+import sys, threading, time
+from lslm_jax import peers
+peers._ENDING = 0.5
+threading.Thread(target=time.sleep, args=[60]).start()  # as a save that failed may leave one
+peers.end_soon(74)
+sys.exit(74)
+"""
+
+
+def test_a_process_that_has_failed_ends_whatever_its_threads_do():
+    assert subprocess.run([sys.executable, "-c", HANGS], timeout=30).returncode == 74

@@ -192,3 +192,53 @@ def test_what_fails_at_the_primary_ends_all_and_is_told_once(corpus, tmp_path):
     codes, _, texts = lslm(corpus, 2, tmp_path / "run", "--config.data.files=nowhere.jsonl").end()
     assert codes == [66, 66]
     assert "nowhere.jsonl" in texts[0] and texts[0].count("\n") == 1 and texts[1] == ""
+
+
+def started(corpus, workdirs, flags, environs=({}, {})):
+    """Two processes, each with a run directory, flags and an environment of its own."""
+
+    def start(process, coordinator, env):
+        join = [f"--coordinator={coordinator}", "--processes=2", f"--process={process}"]
+        command = ["--config=config.py", f"--workdir={workdirs[process]}", *flags[process]]
+        return forked.lslm(*command, *join, env=env | environs[process], cwd=corpus)
+
+    return Job(2, start)
+
+
+@pytest.mark.parametrize(
+    ("setting", "environ", "message"),
+    [
+        ("--config.optimizer.learning_rate=0.5", {}, "has optimizer.learning_rate=0.5, process 0 has 0.01"),
+        pytest.param("--config.seed=1", {}, "has seed=1, process 0 has 0", marks=pytest.mark.exhaustive),
+        pytest.param(
+            "--config.log.every=1",
+            {"JAX_DEFAULT_PRNG_IMPL": "rbg"},
+            "has JAX_DEFAULT_PRNG_IMPL=rbg, process 0 has threefry2x32",
+            marks=pytest.mark.exhaustive,
+        ),
+        ("--workdir=elsewhere", {}, "has --workdir="),
+    ],
+)
+def test_processes_with_different_settings_end_before_the_first_step(corpus, tmp_path, setting, environ, message):
+    codes, _, texts = started(corpus, [tmp_path, tmp_path], [[], [setting]], ({}, environ)).end()
+    assert codes == [2, 2], texts
+    assert message in texts[0] and "start all processes with the same settings" in texts[0] and not texts[1].strip()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_process_with_other_data_is_named_before_the_first_step(corpus, alone, tmp_path):
+    """Of the same directory's name, but with content of its own, as on a disk that hosts do not share."""
+    own = [shutil.copytree(alone / "data", tmp_path / name) for name in ("one", "two")]
+    flags = [[f"--config.data.dir={directory}"] for directory in own]
+    manifest = json.loads((own[1] / "manifest.json").read_text())
+    manifest["tokenizer"]["eos_id"] = 5
+    (own[1] / "manifest.json").write_text(json.dumps(manifest))
+    codes, _, texts = started(corpus, [tmp_path / "run"] * 2, flags).end()
+    assert codes == [65, 65] and "give all processes the same prepared data" in texts[0], texts
+    (own[1] / "manifest.json").write_bytes((own[0] / "manifest.json").read_bytes())
+    shard = own[1] / "train" / "tokens-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content)
+    codes, _, texts = started(corpus, [tmp_path / "run"] * 2, flags).end()
+    assert codes == [65, 65] and "process 1: " in texts[0] + texts[1] and "was altered" in texts[0] + texts[1], texts

@@ -61,6 +61,22 @@ def test_a_figure_that_is_not_given_stays(capsys):
     assert capsys.readouterr().err == "step 1/2  loss 2.500\nstep 2/2  loss 2.500\n"
 
 
+class Closed:
+    """A terminal that was closed."""
+
+    def write(self, _):
+        raise OSError(5, "Input/output error")
+
+    flush = write
+
+
+def test_a_terminal_that_was_closed_does_not_end_the_run(monkeypatch):
+    with Progress(2) as progress:
+        monkeypatch.setattr(sys, "stderr", Closed())
+        progress.message("to nobody")
+        progress.update(1, loss=2.5)
+
+
 def test_what_a_model_utters_cannot_drive_the_terminal(capsys):
     with Progress(1) as progress:
         progress.message("one\x1b[2J\rtwo\n\tthree é [bold]")

@@ -27,7 +27,7 @@ from lslm_jax.progress import clock_time, say
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line."""
     flags = argparse.ArgumentParser(prog="python -m lslm_jax.chaos", description=(__doc__ or "").partition("\n")[0])
-    flags.add_argument("--minutes", type=float, default=20.0, help="how long (default 20)")
+    flags.add_argument("--minutes", type=float, default=20.0, help="how long it takes altogether (default 20)")
     flags.add_argument("--seed", type=int, default=0, help="of the faults (default 0)")
     flags.add_argument("--only", default="", metavar="NAME", help="faults whose names hold this, as SIGTERM")
     flags.add_argument("--most", type=int, metavar="N", help="end after so many faults")

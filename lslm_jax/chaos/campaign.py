@@ -13,6 +13,7 @@ from lslm_jax.chaos.faults import FAULTS
 from lslm_jax.chaos.run import CONFIG, EVERY, STEPS, Broken, Over, Run
 from lslm_jax.progress import say
 
+_SLOWER = 1.5  # times as long as an undisturbed run takes one with a fault, at least
 _SPACE = 48 << 20  # bytes of the disk that gets full
 _WORDS = "the sea light of old river a stone went under night and over hill by slow wind in grey water".split()
 
@@ -33,7 +34,7 @@ class Campaign:
 
         Args:
           root: an empty directory.
-          minutes: how long it goes on.
+          minutes: how long it takes altogether, with undisturbed runs; at least one fault is injected however short.
           seed: of the faults.
           only: those whose names hold this.
           most: as many faults end it sooner.
@@ -42,6 +43,7 @@ class Campaign:
         self._root, self._rng, self._most = root, random.Random(seed), most
         self._faults = [fault for fault in FAULTS if only in fault.name]
         self._seconds, self._until = 60 * minutes, 0.0
+        self._takes: dict[int, float] = {}  # seconds of an undisturbed run, by its processes
         self.counts = {fault.name: {"injected": 0, "told": 0} for fault in self._faults}
         self.broken: list[str] = []
         self.runs, self.repeated = 0, 0
@@ -51,16 +53,23 @@ class Campaign:
 
     def go(self) -> None:
         """Undisturbed runs first, which do not count, then disturbed ones in turn."""
-        curves = {}
+        begun = time.monotonic()
+        self._until = begun + self._seconds
+        curves: dict[int, bytes] = {}
         for processes in (1, 2):
+            start = time.monotonic()
             run = Run(self._root, self._root / f"undisturbed-{processes}", processes)
             run.start()
             if any(codes := run.end()):
                 raise Broken(f"the undisturbed run ended with {codes}: {run.said()[-500:]}")
             curves[processes] = (run.workdir / "metrics.jsonl").read_bytes()
-        self._until = time.monotonic() + self._seconds
-        while not self._is_over():
-            processes = 1 + self.runs % 2
+            self._takes[processes] = time.monotonic() - start
+            if self._left() < _SLOWER * self._takes[1] * 2:
+                break  # no time for runs of two processes
+        while not self._is_over() or not self.runs:
+            processes = 1 + self.runs % len(curves)
+            if self.runs and self._left() < _SLOWER * self._takes[processes]:
+                break
             self.runs += 1
             with _disk(self._root / f"run-{self.runs}") as (workdir, is_small):
                 self._disturb(Run(self._root, workdir, processes), is_small, curves[processes])
@@ -76,7 +85,7 @@ class Campaign:
             while True:
                 run.start()
                 place = run.step() + self._rng.randint(1, 3 * EVERY)
-                if not faults or self._is_over() or not run.until(lambda at=place: run.step() >= at):
+                if not faults or self._must_end(run) or not run.until(lambda at=place: run.step() >= at):
                     codes = run.end()
                     if any(codes):
                         raise Broken(f"ended with {codes}: {run.said()[-300:]}")
@@ -109,6 +118,16 @@ class Campaign:
     @property
     def _injected(self) -> int:
         return sum(count["injected"] for count in self.counts.values())
+
+    def _left(self) -> float:
+        """Seconds until the campaign is to end."""
+        return self._until - time.monotonic()
+
+    def _must_end(self, run: Run) -> bool:
+        """Whether a run must go on undisturbed to be done in time; the first fault always comes."""
+        if self._is_over() and self._injected:
+            return True
+        return self._injected > 0 and self._left() < self._takes[run.processes]
 
     def _is_over(self) -> bool:
         return time.monotonic() > self._until or (self._most is not None and self._injected >= self._most)

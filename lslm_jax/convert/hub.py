@@ -35,7 +35,8 @@ def local(path: epath.Path | str) -> epath.Path:
 @functools.cache
 def _download(address: str) -> epath.Path:
     found = _ADDRESS.fullmatch(address)
-    if not found:
+    # A revision is part of a path in the cache and of a URL: no part of it may lead elsewhere.
+    if not found or any(part in ("", ".", "..") for name in found.groups() if name for part in name.split("/")):
         raise ConfigError(f"{address} does not name a model: write hf://ORG/NAME or hf://ORG/NAME@REVISION")
     try:
         import huggingface_hub

@@ -13,9 +13,12 @@ _ROUNDS = 8  # of the network
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, odd: its multiples are spread out
 
 
-def positions(step: int, steps: int, batch_size: int, slots: np.ndarray) -> np.ndarray:
-    """Where in a run, all its batches laid end to end, some slots of the batches after step to step + steps - 1 lie."""
-    return (np.arange(step, step + steps)[:, None] * batch_size + slots).ravel()
+def positions(step: int, steps: int, batch_size: int, slots: np.ndarray, offset: int = 0) -> np.ndarray:
+    """Positions in the data order of some slots of the batches after step to step + steps - 1.
+
+    `offset` is not 0 after the batch size has changed (`train.identity.continued_rows`).
+    """
+    return (np.arange(step, step + steps)[:, None] * batch_size + slots).ravel() + offset
 
 
 def permute(index: np.ndarray, n: int, seed: np.ndarray | int) -> np.ndarray:

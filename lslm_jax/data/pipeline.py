@@ -49,13 +49,15 @@ class TrainInput:
     Attributes:
       num_rows: rows of all sources together.
       slots: which rows of a batch this process takes.
+      batch_size: rows of a batch, of all processes.
+      offset: position of the first row of batch 0; not 0 after the batch size has changed.
     """
 
     def __init__(self, sources: list[Rows], weights: list[float], config: Config, rows: np.ndarray | None = None):
         self._sources = sources
         self._seed = config.seed
-        self._batch_size = config.train.batch_size
-        self.slots = np.arange(self._batch_size) if rows is None else rows
+        self.batch_size, self.offset = config.train.batch_size, 0
+        self.slots = np.arange(self.batch_size) if rows is None else rows
         self._pattern, self._before = order.mixture_pattern(weights)
         self.num_rows = sum(source.num_rows for source in sources)
 
@@ -67,7 +69,7 @@ class TrainInput:
     def rows(self, step: int, slots: np.ndarray | None = None, steps: int = 1) -> np.ndarray:
         """Source, epoch and number, int64 [rows, 3], of this process's rows of batches, or of other slots of them."""
         source, local = self._locate(
-            order.positions(step, steps, self._batch_size, self.slots if slots is None else slots)
+            order.positions(step, steps, self.batch_size, self.slots if slots is None else slots, self.offset)
         )
         sizes = self.sizes()
         epoch, place = np.divmod(local, np.array(sizes)[source])
@@ -83,7 +85,7 @@ class TrainInput:
 
     def epoch(self, step: int) -> float:
         """Passes over the data before a step: rows drawn to rows there are."""
-        return step * self._batch_size / self.num_rows
+        return (self.offset + step * self.batch_size) / self.num_rows
 
     def max_segments(self) -> int:
         """Greatest number of segments in any row, of the target and, where there is one, of the source."""

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from typing import Any
 
 from etils import epath
@@ -85,6 +86,8 @@ def verify(directory: epath.Path) -> int:
     """
     record = read(directory / MANIFEST)
     total = 0
+    if record:
+        _check_tokenizer(directory, record)
     for name, split in record["splits"].items() if record else ():
         path = directory / name / MANIFEST
         if not path.exists():
@@ -94,6 +97,28 @@ def verify(directory: epath.Path) -> int:
         Shards.open(path.parent, verify=True)
         total += sum(file.stat().length for file in path.parent.iterdir() if file.name != MANIFEST)
     return total
+
+
+def _check_tokenizer(directory: epath.Path, record: dict[str, Any]) -> None:
+    entry = record["tokenizer"] if isinstance(record.get("tokenizer"), dict) else {}
+    name, sha256 = entry.get("file"), entry.get("sha256")
+    if not name:
+        return
+    path = directory / name
+    if epath.Path(name).name != name or not path.exists():
+        raise DataError(
+            f"{path} is missing" if epath.Path(name).name == name else f"{name!r} is no file beside {MANIFEST}"
+        )
+    if atomic.fingerprint(path)[1] != sha256:
+        raise DataError(f"{path} was altered: its sha256 is not the one in {directory / MANIFEST}")
+
+
+def place(directory: epath.Path) -> str:
+    """Identifies a prepared directory among processes: equal where they see the same one, also through a network."""
+    if atomic.is_remote(directory):
+        return str(directory)
+    status = os.stat(directory / MANIFEST) if (directory / MANIFEST).exists() else None
+    return f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}" if status else ""
 
 
 def given_sha256(config: Config) -> str:

@@ -24,11 +24,45 @@ def entries(manifest: dict[str, Any], path: epath.Path) -> list[dict[str, Any]]:
     lacking = (needed | ({"fields", "numbers"} if manifest["version"] > 1 else set())) - manifest.keys()
     if lacking:
         raise DataError(f"{path} lacks {', '.join(sorted(lacking))}: restore or prepare again")
+    _check_numbers(manifest, path)
     found = manifest["shards"] + manifest["index"]
     for entry in found:
         if pathlib.PurePath(entry["file"]).name != entry["file"]:
             raise DataError(f"{path} names {entry['file']!r}, which is not a file beside it")
     return found
+
+
+def _check_numbers(manifest: dict[str, Any], path: epath.Path) -> None:
+    """Checks the types and ranges of all that a manifest names; nothing of it is used before.
+
+    Raises:
+      DataError: names the entry.
+    """
+    lowest = {"vocab_size": 1, "documents": 0, "tokens": 0, "fields": 1, "numbers": 0}
+    for name, least in lowest.items():
+        if name in manifest and not _is_count(manifest[name], least):
+            raise DataError(f"{path} has {name} {manifest[name]!r}, not a whole number from {least} on")
+    if manifest["dtype"] != (expected := token_type(manifest["vocab_size"])):
+        raise DataError(f"{path} has dtype {manifest['dtype']!r}; tokens of this vocabulary are {expected}")
+    for name in ("shards", "index"):
+        if not isinstance(manifest[name], list) or not all(map(_is_entry, manifest[name])):
+            raise DataError(f"{path} has {name} that do not list files with size and sha256")
+
+
+def token_type(vocab_size: int) -> str:
+    """Name of the type of token ids on disk; there are two."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 62
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    name, sha256 = entry.get("file"), entry.get("sha256")
+    return isinstance(name, str) and isinstance(sha256, str) and _is_count(entry.get("size"))
 
 
 def check_sizes(directory: epath.Path, entries: list[dict[str, Any]]) -> None:
@@ -72,4 +106,6 @@ def copy(directory: epath.Path, entries: list[dict[str, Any]]) -> pathlib.Path:
 def map_array(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
     """The file's content as a flat array, memory-mapped."""
     # An empty file cannot be mapped.
+    if path.stat().st_size % dtype.itemsize:
+        raise DataError(f"{path} is {path.stat().st_size} bytes, not a multiple of {dtype.itemsize}")
     return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)

@@ -22,14 +22,15 @@ import numpy as np
 from etils import epath
 
 from lslm_jax import atomic
-from lslm_jax.data.shard_files import MANIFEST, check_content, check_sizes, copy, entries, map_array
+from lslm_jax.data.shard_files import MANIFEST, check_content, check_sizes, copy, entries, map_array, token_type
 from lslm_jax.errors import DataError, InputMissing
 
 _EXAMPLES = "examples.jsonl"
 _JOURNAL = "journal.json"
+_CHUNK = 1 << 22  # entries that are checked at once
 _INDEX = np.dtype("<i8")
 _NUMBER = np.dtype("<f8")
-_OURS = "tokens-*.bin* documents-*.bin* starts.bin* num_bytes.bin* numbers.bin* examples.jsonl* *.json.tmp".split()
+_OURS = "tokens-*.bin* documents-*.bin* starts.bin* num_bytes.bin* numbers.bin* examples.jsonl* *.json.*tmp".split()
 
 
 class ShardWriter:
@@ -68,7 +69,7 @@ class ShardWriter:
         self._settings: dict[str, Any] = {"version": 1, "vocab_size": vocab_size, "shard_tokens": shard_tokens}
         if fields > 1 or numbers or keep_examples:
             self._settings |= {"version": 2, "fields": fields, "numbers": numbers, "keep_examples": keep_examples}
-        self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self._dtype = np.dtype(token_type(vocab_size)).newbyteorder("<")
         with atomic.saving(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             self._manifest = self._read_own(MANIFEST)
@@ -260,9 +261,15 @@ class Shards:
         self.vocab_size: int = manifest["vocab_size"]
         self.starts, self.num_bytes = (map_array(local / name, _INDEX) for name in ("starts.bin", "num_bytes.bin"))
         numbers = map_array(local / "numbers.bin", _NUMBER) if width else np.empty(0, _NUMBER)
+        for name, array, size in (
+            ("num_bytes.bin", self.num_bytes, self.num_examples),
+            ("numbers.bin", numbers, self.num_examples * width),
+        ):
+            if len(array) != size:
+                raise DataError(f"{directory / name} holds {len(array)} entries, its {MANIFEST} says {size}")
         self.numbers = numbers.reshape(self.num_examples, width)
         self._examples = local / _EXAMPLES
-        dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        dtype = np.dtype(token_type(self.vocab_size)).newbyteorder("<")
         self._shards = [map_array(local / entry["file"], dtype) for entry in manifest["shards"]]
         self._begins = np.cumsum([0, *(len(shard) for shard in self._shards)], dtype=np.int64)[:-1]
 
@@ -292,7 +299,32 @@ class Shards:
         shards = cls(directory, manifest, local)
         if len(shards.starts) != shards.num_documents + 1 or shards.starts[-1] != shards.num_tokens:
             raise DataError(f"{directory / 'starts.bin'} does not hold the {shards.num_documents} documents of {path}")
+        shards._check_starts()
+        if verify:
+            shards._check_ids()
         return shards
+
+    def _check_starts(self) -> None:
+        """Raises a DataError where documents do not begin at 0 and follow each other, or shards lack tokens."""
+        if self.starts[0] != 0:
+            raise DataError(f"{self.directory / 'starts.bin'} begins with {self.starts[0]}, not with 0")
+        for first in range(0, self.num_documents, _CHUNK):
+            part = self.starts[first : first + _CHUNK + 1]
+            if (wrong := np.flatnonzero(part[1:] < part[:-1])).size:
+                raise DataError(f"{self.directory / 'starts.bin'} falls at document {first + wrong[0]}")
+        if (found := sum(map(len, self._shards))) != self.num_tokens:
+            raise DataError(f"{self.directory} holds {found} tokens, its {MANIFEST} says {self.num_tokens}")
+
+    def _check_ids(self) -> None:
+        """Raises a DataError where a token is outside the vocabulary, or a number of bytes is negative."""
+        for number, shard in enumerate(self._shards):
+            for first in range(0, len(shard), _CHUNK):
+                if (largest := shard[first : first + _CHUNK].max()) >= self.vocab_size:
+                    raise DataError(
+                        f"token {largest} in shard {number} of {self.directory}, vocabulary {self.vocab_size}"
+                    )
+        if self.num_examples and self.num_bytes.min() < 0:
+            raise DataError(f"{self.directory / 'num_bytes.bin'} holds a negative number")
 
     def examples(self) -> Iterator[dict[str, Any]]:
         """The examples as they were read, in their order.

@@ -25,6 +25,7 @@ class SyntheticInput:
       num_rows: 0, as there is no end to them.
       fill: 1, as there is no padding.
       slots: which rows of a batch this process takes.
+      batch_size, offset: as those of `pipeline.TrainInput`.
     """
 
     num_rows = 0
@@ -33,6 +34,7 @@ class SyntheticInput:
     def __init__(self, config: Config, vocab_size: int, rows: np.ndarray | None = None):
         self._config = config
         self._vocab_size = vocab_size
+        self.batch_size, self.offset = config.train.batch_size, 0
         self.slots = np.arange(config.train.batch_size) if rows is None else rows
         self._seq_len, self._source_len = config.data.seq_len, config.data.source_len or config.data.seq_len
         self._make = {
@@ -48,8 +50,8 @@ class SyntheticInput:
 
     def rows(self, step: int, slots: np.ndarray | None = None, steps: int = 1) -> np.ndarray:
         """Source, epoch and number, int64 [rows, 3], of this process's rows of batches, or of other slots of them."""
-        batch_size, slots = self._config.train.batch_size, self.slots if slots is None else slots
-        number = order.positions(step, steps, batch_size, slots)
+        slots = self.slots if slots is None else slots
+        number = order.positions(step, steps, self.batch_size, slots, self.offset)
         return np.stack([np.zeros_like(number), np.zeros_like(number), number], axis=1)
 
     def sizes(self) -> list[int]:

@@ -215,7 +215,9 @@ class _Process:
     def _start(self) -> None:
         # Its own directory is not on its path (-P): modules here have short names.
         command = [sys.executable, "-P", sandbox.__file__]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # Nothing else of ours: a template is a stranger's program, and the environment may hold tokens and keys.
+        environment = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "TZ") if name in os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self._end = weakref.finalize(self, _end, self._child)
         self._send(self._setup)

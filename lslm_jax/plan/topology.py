@@ -15,6 +15,7 @@ from lslm_jax.devices import DEVICES, Device, find
 from lslm_jax.errors import ConfigError, first_line
 
 _TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # dimensions of their torus
+_MOST_DEVICES = 1 << 17
 _SAMPLES = "v5e:4x4, v5p:4x4x4, 2xv5p:4x4x4 (slices), h200:8, h200:4x8 (hosts x GPUs), cpu:8"
 # Without these the TPU compiler complains at length that it does not know which machine of the cloud this is.
 _QUIET = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v5p-8"}
@@ -78,7 +79,7 @@ def parse(text: str) -> Topology:
     Raises:
       ConfigError: it is none; the line shows those that are.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", text)
+    match = re.fullmatch(r"(?:([0-9]{1,6})x)?([a-z]\w*):([0-9]{1,6}(?:x[0-9]{1,6}){0,4})", text)
     if match:
         slices, kind, shape = int(match[1] or 1), match[2], tuple(map(int, match[3].split("x")))
         if kind in _GPUS and len(shape) == 2 and slices == 1:
@@ -86,6 +87,8 @@ def parse(text: str) -> Topology:
         dimensions = _TPUS.get(kind, 1)
         known = kind in _TPUS or kind in _GPUS or kind == "cpu"
         if known and len(shape) == dimensions and min(slices, *shape) > 0:
+            if math.prod(shape) * slices > _MOST_DEVICES:
+                raise ConfigError(f"--topology={text} has more than {_MOST_DEVICES} devices")
             return Topology(kind, shape, slices)
     kinds = ", ".join((*_TPUS, *_GPUS, "cpu"))
     raise ConfigError(f"--topology={text} is none: write one like {_SAMPLES}; there are {kinds}")

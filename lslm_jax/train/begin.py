@@ -13,9 +13,10 @@ from lslm_jax.config import Config
 from lslm_jax.convert import hub, pretrained
 from lslm_jax.convert.family import differences
 from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.errors import CheckpointRefused
+from lslm_jax.errors import CheckpointRefused, DataError
 from lslm_jax.train.checkpoint import Checkpoints
-from lslm_jax.train.state import State, abstract_state, init_state
+from lslm_jax.train.state import State, abstract_state, init_state, not_finite
+from lslm_jax.trees import flatten
 
 
 def begin(
@@ -36,6 +37,7 @@ def begin(
 
     Raises:
       CheckpointRefused: a checkpoint does not fit this run or cannot be read.
+      DataError: the weights to start from are not all finite, be it in a row that no token uses.
     """
     step = checkpoints.latest_step()
     if step is not None:
@@ -49,6 +51,8 @@ def begin(
             model = _load_pretrained(source, config, checkpoints.identity["tokenizer_sha256"], state.model, log)
         else:
             model = checkpoints.load_fitting(source / "checkpoints", state.model, log)
+        if bad := not_finite(flatten(model)):
+            raise DataError(f"{source}: {bad[0]} holds values that are not finite ({len(bad)} arrays do)")
         ema = None if state.ema is None else jax.tree.map(jnp.copy, model)
         state = state._replace(model=model, ema=ema)
     return state

@@ -7,26 +7,44 @@ finished. A checkpoint restores on any mesh.
 """
 
 import contextlib
+import json
+import logging
 import math
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from lslm_jax import atomic, config_checks, distributed, peers, trees
 from lslm_jax.config import CheckpointConfig
-from lslm_jax.errors import CheckpointRefused, NumericAbort, SaveError, first_line
+from lslm_jax.errors import CheckpointRefused, LslmError, NumericAbort, SaveError, first_line
+from lslm_jax.progress import say
 from lslm_jax.train import identity as identities
+from lslm_jax.train import lock
 from lslm_jax.train.manifest import check_manifest, has_manifest, write_manifest
-from lslm_jax.train.state import State, not_finite
+from lslm_jax.train.state import State, survey
 from lslm_jax.trees import flatten, unflatten
 
+_READ_TRIES, _VANISH_POLLS = 5, 10
 _HEAD = "top."  # of the names of what an encoder ends with
 _PIECE = 16 << 20  # bytes that each of several devices with one array saves, or one saves all: a cut is compiled
+
+
+class _WithoutTracebacks(logging.Filter):
+    """Drops what Orbax's threads log of an exception, page by page: it is raised as well, and reported in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_WithoutTracebacks())
 
 
 class Checkpoints:
@@ -75,14 +93,19 @@ class Checkpoints:
           memory: what the loop knows besides the state, as JSON values.
 
         Raises:
-          SaveError: this or the save before failed; earlier checkpoints stay as they were.
+          SaveError: this or the save before failed, or the run directory's lock is gone; earlier checkpoints stay.
           NumericAbort: the state has values that are not finite, which nothing could go on from.
         """
         step = int(state.step)
         parts = {name: flatten(part) for name, part in _parts(state).items()}
-        if bad := not_finite({f"{part}.{name}": leaf for part in parts for name, leaf in parts[part].items()}):
+        found = survey({f"{part}.{name}": leaf for part in parts for name, leaf in parts[part].items()})
+        if bad := [name for name, (finite, _) in found.items() if not finite]:
             raise NumericAbort(f"{bad[0]} is not finite at step {step} ({len(bad)} arrays are not): nothing is saved")
+        if odd := {name: count for name, (_, count) in found.items() if count and name.startswith("optimizer.")}:
+            name, count = next(iter(odd.items()))
+            say(f"warning: step {step}: {count} values of {name} are out of the range of moments: weights are stuck")
         self._wait()
+        lock.check(self._directory.parent)
         with _as_save_error(self._directory / str(step)):
             saved = self._orbax.save_checkpointables_async(
                 step, parts, metrics=dict(metrics or {}), custom_metadata=self.identity | {"memory": dict(memory or {})}
@@ -113,10 +136,16 @@ class Checkpoints:
             _check(directory)
         made_by: Any = self._orbax.checkpointables_metadata(step).custom_metadata
         identities.check(directory, made_by, self.identity, log)
-        parts = {name: flatten(part) for name, part in _parts(abstract).items()}
-        loaded = _load(directory, parts)
-        restored = {name: unflatten(part, loaded[name]) for name, part in _parts(abstract).items()}
+        begins_average = abstract.ema is not None and not (directory / "ema").is_dir()
+        wanted = _parts(abstract._replace(ema=None) if begins_average else abstract)
+        loaded = _load(directory, {name: flatten(part) for name, part in wanted.items()})
+        restored = {name: unflatten(part, loaded[name]) for name, part in wanted.items()}
         counters = restored.pop("counters")
+        if int(counters["step"]) != step:
+            raise CheckpointRefused(f"{directory} holds the state of step {int(counters['step'])}: it was renamed")
+        if begins_average:
+            log(f"{directory} has no averaged weights: the average (train.ema) begins with the weights of step {step}")
+            restored["ema"] = jax.tree.map(jnp.copy, restored["model"])
         return State(**{"ema": None, **restored, **counters})
 
     def load_fitting(self, source: epath.Path, model: Any, log: Callable[[str], None]) -> Any:
@@ -197,8 +226,8 @@ def list_steps(directory: epath.Path) -> list[int]:
     directory = epath.Path(directory)
     if not directory.is_dir():
         return []
-    with _open(directory) as checkpointer:
-        return sorted(c.step for c in checkpointer.checkpoints if has_manifest(directory / str(c.step)))
+    # Not through Orbax, which reads the metrics of each: a run that goes on may be deleting one.
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and has_manifest(path))
 
 
 def best_step(directory: epath.Path, metric: str) -> int:
@@ -208,10 +237,11 @@ def best_step(directory: epath.Path, metric: str) -> int:
       CheckpointRefused: no checkpoint was saved with that metric.
     """
     found = []
-    if epath.Path(directory).is_dir():
-        with _open(directory) as checkpointer:
-            saved = [c for c in checkpointer.checkpoints if metric in (c.metrics or {})]
-            found = [(_rank(c.metrics, metric), c.step) for c in saved if has_manifest(directory / str(c.step))]
+    for step in list_steps(directory):
+        with contextlib.suppress(OSError, ValueError):  # saved without metrics, or being deleted
+            metrics = json.loads((epath.Path(directory) / str(step) / "metrics" / "metrics").read_text())
+            if metric in metrics:
+                found.append((_rank(metrics, metric), step))
     if not found:
         raise CheckpointRefused(f"no checkpoint in {directory} was saved with {metric}")
     return min(found)[1]
@@ -224,9 +254,41 @@ def load_model(directory: epath.Path, abstract: Any, step: int) -> Any:
       CheckpointRefused: the checkpoint is damaged, or its weights have other names or shapes.
     """
     path = atomic.place(directory) / str(step)
+    _check(path, *(("ema",) if (path / "ema").is_dir() else ("model",)), "metrics")
     name = "ema" if (path / "ema").is_dir() else "model"
-    _check(path, name, "metrics")
     return unflatten(abstract, _load(path, {name: flatten(abstract)}, cast=True)[name])
+
+
+def load_latest(directory: epath.Path, load: Callable[[int], Any]) -> tuple[Any, int]:
+    """The result of `load` for the latest checkpoint's step, and that step.
+
+    A run that goes on deletes checkpoints. If one vanishes while it is read, the latest is looked up anew.
+
+    Args:
+      directory: `checkpoints` of a run.
+      load: reads the checkpoint of a step, for instance by `load_model`.
+
+    Raises:
+      CheckpointRefused: there is none, or the latest is damaged.
+    """
+    if jax.process_count() > 1:  # which have to read the same one, and cannot each try another
+        step = distributed.by_primary("latest", lambda: latest_step(directory))
+        return load(step), step
+    for _ in range(_READ_TRIES):
+        step = latest_step(directory)
+        try:
+            return load(step), step
+        except (CheckpointRefused, OSError, ValueError) as error:
+            for _ in range(_VANISH_POLLS):  # deletion goes file by file
+                steps = list_steps(directory)
+                if not steps or steps[-1] != step:
+                    break
+                time.sleep(0.1)
+            else:
+                if isinstance(error, LslmError):
+                    raise
+                raise CheckpointRefused(f"{directory / str(step)} cannot be read: {first_line(error)}") from error
+    raise CheckpointRefused(f"the checkpoints in {directory} vanish faster than they can be read: name one by --step")
 
 
 def _open(directory: epath.Path, **options: Any) -> ocp.training.Checkpointer:

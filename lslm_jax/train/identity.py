@@ -1,4 +1,8 @@
-"""Who made a checkpoint, and whether a run may go on from it."""
+"""Who made a checkpoint, and whether a run may go on from it.
+
+Interface for commands that read a checkpoint: `check_inputs` compares its metadata with the config, the data manifest
+and the tokenizer at hand.
+"""
 
 import importlib.metadata
 import json
@@ -8,10 +12,11 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import config_loading
+from lslm_jax import atomic, config_loading, distributed, environment
 from lslm_jax.config import Config
-from lslm_jax.data.detours import Detour
-from lslm_jax.errors import CheckpointRefused
+from lslm_jax.data.detours import Detour, at
+from lslm_jax.errors import CheckpointRefused, DataError
+from lslm_jax.train.metadata import check_manifest_sha256, data_facts, manifest_sha256, read
 
 PACKAGES = ("lslm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
@@ -28,7 +33,6 @@ FIXED = (
     "task.whole_words",
     "task.span_length",
     "task.stride",
-    "train.batch_size",
     "train.frozen",
     "optimizer.name",
     "optimizer.moment_dtype",
@@ -39,10 +43,31 @@ FREE = tuple(
 )
 
 
+# Model settings that a command may change when it only reads a checkpoint, besides FREE.
+_FREE_TO_READ = (*FREE, "model.max_length", "model.num_labels")
+
+
 def make(
-    config: Config, tokenizer_sha256: str, data_sha256: str, mesh: Mesh, detours: Sequence[Detour] = ()
+    config: Config,
+    tokenizer_sha256: str,
+    data_sha256: str,
+    mesh: Mesh,
+    detours: Sequence[Detour] = (),
+    *,
+    facts: Mapping[str, Any] | None = None,
+    row_offset: int = 0,
 ) -> dict[str, Any]:
-    """Who made a checkpoint: config, tokenizer, data, what was left out of them, versions, mesh, as JSON values."""
+    """Who made a checkpoint: config, tokenizer, data, what was left out of them, versions, mesh, as JSON values.
+
+    Args:
+      config: resolved.
+      tokenizer_sha256, data_sha256: content hashes of the tokenizer file and of the shards.
+      mesh: of the run.
+      detours: batches left out so far.
+      facts: the data manifest. Its labels and token ids are recorded; None: not recorded.
+      row_offset: of the data, see `continued_rows`.
+    """
+    recorded = {} if facts is None else {"data_facts": data_facts(facts), "manifest_sha256": manifest_sha256(facts)}
     return {
         "config": config_loading.to_dict(config),
         "tokenizer_sha256": tokenizer_sha256,
@@ -51,6 +76,9 @@ def make(
         "mixture": {source.name: source.weight for source in config.data.mixture},
         "versions": {name: _version(name) for name in PACKAGES},
         "mesh": dict(mesh.shape),
+        "environment": environment.numeric_settings(),
+        **recorded,
+        **({"row_offset": row_offset} if row_offset else {}),
     }
 
 
@@ -59,6 +87,111 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"  # run from a checkout, say
+
+
+# Settings that may differ from host to host: what they lead to is compared by content.
+_LOCAL = ("data.dir", "data.files", "data.valid_files", "data.test_files", "data.data_dir", "tokenizer.path")
+
+
+def check_processes(config: Config, flags: Mapping[str, Any]) -> None:
+    """Compares config, flags, versions and environment of all processes of a run, before anything is done.
+
+    Args:
+      config: of this process.
+      flags: of its command line, by name; those that name the process itself are left out.
+
+    Raises:
+      ConfigError: on all processes; names the setting and its two values.
+    """
+    settings = {key: value for key, value in _flat(config_loading.to_dict(config)) if not _below(key, _LOCAL)}
+    own = ("process", "coordinator", "processes", "config", "debug", "verb")
+    given = {f"--{name}": value for name, value in flags.items() if name not in own and value not in (None, False)}
+    if "--workdir" in given:
+        given["--workdir"] = str(atomic.place(given["--workdir"]))
+    versions = {name: _version(name) for name in PACKAGES}
+    values = {"command": flags.get("verb"), **given, **settings, **environment.numeric_settings(), **versions}
+    distributed.check_equal("settings", values, remedy="start all processes with the same settings and environment")
+
+
+def check_data(facts: Mapping[str, Any]) -> None:
+    """Compares the data manifests that all processes have read.
+
+    Raises:
+      DataError: on all processes, where one has other data, labels or token ids, or another tokenizer.
+    """
+    values = {"data_sha256": facts["sha256"], "manifest_sha256": manifest_sha256(facts), **data_facts(facts)}
+    values["tokenizer_sha256"] = facts["tokenizer"].get("sha256")
+    distributed.check_equal("data", values, DataError, "give all processes the same prepared data")
+
+
+def continued_rows(saved: Mapping[str, Any], step: int, batch_size: int, detours: Sequence[Detour]) -> int:
+    """Row offset with which a run goes on from a checkpoint, so that its next batch starts where that one's ended.
+
+    Row r of batch n is row `offset + n * batch_size + r` of the data order; the offset is 0 until that size changes.
+
+    Args:
+      saved: metadata of the checkpoint.
+      step: of the checkpoint.
+      batch_size: from now on.
+      detours: of the run; those after earlier steps count.
+    """
+    batches = at(step, [detour for detour in detours if detour.after < step])
+    before = saved["config"]["train"]["batch_size"]
+    return saved.get("row_offset", 0) + batches * (before - batch_size)
+
+
+def batch_size_change(saved: Mapping[str, Any], config: Config, data: Any, step: int, detours: Sequence[Detour]) -> str:
+    """Describes what another batch size changes from a checkpoint on; "" where it stays."""
+    before, now = saved["config"]["train"]["batch_size"], config.train.batch_size
+    if before == now:
+        return ""
+    position = data.offset + at(step, [detour for detour in detours if detour.after < step]) * now
+    epochs = f", {data.epoch(step):.3g} epochs" if data.num_rows else ""
+    return (
+        f"train.batch_size {before} -> {now}: step {step + 1} continues at row {position:,} of the data order{epochs}; "
+        f"no row is skipped or repeated. The learning rate follows steps, now of {now / before:g} times as many rows: "
+        f"{config.train.steps - step} of {config.train.steps} are left"
+    )
+
+
+def check_inputs(
+    directory: epath.Path, config: Config, facts: Mapping[str, Any] | None = None, tokenizer_sha256: str | None = None
+) -> None:
+    """Compares a checkpoint's metadata with what a command is about to use together with its weights.
+
+    Args:
+      directory: of the checkpoint.
+      config: resolved; its model settings and objective must be those of the checkpoint.
+      facts: the data manifest, whose token ids and labels must be those of training. None: not compared.
+      tokenizer_sha256: content hash of the tokenizer file that was loaded. None: not compared.
+
+    Raises:
+      CheckpointRefused: another model, or another tokenizer.
+      DataError: the manifest's labels or token ids are other ones.
+    """
+    saved = read(directory)
+    old = _filled(saved["config"], config_loading.to_dict(Config()))
+    for key, before, now in _differences(old, config_loading.to_dict(config)):
+        if _below(key, ("model", "task.objective")) and not _below(key, _FREE_TO_READ):
+            raise CheckpointRefused(f"{directory} was made with {key}={before}, the config says {now}")
+    expected = saved.get("tokenizer_sha256")
+    given = [tokenizer_sha256] if tokenizer_sha256 else []
+    for sha256 in [*given, *([facts["tokenizer"].get("sha256")] if facts is not None else [])]:
+        if sha256 != expected and (sha256 or expected):
+            raise CheckpointRefused(
+                f"{directory} was made with another tokenizer ({str(expected)[:12]}, now {str(sha256)[:12]}): its "
+                "embeddings belong to other tokens"
+            )
+    if facts is None or "data_facts" not in saved:
+        return
+    now, before = data_facts(facts), saved["data_facts"]
+    for name in ("ids", "labels"):
+        if before[name] and now[name] and before[name] != now[name]:
+            raise DataError(
+                f"{directory} was made with other {name} in the data manifest: {before[name]}, now {now[name]}"
+            )
+    if facts.get("sha256") == saved["data_sha256"]:
+        check_manifest_sha256(directory, saved, manifest_sha256(facts))
 
 
 def check(
@@ -77,6 +210,7 @@ def check(
                 f"{directory} was made with {other} ({saved[key][:12]}, now {mine[key][:12]}): "
                 "use another --workdir, or put the former back"
             )
+    check_manifest_sha256(directory, saved, mine.get("manifest_sha256", ""))
     if saved["mixture"] != mine["mixture"]:
         raise CheckpointRefused(
             f"{directory} was made with the mixture {saved['mixture']}, the config says {mine['mixture']}"
@@ -86,6 +220,29 @@ def check(
     if before(saved) != before(mine):
         raise CheckpointRefused(f"{directory} left out other batches ({before(saved)}, now {before(mine)})")
     check_settings(directory, saved["config"], mine["config"], log)
+    if warning := environment_warning(saved, mine):
+        log(f"warning: {warning}")
+
+
+def environment_warning(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    """Names what has changed in the environment since a checkpoint was saved, and what that means; "" for nothing."""
+    parts = [
+        f"{key} {old or 'unset'} -> {new or 'unset'}"
+        for name in ("environment", "versions", "mesh")
+        if name in saved and name in mine
+        for key, old, new in _differences(saved[name], mine[name])
+    ]
+    if not parts:
+        return ""
+    random = any(part.startswith(("JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE")) for part in parts)
+    placed = all(part.startswith(("device_count", *saved["mesh"])) for part in parts)
+    if placed and mine["config"]["train"]["reproducible"]:
+        means = "with train.reproducible the bits stay the same"
+    elif random:
+        means = "random draws (dropout, masks) differ from those of an uninterrupted run"
+    else:
+        means = "the run goes on, but its bits may differ from those of an uninterrupted run"
+    return f"the environment has changed since this checkpoint: {', '.join(parts)}; {means}"
 
 
 def check_settings(
@@ -104,6 +261,14 @@ def check_settings(
         changed.append(f"{key} {old} -> {new}")
     if changed:
         log(f"settings changed since {directory}: {', '.join(changed)}")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _below(key: str, prefixes: tuple[str, ...]) -> bool:

@@ -2,21 +2,25 @@
 
 WORKDIR/ledger/PROCESS.jsonl holds what each process read. Each start of the run adds a line that tells from which step
 on, and which rows of every batch that process took; each line after it tells the sha256 of the rows of some steps:
-their source, epoch and number. A run that goes on from a checkpoint repeats the steps behind it; what it read of them
-before stays on the ledger, and must have been the same.
+their source, epoch and number; and, as `fed`, that of the arrays which were given to these steps. A run that goes on
+from a checkpoint repeats the steps behind it; what it read of them before stays on the ledger, and must have been the
+same. Steps that a kill took from the ledger count as repeated where a later start did them again.
 """
 
 import bisect
+import copy
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from lslm_jax import atomic
+from lslm_jax.batch import Batch
 from lslm_jax.data.detours import Detour, Rows, at, parse, rows
 from lslm_jax.errors import DataError, InputMissing, first_line
 
@@ -49,13 +53,21 @@ class Ledger:
         """
         self._path = _file(workdir, process)
         self._data, self._slots, self._detours = data, slots, detours
-        self._first, self._last, self._skipped = start + 1, start, []
+        self._attempt, self._first, self._last, self._skipped = attempt, start + 1, start, []
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="ledger")  # no step waits for a hash
+        self._fed: dict[int, Future[bytes]] = {}
         with atomic.saving(self._path):
             if self._path.exists() and (whole := _whole_lines(self._path)) != self._path.read_bytes():
                 atomic.write(self._path, whole)
         self._lines = atomic.Lines(self._path)
-        line = {"attempt": attempt, "from": start, "slots": _ranges(slots)}
+        line: dict[str, Any] = {"attempt": attempt, "from": start, "slots": _ranges(slots)}
+        if size := getattr(data, "batch_size", 0):
+            line |= {"batch_size": size} | ({"offset": data.offset} if data.offset else {})  # type: ignore[attr-defined]
         self._lines.add(json.dumps(line | ({"detours": [list(detour) for detour in detours]} if detours else {})))
+
+    def feed(self, step: int, batch: Batch) -> None:
+        """Takes the arrays that are given to a step, before they leave the host; they must not change afterwards."""
+        self._fed[step] = self._hashing.submit(_content, batch)
 
     def add(self, step: int, skipped: bool) -> None:
         """A step is done, or was skipped as its loss or gradient was not finite."""
@@ -68,7 +80,10 @@ class Ledger:
         if self._last < self._first:
             return
         digest = _digest(self._data, self._detours, self._slots, self._first, self._last)
-        line = {"steps": [self._first, self._last], "sha256": digest}
+        line = {"steps": [self._first, self._last], "sha256": digest, "of": self._attempt}
+        fed = [self._fed.pop(step) for step in range(self._first, self._last + 1) if step in self._fed]
+        if len(fed) == self._last + 1 - self._first:
+            line["fed"] = hashlib.sha256(b"".join(each.result() for each in fed)).hexdigest()
         self._lines.add(json.dumps(line | ({"skipped": self._skipped} if self._skipped else {})))
         self._first, self._skipped = self._last + 1, []
 
@@ -80,7 +95,19 @@ class Ledger:
     def close(self) -> None:
         """Writes, and ends."""
         self.write()
+        self._hashing.shutdown()
         self._lines.close()
+
+
+def _content(batch: Batch) -> bytes:
+    """Sha256 of the arrays of a batch, with their names, types and shapes."""
+    hasher = hashlib.sha256()
+    for name, part in batch._asdict().items():
+        if part is not None:
+            array = np.ascontiguousarray(part)
+            hasher.update(f"{name} {array.dtype.str} {array.shape};".encode())
+            hasher.update(array.data)
+    return hasher.digest()
 
 
 def attempts(workdir: epath.Path) -> int:
@@ -96,6 +123,16 @@ class _Start(NamedTuple):
     slots: np.ndarray
     detours: list[Detour]
     spans: list[dict[str, Any]]
+    batch_size: int | None = None
+    offset: int = 0
+
+    def of(self, data: Any) -> Any:
+        """The data as this start read them: rows of a batch, the process's own, the place of the first."""
+        mine = copy.copy(data)
+        mine.slots = self.slots
+        if hasattr(mine, "offset"):
+            mine.offset, mine.batch_size = self.offset, self.batch_size or mine.batch_size
+        return mine
 
 
 def audit(workdir: epath.Path, data: Rows, batch_size: int) -> dict[str, Any]:
@@ -113,38 +150,48 @@ def audit(workdir: epath.Path, data: Rows, batch_size: int) -> dict[str, Any]:
 
     Raises:
       InputMissing: there is no ledger.
-      DataError: a step is missing, or other rows were read than those that were due.
+      DataError: a step is missing, or other rows were read, or other arrays trained on, than those that were due.
     """
     starts = _starts(workdir)
     done, repeated, ends = 0, 0, [0]
     skipped: set[int] = set()
-    detours: list[Detour] = []
+    last: _Start | None = None
     for attempt in sorted(starts):
         parts = starts[attempt]
         begin = parts[0].begin
+        later = min((starts[other][0].begin for other in starts if other > attempt), default=None)
         if begin not in ends:
             raise DataError(
                 f"{workdir}/ledger does not tell what was read up to step {begin}, where start {attempt} began"
             )
-        detours = parts[0].detours
+        last = parts[0]
         del ends[bisect.bisect(ends, begin) :]
         repeated += done - begin
         skipped = {step for step in skipped if step <= begin}
-        ends += _check(workdir, data, batch_size, attempt, parts)
-        skipped |= {step for span in parts[0].spans for step in span.get("skipped", ())}
+        ends += _check(workdir, data, last.batch_size or batch_size, attempt, parts, later)
         done = ends[-1]
+        skipped |= {step for span in parts[0].spans for step in span.get("skipped", ()) if step <= done}
+    detours = last.detours if last else []
+    # Positions of the data order are contiguous over all batch sizes.
+    size = (last.batch_size if last else None) or batch_size
+    rows_read = (last.offset if last else 0) + at(done, detours) * size
     return {
         "steps": done,
         "starts": len(starts),
         "repeated_steps": repeated,
         "skipped_steps": sorted(skipped),
         "batches_left_out": at(done, detours) - done,
-        "epochs": _count(data, at(done, detours), batch_size),
+        "epochs": _count(last._replace(offset=0).of(data) if last else data, rows_read, size),
     }
 
 
-def _check(workdir: epath.Path, data: Rows, batch_size: int, attempt: int, parts: list[_Start]) -> list[int]:
-    """The last step of each span of a start, all of whose processes read what was due."""
+def _check(
+    workdir: epath.Path, data: Rows, batch_size: int, attempt: int, parts: list[_Start], later: int | None
+) -> list[int]:
+    """The last step of each span of a start, all of whose processes read what was due.
+
+    `later` is the earliest step from which a later start went on: what is missing behind it was done again.
+    """
     if not all(part.spans for part in parts):  # ended before it had read anything that counts
         return []
     taken = np.unique(np.concatenate([part.slots for part in parts]))
@@ -155,22 +202,43 @@ def _check(workdir: epath.Path, data: Rows, batch_size: int, attempt: int, parts
         for span in part.spans:
             first, last = span["steps"]
             if first != step + 1:
+                if later is not None and later <= step:
+                    del part.spans[part.spans.index(span) :]
+                    break
                 raise DataError(
                     f"{_file(workdir, process)} does not tell what was read in steps {step + 1} to {first - 1}"
                 )
-            if _digest(data, part.detours, part.slots, first, last) != span["sha256"]:
+            if _digest(part.of(data), part.detours, part.slots, first, last) != span["sha256"]:
                 raise DataError(f"{_file(workdir, process)}: steps {first} to {last} read other rows than were due")
+            if "fed" in span and _digest_of_batches(part.of(data), part.detours, first, last) != span["fed"]:
+                raise DataError(
+                    f"{_file(workdir, process)}: steps {first} to {last} trained on other arrays than their rows make"
+                )
             step = last
     shortest = min((part.spans for part in parts), key=len)
     return [span["steps"][1] for span in shortest]
 
 
-def _count(data: Rows, steps: int, batch_size: int) -> list[float]:
-    """Epochs of each source; a DataError where an epoch holds a row twice, or has lost one."""
+def _digest_of_batches(data: Any, detours: Sequence[Detour], first: int, last: int) -> str:
+    """The sha256 that `Ledger.feed` and `write` put on file, of batches that are made anew."""
+    contents = (_content(data.batch(at(step - 1, detours))) for step in range(first, last + 1))
+    return hashlib.sha256(b"".join(contents)).hexdigest()
+
+
+def _count(data: Rows, num_rows: int, batch_size: int) -> list[float]:
+    """Epochs of each source in the first rows of the data order.
+
+    Raises:
+      DataError: an epoch holds a row twice, or has lost one.
+    """
     sizes = data.sizes()
+    steps, rest = divmod(num_rows, batch_size)
+    pieces = _pieces(data, (), np.arange(batch_size), 0, steps)
+    if rest:
+        pieces = itertools.chain(pieces, _pieces(data, (), np.arange(rest), steps, steps + 1))
     seen = [np.zeros(size, bool) for size in sizes]
     epochs = [0] * len(sizes)
-    for first, found in _pieces(data, (), np.arange(batch_size), 0, steps) if sizes else ():
+    for first, found in pieces if sizes else ():
         # What is of one source and epoch, in order; np.unique sorts, so that epochs come one after the other.
         for source, epoch in np.unique(found[:, :2], axis=0):
             if epoch > epochs[source]:
@@ -216,15 +284,22 @@ def _starts(workdir: epath.Path) -> dict[int, list[_Start]]:
         path = _file(workdir, process)
         if not path.exists():
             return found
-        spans: list[dict[str, Any]] = []
-        for line in _lines(path):
-            if "attempt" in line:
-                slots = np.concatenate([np.arange(first, end) for first, end in line["slots"]])
-                detours = parse(line.get("detours", []), path)
-                spans = []
-                found.setdefault(line["attempt"], []).append(_Start(line["from"], slots, detours, spans))
-            else:
-                spans.append(line)
+        mine: dict[int, _Start] = {}
+        number = 0
+        try:
+            for line in _lines(path):
+                if "attempt" in line:
+                    # A start that ended before process 0 had put it on its ledger has the number of the next one.
+                    number = line["attempt"]
+                    slots = np.concatenate([np.arange(first, end) for first, end in line["slots"]])
+                    sizes = line.get("batch_size"), line.get("offset", 0)
+                    mine[number] = _Start(line["from"], slots, parse(line.get("detours", []), path), [], *sizes)
+                else:  # `of`: lines of an older process may lie behind the start of a newer one
+                    mine[line.get("of", number)].spans.append(line)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is damaged: {first_line(error)}") from error
+        for number, start in mine.items():
+            found.setdefault(number, []).append(start)
     return found
 
 

@@ -16,7 +16,7 @@ from lslm_jax import atomic, config_loading, distributed, malloc
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.data import detours, pipeline, prefetch
-from lslm_jax.errors import NumericAbort, Preempted
+from lslm_jax.errors import Preempted
 from lslm_jax.evaluate.evaluator import Evaluator
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.presets import flops_per_token
@@ -28,6 +28,7 @@ from lslm_jax.train.begin import begin
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.copies import Copies
 from lslm_jax.train.exports import Exports
+from lslm_jax.train.health import Health
 from lslm_jax.train.ledger import Ledger, attempts
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.preemption import Preemption
@@ -36,7 +37,6 @@ from lslm_jax.train.state import State, abstract_state, divide, evaluated_model,
 from lslm_jax.train.step import LeavesStep, compile_for, lower, on_leaves, whole_batch
 from lslm_jax.train.watchdog import Watchdog
 
-MAX_SKIPPED = 5  # non-finite steps in a row that end the run
 _SHOWN = 12  # figures of an evaluation that a person is shown; metrics.jsonl has them all
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "skipped")  # of any train step, in this order on the record
 
@@ -74,7 +74,7 @@ def train(
       The summary that the run ends with: last metrics and evaluation, speed, size.
 
     Raises:
-      NumericAbort: the loss or gradient was not finite `MAX_SKIPPED` times in a row.
+      NumericAbort: the loss or gradient was not finite too often, see `Health`.
       Spike: the loss stayed up, for a caller to go round (`train.spike`).
       Preempted: a signal came; the state is saved.
       CheckpointRefused, SaveError, DataError: as their texts say.
@@ -87,7 +87,7 @@ def train(
     timer, speeds, last, results, facts = StepTimer(tokens_per_step), [], {}, {}, {}
 
     with contextlib.ExitStack() as stack:
-        preemption, agreement = stack.enter_context(Preemption()), distributed.Agreement(mesh)
+        preemption, agreement = stack.enter_context(Preemption(armed=False)), distributed.Agreement(mesh)
         for saved in (checkpoints, exports) if exports else (checkpoints,):
             stack.enter_context(contextlib.closing(saved))  # however the run ends, what was saved is whole
         progress = stack.enter_context(Progress(steps))
@@ -121,9 +121,13 @@ def train(
         stack.enter_context(contextlib.closing(read))
         stacks = workdir / f"stacks-{jax.process_index()}.txt"
         copies = Copies(state, mesh) if config.train.check_copies else None
-        spikes = Detector(config.train.spike, config.train.spike_steps)
-        if start and config.train.spike:
-            spikes.remember(checkpoints.memory(start))
+        spikes, health = Detector(config.train.spike, config.train.spike_steps), Health(config)
+        if start:
+            memory = checkpoints.memory(start)
+            spikes.remember(memory)
+            health.remember(memory.get("health", {}))
+            if warning := record.difference(memory.get("metrics", {})):
+                progress.message(warning)
         watchdog = stack.enter_context(Watchdog(config.train.watchdog, stacks))
 
         def report(step: int, metrics: dict[str, jax.Array]) -> None:
@@ -145,16 +149,19 @@ def train(
                 record.write(step, last | {"epoch": data.epoch(detours.at(step, around))}, speed)
                 read.write()
             progress.update(step, loss=last["loss"], tokens_per_second=speeds[-1] if speeds else None)
-            if skipped >= MAX_SKIPPED:
-                raise NumericAbort(f"loss or gradient was not finite in {skipped} steps in a row, up to step {step}")
+            if warning := health.add(step, last["loss"], skipped):
+                progress.message(warning)
             spikes.add(step, last["loss"])
 
         pending, (leaves, form) = None, jax.tree.flatten(state)
+        # Not before: until now there is nothing to save, and a signal ends the process at once.
+        preemption.arm()
         for step in range(start + 1, steps + 1):
             profiler.step(step, leaves)
             with timer.data():
                 batch = first or next(batches)
                 first = None
+            read.feed(step, batch)
             leaves, metrics = train_step(leaves, to_global(batch, mesh, config.train.batch_size))
             if pending:
                 report(*pending)
@@ -175,7 +182,8 @@ def train(
                 if saving:
                     read.sync()  # what is on file goes as far as the checkpoint
                     record.sync()
-                    checkpoints.save(state, results if evaluating else None, spikes.memory)
+                    memory = spikes.memory | {"health": health.memory, "metrics": record.memory}
+                    checkpoints.save(state, results if evaluating else None, memory)
                     if exports:
                         exports.save(state, results if evaluating else None)
             if stopping and step < steps:
@@ -192,6 +200,7 @@ def train(
         **{name: last[name] for name in ("loss", "grad_norm", "learning_rate") if name in last},
         **results,
         **facts,
+        **health.summary(),
         "tokens_per_second": speed,
         "mfu": used,
         "parameters": num_parameters(state.model),

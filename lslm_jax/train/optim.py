@@ -13,7 +13,7 @@ from lslm_jax.config import OptimizerConfig
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then the named shape down to `final_ratio` of it at `steps`."""
+    """Linear warm-up from `warmup_from` to the peak, then the named shape down to `final_ratio` of it at `steps`."""
     peak, final = config.learning_rate, config.learning_rate * config.final_ratio
     warmup = min(config.warmup_steps, steps)
     rest = max(steps - warmup, 1)
@@ -31,7 +31,8 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         case "wsd":
             decay = max(steps // 5, 1)
             after = optax.linear_schedule(peak, final, decay, transition_begin=max(rest - decay, 0))
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+    rise = optax.linear_schedule(peak * config.warmup_from, peak, warmup)
+    return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -19,6 +19,9 @@ from lslm_jax.train import checkpoint, manifest
 
 MAX_DETOURS = 5  # from one checkpoint, none of which helped
 _USUAL = 10  # times as many losses as a spike is long tell what is usual
+_FEWEST = 2  # times as many tell it at the beginning of a run, when they spread widely
+_LEAST_SPREAD = 0.01  # of the mean
+_DRIFT = 2.0  # times as many deviations above the lowest mean as above the last one
 
 
 class Spike(NumericAbort):
@@ -28,47 +31,64 @@ class Spike(NumericAbort):
       first, last: its steps.
     """
 
-    def __init__(self, first: int, last: int, usual: float, loss: float):
-        super().__init__(f"the loss was about {usual:.3f} and is {loss:.3f}, in step {last} as in all since {first}")
+    def __init__(self, first: int, last: int, usual: float, loss: float, share: str = "all"):
+        super().__init__(
+            f"the loss was about {usual:.3f} and is {loss:.3f}, in step {last} as in {share} since {first}"
+        )
         self.first, self.last = first, last
 
 
 class Detector:
     """Tells a spike from the losses of a run, one after the other.
 
-    What it knows goes into checkpoints, so that a run that goes on tells the same as one that was never stopped.
+    A loss is high if it is many standard deviations above the mean of the usual ones, or far above the lowest mean so
+    far, which a slow drift does not move. As many high losses as a spike is long, among twice as many steps, are a
+    spike: also those of every second step.
+
+    Its memory goes into checkpoints, so that a run that goes on decides as one that was never stopped.
     """
 
     def __init__(self, deviations: float, steps: int):
         """Watches for losses so many standard deviations above the usual, for so many steps. 0: never."""
-        self._deviations, self._steps, self._high = deviations, steps, 0
+        self._deviations, self._steps = deviations, steps
+        self._high: collections.deque[int] = collections.deque(maxlen=2 * steps)  # steps with high losses, or 0
         self._usual: collections.deque[float] = collections.deque(maxlen=_USUAL * steps)
+        self._best, self._best_spread = math.inf, 0.0
 
     @property
     def memory(self) -> dict[str, Any]:
-        """What it knows, as JSON values; nothing where it watches for nothing."""
-        return {"usual": list(self._usual), "high": self._high} if self._deviations else {}
+        """State as JSON values; nothing where it watches for nothing."""
+        if not self._deviations:
+            return {}
+        best = {} if math.isinf(self._best) else {"best": self._best, "best_spread": self._best_spread}
+        return {"usual": list(self._usual), "high_steps": list(self._high)} | best
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         """Takes up where `memory` was told."""
         self._usual.extend(memory.get("usual", ()))
-        self._high = memory.get("high", 0)
+        self._high.extend(memory.get("high_steps", ()))
+        self._best, self._best_spread = memory.get("best", math.inf), memory.get("best_spread", 0.0)
 
     def add(self, step: int, loss: float) -> None:
         """Takes the loss of a step, unless it is not finite; raises Spike where it is the last of one."""
         if not (self._deviations and math.isfinite(loss)):
             return
         mean, limit = 0.0, math.inf
-        if len(self._usual) == self._usual.maxlen:
+        if len(self._usual) >= _FEWEST * self._steps:
             mean = statistics.fmean(self._usual)
-            limit = mean + self._deviations * statistics.pstdev(self._usual, mean)
-        if loss <= limit:
+            # Losses that are all equal deviate by nothing: then any other would be a spike.
+            spread = max(statistics.pstdev(self._usual, mean), _LEAST_SPREAD * abs(mean))
+            if len(self._usual) == self._usual.maxlen and mean < self._best:
+                self._best, self._best_spread = mean, spread
+            limit = min(mean + self._deviations * spread, self._best + _DRIFT * self._deviations * self._best_spread)
+        is_high = loss > limit
+        self._high.append(step if is_high else 0)
+        if not is_high:
             self._usual.append(loss)
-            self._high = 0
-            return
-        self._high += 1
-        if self._high == self._steps:
-            raise Spike(step - self._steps + 1, step, mean, loss)
+        high = [number for number in self._high if number]
+        if is_high and len(high) == self._steps:
+            share = "all" if high[0] == step - self._steps + 1 else "most"
+            raise Spike(high[0], step, min(mean, self._best) if share == "most" else mean, loss, share)
 
 
 def go_round(workdir: epath.Path, config: Config, spike: Spike) -> str:

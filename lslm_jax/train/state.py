@@ -1,6 +1,7 @@
 """All that training changes, born where it will live."""
 
 import fnmatch
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -110,12 +111,29 @@ def divide(config: Config, model: Any) -> tuple[Any, Any]:
     return split(model, trained)
 
 
+# Names that optax gives second moments, behind their place in a chain; models have parts named `v` as well.
+_SECOND_MOMENT = re.compile(r"(?:^optimizer|\.\d+)\.(?:nu|v|v_row|v_col)\.")
+_HUGE = 1e20  # of a moment: gradients of 1e10 are no numbers of training, but those of a damaged bit
+
+
 def not_finite(arrays: Mapping[str, jax.Array]) -> list[str]:
     """Names of the arrays that hold anything that is not a finite number."""
+    return [name for name, (finite, _) in survey(arrays).items() if not finite]
+
+
+def survey(arrays: Mapping[str, jax.Array]) -> dict[str, tuple[bool, int]]:
+    """Range check of arrays by name.
+
+    Returns:
+      For each, whether all its values are finite, and how many are out of the range of moments: above 1e20, or negative
+      where it holds second moments. Weights with such a moment hardly move, or not at all.
+    """
     where = next(iter(arrays.values())).sharding
     whole = NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else where
-    finite = jax.device_get(jax.jit(_are_finite, out_shardings=whole)(list(arrays.values())))
-    return [name for name, good in zip(arrays, finite, strict=True) if not good]
+    second = tuple(_SECOND_MOMENT.search(name) is not None for name in arrays)
+    checked = jax.jit(_survey, static_argnums=1, out_shardings=whole)(list(arrays.values()), second)
+    finite, odd = jax.device_get(checked)
+    return {name: (bool(finite[i]), int(odd[i])) for i, name in enumerate(arrays)}
 
 
 def num_parameters(model: Any) -> int:
@@ -128,8 +146,11 @@ def evaluated_model(state: State) -> Any:
     return state.model if state.ema is None else state.ema
 
 
-def _are_finite(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(array).all() for array in on_device(arrays)])
+def _survey(arrays: list[jax.Array], second: tuple[bool, ...]) -> tuple[jax.Array, jax.Array]:
+    arrays = on_device(arrays)
+    finite = [jnp.isfinite(array).all() for array in arrays]
+    odd = [jnp.sum((jnp.abs(a) > _HUGE) | (is_second & (a < 0))) for a, is_second in zip(arrays, second, strict=True)]
+    return jnp.stack(finite), jnp.stack(odd)
 
 
 def _create(config: Config, optimizer: optax.GradientTransformation) -> State:

@@ -80,7 +80,9 @@ def apply_gradients(
         trained, moments = _where(finite, (moved, moments), (trained, before))
     ema = state.ema
     if ema is not None:
-        decay = config.train.ema
+        # A fixed decay would remember the random weights of step 0 for 1 / (1 - decay) steps; it rises to its value.
+        count = state.step.astype(jnp.float32)
+        decay = jnp.minimum(config.train.ema, (1 + count) / (10 + count))
         averaged, _ = divide(config, ema)
         moved = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, averaged, trained)
         ema = join(_where(finite, moved, averaged), frozen)

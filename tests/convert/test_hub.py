@@ -204,6 +204,8 @@ REFUSED = {
     "some/missing": (66, "HUB has no model some/missing, or it is private"),
     "some/model@v9": (66, "HUB has no such revision as some/model@v9"),
     "some/model/more/of/it": (2, "hf://some/model/more/of/it does not name a model: write hf://ORG/NAME or"),
+    "some/model@../../other": (2, "hf://some/model@../../other does not name a model"),
+    "../model": (2, "hf://../model does not name a model"),
     "": (2, "hf:// does not name a model"),
 }
 

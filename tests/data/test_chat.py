@@ -232,6 +232,18 @@ def test_a_template_without_an_end_is_ended(text, monkeypatch):
         fill_in(text)
 
 
+def test_the_process_that_fills_templates_in_has_no_secret_of_ours(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    started = []
+    popen = templates.subprocess.Popen
+    monkeypatch.setattr(
+        templates.subprocess, "Popen", lambda *args, **more: (started.append(more), popen(*args, **more))[1]
+    )
+    text = "{{ messages[0]['content'] }}{# of its own process #}"
+    assert templates.fill_in(template(text), {"messages": turns("a", "b")}, [(1, False)], "f:1") == ["a"]
+    assert started and set(started[0]["env"]) <= {"PATH", "LANG", "LC_ALL", "TZ", "PYTHONPATH"}
+
+
 def test_a_conversation_that_a_template_does_not_take_is_told_with_its_place():
     for text, message in [
         ("{{ raise_exception('roles take\nturns') }}", "roles take turns"),

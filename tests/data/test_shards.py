@@ -1,5 +1,6 @@
 """Token shards: what is written comes back, a killed writer goes on, damage is refused by name."""
 
+import hashlib
 import json
 import pathlib
 import signal
@@ -244,17 +245,75 @@ def test_damage_is_refused_in_one_line_by_name(tmp_path, damage, error, message)
     assert "\n" not in str(caught.value)
 
 
+def change(**values):
+    """A manifest with other values, all else consistent."""
+
+    def damage(directory):
+        path = directory / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
+
+
+def rewrite(name, spoil):
+    """A file with other numbers, whose size and sha256 are those of the manifest."""
+
+    def damage(directory):
+        path, manifest = directory / name, json.loads((directory / "manifest.json").read_text())
+        array = np.fromfile(path, "<i8" if name == "starts.bin" else "<u2")
+        spoil(array)
+        array.tofile(path)
+        for entry in manifest["shards"] + manifest["index"]:
+            if entry["file"] == name:
+                entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def put(place, value):
+    return lambda array: array.__setitem__(place, value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        *[
+            (change(dtype=dtype), f"manifest.json has dtype {dtype!r}; tokens of this vocabulary are uint16")
+            for dtype in ("O", "S1", "U1", "f2", "float64", "int8", "uint32", ["O"], None)
+        ],
+        (change(vocab_size=1 << 20), "manifest.json has dtype 'uint16'; tokens of this vocabulary are uint32"),
+        (change(vocab_size=-1), "manifest.json has vocab_size -1, not a whole number from 1 on"),
+        (change(documents=10**30), "manifest.json has documents 1000000000000000000000000000000, not a whole"),
+        (change(tokens="many"), "manifest.json has tokens 'many', not a whole number"),
+        (change(shards=5), "manifest.json has shards that do not list files"),
+        (change(index=[{"file": "starts.bin"}]), "manifest.json has index that do not list files"),
+        (rewrite("starts.bin", put(0, 1)), "starts.bin begins with 1, not with 0"),
+        (rewrite("starts.bin", put(3, -7)), "starts.bin falls at document 2"),
+        (rewrite("starts.bin", put(3, 10**6)), "starts.bin falls at document 3"),
+        (rewrite("tokens-00001.bin", put(5, 60_000)), "token 60000 in shard 1 of"),
+    ],
+)
+def test_no_type_shape_or_count_that_a_manifest_names_is_trusted(tmp_path, damage, message):
+    write(tmp_path, some_documents())
+    Shards.open(tmp_path, verify=True)
+    damage(tmp_path)
+    with pytest.raises(DataError) as caught:
+        Shards.open(tmp_path, verify=True)
+    assert message in str(caught.value)
+
+
 def test_a_token_outside_the_vocabulary_is_not_written(tmp_path):
     with pytest.raises(DataError, match=f"token 1000 in document 1 of {tmp_path}, vocabulary 1000"):
         write(tmp_path, [[1, 2], [3, 1000]])
 
 
-def test_a_refusing_disk_is_told_with_its_path_and_reason(tmp_path):
+def test_a_refusing_disk_is_told_with_its_path_and_reason(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(SaveError, match=f"could not write {tmp_path}/file/train: Not a directory"):
         write(tmp_path / "file" / "train", [[1]])
     writer = ShardWriter(epath.Path(tmp_path), 1000, 500)
-    (tmp_path / "tokens-00000.bin.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(atomic, "open_plain", lambda path, flags, mode: open("/dev/full", mode))
     with pytest.raises(SaveError, match=r"could not write .*tokens-00000\.bin: ") as error:
         for i in range(100):
             writer.add([np.arange(900)], 900, i + 1)

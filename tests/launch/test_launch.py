@@ -50,9 +50,50 @@ def test_pods_end_for_good_with_exactly_the_codes_that_another_try_does_not_mend
             assert rule["action"] == "FailJob" and set(rule["onExitCodes"]["values"]) == codes
     assert yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["resources"]["job_recovery"][
         "recover_on_exit_codes"
-    ] == [75, 77, 134]
-    (case,) = re.findall(r"^    ([\d |]+)\) break", (LAUNCH / "tpu_vm.sh").read_text(), re.MULTILINE)
-    assert {int(code) for code in case.split("|")} == codes | {0}
+    ] == [75, 77, 134, 143]
+    (case,) = re.findall(r"^ +([\d |]+)\) pause", (LAUNCH / "tpu_vm.sh").read_text(), re.MULTILINE)
+    assert {int(code) for code in case.split("|")} == {75, 77, 134, 137, 143, 255}
+
+
+CLOUD = """#!/bin/sh
+echo "$*" >> "$CALLS"
+case "$*" in
+  *describe*) echo ACTIVE ;;
+  *lslm_jax.main*) exit "$CODE" ;;
+esac
+"""
+
+
+def keep(tmp_path, code, *arguments):
+    """Runs `tpu_vm.sh keep` with a stub of the cloud's tool whose trainer ends with a code; returns what it called."""
+    tool, calls = tmp_path / "bin" / "gcloud", tmp_path / "calls"
+    tool.parent.mkdir()
+    tool.write_text(CLOUD)
+    tool.chmod(0o755)
+    environ = dict.fromkeys(("PROJECT", "ZONE", "NAME", "TYPE"), "x") | {
+        "BUCKET": "gs://b",
+        "PAUSE": "0",
+        "SLICES": "4",
+    }
+    environ |= {"PATH": f"{tool.parent}:/usr/bin:/bin", "CALLS": str(calls), "CODE": str(code)}
+    done = subprocess.run([LAUNCH / "tpu_vm.sh", "keep", "a.py", "run", *arguments], env=environ, timeout=60)
+    assert done.returncode == code
+    return calls.read_text().splitlines()
+
+
+@pytest.mark.parametrize(("code", "slices"), [(0, 1), (1, 1), (130, 1), (139, 1), (65, 1), (75, 4), (255, 4)])
+def test_a_slice_is_made_anew_only_after_a_preemption_and_not_without_end(tmp_path, code, slices):
+    assert sum(" create " in call for call in keep(tmp_path, code)) == slices
+
+
+def test_arguments_reach_the_hosts_as_words_and_not_as_commands(tmp_path):
+    flag = "--config.generate.stop=a; touch /tmp/x"
+    (call,) = [call for call in keep(tmp_path, 0, flag) if "lslm_jax.main" in call]
+    inner = call.partition("--command=")[2]
+    words = subprocess.run(
+        ["bash", "-c", f"set -- {inner.partition('&& ')[2]}; printf '%s\\n' \"$@\""], capture_output=True
+    )
+    assert words.stdout.decode().splitlines()[-1] == flag
 
 
 def commands():

@@ -72,6 +72,8 @@ def test_where_nothing_helps_more_devices_are_asked_for(plan, topology):
     ("flag", "message"),
     [
         ("--topology=v5p:4x4", "--topology=v5p:4x4 is none: write one like v5e:4x4, v5p:4x4x4"),
+        ("--topology=v5e:4x444444444", "--topology=v5e:4x444444444 is none: write one like v5e:4x4"),
+        ("--topology=v5e:4444x4444", "--topology=v5e:4444x4444 has more than 131072 devices"),
         ("--picture=plan.png", "--picture=plan.png: a plan is drawn as HTML"),
         ("--config.train.batch_size=12", "train.batch_size=12 is not divisible by data*fsdp=8"),
     ],

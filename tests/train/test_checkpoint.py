@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from lslm_jax import trees
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, MixtureSource, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
-from lslm_jax.errors import CheckpointRefused, NumericAbort, SaveError
+from lslm_jax.errors import CheckpointRefused, DataError, NumericAbort, SaveError
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.begin import begin
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import abstract_model, abstract_state
+from lslm_jax.train.state import abstract_model, abstract_state, survey
 
 BASE = Config(
     model=ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=120, max_length=16),
@@ -228,7 +229,6 @@ def test_a_damaged_manifest_is_refused(content, copy):
         ({"model": {"d_model": 64}}, "model.d_model=32, the config says 64"),
         ({"model": {"positions": "rotary"}}, "model.positions=learned, the config says rotary"),
         ({"seed": 3}, "seed=0, the config says 3"),
-        ({"train": {"batch_size": 32}}, "train.batch_size=16, the config says 32"),
         ({"data": {"seq_len": 8}}, "data.seq_len=16, the config says 8"),
         ({"optimizer": {"name": "lion"}}, "optimizer.name=adamw, the config says lion"),
     ],
@@ -333,6 +333,18 @@ def test_a_run_may_begin_with_the_weights_of_another_but_its_own_step_and_optimi
     assert lines == [f"started from 20 of 20 parameters in {saved}/checkpoints/7"]
     jax.tree.map(lambda leaf: leaf.delete(), state.model)  # as a step that takes the state as its own does
     assert_same(state.ema, state_at(7).ema)
+
+
+def test_weights_to_begin_with_that_are_not_finite_are_refused_at_the_start(tmp_path, monkeypatch):
+    model = state_at(7).model
+    leaves = dict(trees.flatten(model))
+    name = next(iter(leaves))
+    spoilt = np.array(leaves[name])
+    spoilt.flat[-1] = np.nan  # of a token that no text has
+    spoilt = trees.unflatten(model, leaves | {name: jax.device_put(spoilt, leaves[name].sharding)})
+    monkeypatch.setattr(Checkpoints, "load_fitting", lambda *_: spoilt)
+    with pytest.raises(DataError, match=rf"/elsewhere: {name} holds values that are not finite \(1 arrays do\)"):
+        begun(tmp_path, changed(train={"init_from": "/elsewhere"}))
 
 
 def test_its_own_checkpoint_goes_before_those_of_others(saved, copy):
@@ -449,3 +461,66 @@ def test_a_disk_that_will_be_full_is_told_beforehand(tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         said = run.lack_of_room(state_at(1))
         assert said.startswith(told) and bool(said) == bool(told)
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_read_gives_way_to_the_next(tmp_path):
+    directory = tmp_path / "checkpoints"
+
+    def make(step):
+        (directory / str(step)).mkdir(parents=True)
+        (directory / str(step) / "manifest.json").write_text("{}")
+
+    def load(step):
+        if step < 3:
+            shutil.rmtree(directory / str(step))  # by the run that goes on
+            make(step + 1)
+            raise [CheckpointRefused("a file is missing"), OSError("a file is missing")][step - 1]
+        return f"weights of step {step}"
+
+    make(1)
+    assert checkpoint.load_latest(directory, load) == ("weights of step 3", 3)
+    with pytest.raises(CheckpointRefused, match="a file is missing"):  # this one stays, and is damaged
+        checkpoint.load_latest(directory, _refuse)
+
+
+def _refuse(step):
+    raise CheckpointRefused("a file is missing")
+
+
+def test_moments_out_of_range_are_reported_when_they_are_saved(tmp_path, capsys):
+    state = state_at(3)
+    leaves = dict(trees.flatten(state.optimizer))
+    name = next(name for name in leaves if ".nu." in name)
+    spoilt = {other: np.abs(np.asarray(leaf)) for other, leaf in leaves.items() if np.ndim(leaf)}
+    spoilt[name].flat[5] = 1e38
+    placed = {other: jax.device_put(array, leaves[other].sharding) for other, array in spoilt.items()}
+    run = opened(tmp_path)
+    run.save(state._replace(optimizer=trees.unflatten(state.optimizer, leaves | placed)))
+    run.close()
+    assert capsys.readouterr().err.startswith(f"warning: step 3: 1 values of optimizer.{name} are out of the range")
+
+
+def test_an_average_that_the_checkpoint_lacks_begins_with_its_weights(tmp_path):
+    plain, lines = changed(train={"ema": 0.0}), []
+    run = opened(tmp_path, plain)
+    run.save(state_at(3, plain))
+    run.close()
+    restored = opened(tmp_path).restore(3, abstract(), lines.append)
+    assert_same((restored.model, restored.ema), (state_at(3, plain).model,) * 2)
+    assert any(
+        "3 has no averaged weights: the average (train.ema) begins with the weights of step 3" in line for line in lines
+    )
+
+
+def test_a_parameter_named_v_is_no_second_moment():
+    arrays = {name: jax.numpy.full(3, -1.0) for name in ("optimizer.1.0.mu.blocks.attention.v.b", "optimizer.0.nu.w")}
+    assert [odd for _, odd in survey(arrays).values()] == [0, 3]
+
+
+def test_a_renamed_checkpoint_of_an_older_version_is_refused_by_its_own_step(copy):
+    directory = copy / "checkpoints"
+    content = json.loads((directory / "7/manifest.json").read_text())
+    (directory / "7/manifest.json").write_text(json.dumps({"files": content["files"]}))
+    (directory / "7").rename(directory / "9")
+    with pytest.raises(CheckpointRefused, match="holds the state of step 7: it was renamed"):
+        opened(copy).restore(9, abstract(), print)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from lslm_jax.batch import Batch
 from lslm_jax.data.order import positions
 from lslm_jax.errors import DataError, InputMissing
 from lslm_jax.train import ledger
@@ -140,3 +141,81 @@ def test_a_start_from_a_step_that_is_not_on_the_ledger_is_found(workdir):
 def test_without_a_ledger_there_is_nothing_to_audit(workdir):
     with pytest.raises(InputMissing, match="has no ledger"):
         audit(workdir, Data(), BATCH)
+
+
+class Fed(Data):
+    """Data whose batches are made, too: each token is its row's number."""
+
+    offset, batch_size = 0, BATCH
+    slots = np.arange(BATCH)
+
+    def rows(self, step, slots=None, steps=1):
+        position = positions(step, steps, self.batch_size, self.slots if slots is None else slots, self.offset)
+        rows = [Data.rows(self, at // BATCH, np.array([at % BATCH])) for at in position]
+        return np.concatenate(rows)
+
+    def batch(self, step):
+        tokens = self.rows(step)[:, 2:].astype(np.int32)
+        return Batch(tokens, tokens + 1, np.ones(tokens.shape, np.float32))
+
+
+def train(workdir, start, stop, data=None, loader=lambda step: step, every=3, write=True):
+    """One start of a run which is given the batch `loader(step)` for each step after start; the ledger is told."""
+    data = data or Fed()
+    book = Ledger(workdir, 0, attempts(workdir), start, data, data.slots)
+    for step in range(start + 1, stop + 1):
+        book.feed(step, data.batch(loader(step - 1)))
+        book.add(step, False)
+        if step % every == 0:
+            book.write()
+    if not write:
+        book.write = lambda: None
+    book.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "loader"),
+    [
+        ("each batch twice", lambda step: step // 2),
+        ("batch 0 for ever", lambda step: 0),
+        ("one ahead", lambda s: s + 1),
+    ],
+)
+def test_other_arrays_than_those_of_the_rows_that_were_due_are_found(workdir, fault, loader):
+    train(workdir, 0, 3)
+    assert audit(workdir, Fed(), BATCH)["steps"] == 3
+    train(workdir, 3, 9, loader=loader)
+    with pytest.raises(DataError, match=r"0.jsonl: steps \d+ to \d+ trained on other arrays than their rows make"):
+        audit(workdir, Fed(), BATCH)
+
+
+def test_a_run_whose_batch_size_has_changed_has_read_every_row_once_an_epoch(workdir):
+    train(workdir, 0, 6)
+    larger = Fed()
+    larger.batch_size, larger.slots, larger.offset = 6, np.arange(6), 6 * (BATCH - 6)
+    train(workdir, 6, 12, data=larger)
+    audited = audit(workdir, Fed(), 6)
+    assert audited["steps"] == 12
+    assert audited["epochs"] == pytest.approx([(6 * BATCH + 6 * 6) / 2 / size for size in SIZES], abs=1e-6)
+
+
+def test_steps_that_are_missing_but_were_done_again_count_as_repeated(workdir):
+    go_on(workdir, 0, 9)
+    path = workdir / "ledger" / "0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2] + lines[3:]))  # without steps 4 to 6
+    with pytest.raises(DataError, match="does not tell what was read in steps 4 to 6"):
+        audit(workdir, Data(), BATCH)
+    go_on(workdir, 3, 12)
+    audited = audit(workdir, Data(), BATCH)
+    assert audited["steps"] == 12 and audited["starts"] == 2
+
+
+def test_lines_of_an_orphan_behind_the_start_of_its_successor_are_its_own(workdir):
+    go_on(workdir, 0, 9)
+    path = workdir / "ledger" / "0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]))
+    go_on(workdir, 3, 6)
+    path.write_text(path.read_text() + lines[3])  # steps 7 to 9, of start 0
+    assert audit(workdir, Data(), BATCH)["steps"] == 6

@@ -1,6 +1,8 @@
 """A directory belongs to one run at a time, and to none whose process is gone."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import pytest
 from error_table import assert_told
 from etils import epath
 
-from lslm_jax.errors import ConfigError
+from lslm_jax.errors import ConfigError, SaveError
 from lslm_jax.train import lock
 
 HOLD = """
@@ -53,3 +55,60 @@ def test_a_damaged_lock_still_locks(tmp_path):
         (tmp_path / "lock").write_text("{")
         with pytest.raises(ConfigError, match="in use by another process"), lock.hold(epath.Path(tmp_path)):
             raise AssertionError("two runs in one directory")
+
+
+def test_a_lock_that_is_removed_or_replaced_while_it_is_held_is_noticed(tmp_path):
+    workdir = epath.Path(tmp_path)
+    with lock.hold(workdir):
+        lock.check(workdir)
+        (tmp_path / "lock").unlink()
+        with pytest.raises(SaveError, match="was removed or replaced while this run held it"):
+            lock.check(workdir)
+        (tmp_path / "lock").write_text("{}")
+        with pytest.raises(SaveError, match="was removed or replaced"):
+            lock.check(workdir)
+    lock.check(workdir)  # which this process does not hold any more
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").symlink_to(outside)
+    with (
+        pytest.raises(SaveError, match="symbolic link, which is not followed"),
+        lock.hold(epath.Path(tmp_path / "run")),
+    ):
+        raise AssertionError("followed")
+    assert outside.read_text() == "precious"
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    """A file system that has none."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_without_file_locks_signs_of_life_keep_a_second_run_out(tmp_path, without_locks, capsys):
+    workdir = epath.Path(tmp_path)
+    with lock.hold(workdir):
+        assert "has no file locks (No locks available)" in capsys.readouterr().err
+        with pytest.raises(ConfigError, match=f"is in use by process {os.getpid()} on"), lock.hold(workdir):
+            raise AssertionError("two runs in one directory")
+    with lock.hold(workdir):  # it is free again
+        pass
+
+
+@pytest.mark.parametrize(("age", "is_free"), [(10, False), (120, True)])
+def test_a_holder_on_another_host_is_judged_by_its_last_sign_of_life(tmp_path, without_locks, age, is_free):
+    path = tmp_path / "lock.alive"
+    path.write_text('{"host": "elsewhere", "pid": 1, "started": "then", "token": "x"}')
+    then = path.stat().st_mtime - age
+    os.utime(path, (then, then))
+    with contextlib.nullcontext() if is_free else pytest.raises(ConfigError, match="process 1 on elsewhere"):
+        with lock.hold(epath.Path(tmp_path)):
+            pass

@@ -1,8 +1,10 @@
 """The loop: what a run leaves behind, what it waits for, when it compiles, and how it ends."""
 
 import contextlib
+import errno
 import io
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -14,18 +16,20 @@ import pytest
 from etils import epath
 from jax._src.array import ArrayImpl
 
+from lslm_jax import atomic
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
+from lslm_jax.data import prefetch
 from lslm_jax.data.pipeline import SyntheticInput
-from lslm_jax.errors import NumericAbort, Preempted
+from lslm_jax.errors import DataError, NumericAbort, Preempted
 from lslm_jax.evaluate.evaluator import Report
 from lslm_jax.main import main
 from lslm_jax.models import attention
 from lslm_jax.sharding import make_mesh
-from lslm_jax.train import checkpoint, identity, loop
+from lslm_jax.train import checkpoint, identity, ledger, loop
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import abstract_state
+from lslm_jax.train.state import abstract_state, init_state
 
 STEPS, EVERY = 12, 4
 RUN = {
@@ -180,6 +184,89 @@ def test_more_steps_go_on_from_the_end(finished, run):
     assert again["step"] == STEPS + 2 and again["eval/loss"] == result["eval/loss"]
 
 
+def failing(root: pathlib.Path, verb: str, *more: str) -> tuple[int, str]:
+    """Runs a command that must fail; returns its exit code and the last line on stderr."""
+    flags = [f"--config={root}/config.json"] * (verb != "verify") + [f"--workdir={root}/work"]
+    stderr = io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(stderr):
+        main([verb, *flags, *more])
+    assert stop.value.code and "Traceback" not in stderr.getvalue()
+    return stop.value.code, stderr.getvalue().strip().splitlines()[-1]
+
+
+def test_a_record_that_was_altered_is_named_and_an_empty_result_is_none(run, capsys):
+    path = run / "work/metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    (run / "work/result.json").write_text("")
+    assert command(run, "train")["step"] == STEPS
+    text = capsys.readouterr().err
+    assert "result.json is not JSON" in text and "lacks 2 of the 15 lines after step 11 that it had" in text
+
+
+def test_a_data_manifest_whose_meaning_was_altered_is_refused_by_every_command(run):
+    path = run / "work/data/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["tokenizer"]["eos_id"] = 7
+    path.write_text(json.dumps(manifest))
+    (run / "work/result.json").unlink()
+    for verb in ("train", "verify", "evaluate", "generate", "audit"):
+        code, line = failing(run, verb, *["--prompt=a"] * (verb == "generate"))
+        assert code == 65 and "manifest" in line, (verb, line)
+
+
+def test_a_tokenizer_file_that_was_altered_is_refused(run):
+    data = run / "work/data"
+    path = data / json.loads((data / "manifest.json").read_text())["tokenizer"]["file"]
+    path.write_text(path.read_text() + " ")
+    (run / "work/result.json").unlink()
+    for verb in ("train", "verify"):
+        code, line = failing(run, verb)
+        assert code == 65 and "altered: its sha256 is not the one in" in line, (verb, line)
+
+
+def test_a_setting_of_the_model_that_is_not_the_checkpoints_is_refused(run):
+    for verb in ("evaluate", "generate"):
+        more = ["--prompt=a"] * (verb == "generate")
+        code, line = failing(run, verb, "--config.model.activation=relu", *more)
+        assert code == 76 and "made with model.activation=gelu, the config says relu" in line
+
+
+def test_a_run_goes_back_to_a_chosen_step_once_and_comes_to_the_same_end(finished, run, capsys):
+    code, line = failing(run, "train", "--config.train.resume_from=3")
+    assert code == 66 and f"no such checkpoint in {run}/work/checkpoints; there are [8, 12]" in line
+    back = f"--config.train.resume_from={STEPS - EVERY}"
+    result = command(run, "train", back)
+    assert "going back to step 8: step 12 is set aside in" in capsys.readouterr().err
+    assert [path.name.split("-")[0] for path in (run / "work/set_aside").iterdir()] == ["12"]
+    assert (result["loss"], result["eval/loss"]) == (finished[1]["loss"], finished[1]["eval/loss"])
+    assert command(run, "train", back) == result and "is complete" in capsys.readouterr().err
+    assert command(run, "audit")["repeated_steps"] == EVERY
+
+
+def test_another_batch_size_goes_on_at_the_next_row(run, capsys):
+    more = [f"--config.train.steps={STEPS + 2}", "--config.train.batch_size=16"]
+    assert command(run, "train", *more)["step"] == STEPS + 2
+    rows = STEPS * RUN["train"]["batch_size"]
+    assert (
+        f"train.batch_size 8 -> 16: step {STEPS + 1} continues at row {rows} of the data order"
+        in capsys.readouterr().err
+    )
+    audited = command(run, "audit", *more)
+    assert audited["steps"] == STEPS + 2
+    last = lines_of(run / "work")[-2]
+    assert last["epoch"] == pytest.approx(audited["epochs"][0], abs=1e-5)
+
+
+def test_a_run_on_a_read_only_disk_is_evaluated(finished, run, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(atomic, "open_plain", refuse)
+    again = command(run, "evaluate", f"--config.eval.batches={RUN['eval']['batches']}")
+    assert again["eval/loss"] == finished[1]["eval/loss"]
+
+
 SYNTHETIC = Config(
     model=ModelConfig(num_layers=1, d_model=32, num_heads=2, vocab_size=61, max_length=16),
     data=DataConfig(source="synthetic", seq_len=16),
@@ -315,3 +402,55 @@ def test_a_signal_during_an_evaluation_is_obeyed_after_the_next_step_is_saved(tm
     assert (result["step"], result["eval/loss"], result["eval/signature"]) == (20, 1.0, "by hand")
     assert (tmp_path / "samples/20-notes.txt").read_text() == "all well"
     assert [line["step"] for line in lines_of(tmp_path)] == [4, 8, 12, 16, 20, 20]
+
+
+def twice(make_batch, start, stop, **_):
+    """A loader that hands out each batch twice."""
+    yield from (make_batch(step // 2) for step in range(start, stop))
+
+
+def test_the_ledger_holds_what_was_trained_on_and_not_what_was_due(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefetch, "batches", twice)
+    config = configured(train={"steps": 6})
+    train(config, tmp_path)
+    data = SyntheticInput(config, config.model.vocab_size)
+    with pytest.raises(DataError, match="steps 1 to 6 trained on other arrays than their rows make"):
+        ledger.audit(epath.Path(tmp_path), data, 8)
+
+
+@pytest.mark.exhaustive
+def test_updates_that_are_skipped_are_counted_over_all_starts(tmp_path):
+    config = configured(checkpoint={"every": 10})
+    with pytest.raises(NumericAbort):
+        train(config, tmp_path, bad=(4, 7, 8, 12, 13, 14, 15, 16))
+    assert train(config, tmp_path, bad=(4, 7, 8, 12, 13))["skipped_steps"] == 5
+
+
+def distance(one, other):
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return float(np.sqrt(sum(np.sum((np.asarray(a) - np.asarray(b)) ** 2) for a, b in pairs)))
+
+
+@pytest.mark.exhaustive
+def test_an_average_that_is_switched_on_later_begins_with_the_weights_of_that_step(tmp_path, capsys):
+    config = configured(train={"steps": 10}, checkpoint={"every": 10})
+    train(config, tmp_path)
+    averaged = configured(train={"steps": 12, "ema": 0.999}, checkpoint={"every": 1})
+    train(averaged, tmp_path)
+    assert (
+        "10 has no averaged weights: the average (train.ema) begins with the weights of step 10"
+        in capsys.readouterr().err
+    )
+    before, after = (restored(configured(train={"ema": 0.999}), tmp_path, step) for step in (10, 11))
+    decay = 11 / 20  # of the eleventh step
+    expected = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, before.ema, after.model)
+    assert distance(after.ema, expected) < 1e-6 < distance(before.model, after.model)
+
+
+def test_a_short_run_with_a_long_average_is_judged_by_weights_near_its_own(tmp_path):
+    config = configured(train={"steps": 60, "ema": 0.999}, optimizer={"learning_rate": 0.01, "warmup_steps": 0})
+    config = validate(replace(config, checkpoint=replace(config.checkpoint, every=60)))
+    train(config, tmp_path)
+    state = restored(config, tmp_path, 60)
+    fresh = init_state(config, make_optimizer(config.optimizer, 60), make_mesh(config, jax.devices()[:1]))
+    assert distance(state.ema, state.model) < 0.3 * distance(fresh.model, state.model)

@@ -1,5 +1,7 @@
 """Damaged checkpoints are set aside, never deleted, and never built upon."""
 
+import errno
+import json
 import pathlib
 import random
 import shutil
@@ -8,7 +10,7 @@ import pytest
 from etils import epath
 
 from lslm_jax.errors import CheckpointRefused
-from lslm_jax.train.manifest import check_manifest, settle, write_manifest
+from lslm_jax.train.manifest import check_manifest, discard, settle, write_manifest
 
 
 @pytest.fixture
@@ -107,3 +109,83 @@ def test_no_flipped_bit_of_a_real_checkpoint_goes_unseen(kind, flips, tmp_path):
             pass
         path.write_bytes(whole)
     assert not unseen
+
+
+def edit(checkpoints, step, change):
+    path = checkpoints / str(step) / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.clear(), "manifest.json is damaged"),
+        (lambda content: content.update(files={}), "manifest.json is damaged"),
+        (lambda content: content.update(step=90), "own sha256 does not match"),
+        (lambda content: content["files"]["model/array"].update(bytes=5), "own sha256 does not match"),
+        (
+            lambda content: content["files"].update({"/dev/zero": {"bytes": 0, "sha256": "0" * 64}}),
+            "no file of a check",
+        ),
+        (lambda content: content["files"].update({"../x": {"bytes": 0, "sha256": "0" * 64}}), "no file of a check"),
+    ],
+)
+def test_an_altered_manifest_is_refused(checkpoints, change, message):
+    check_manifest(checkpoints / "110")
+    edit(checkpoints, 110, change)
+    with pytest.raises(CheckpointRefused, match=message):
+        check_manifest(checkpoints / "110")
+
+
+def test_a_manifest_of_an_older_version_without_step_and_sha256_is_read(checkpoints):
+    def age(content):
+        del content["step"], content["sha256"]
+
+    edit(checkpoints, 110, age)
+    check_manifest(checkpoints / "110")
+
+
+def test_a_file_that_is_not_listed_and_a_renamed_step_are_refused(checkpoints):
+    planted = checkpoints / "110" / "ema" / "array"
+    planted.parent.mkdir()
+    planted.write_bytes(b"x")
+    for parts in ((), ("model",), ("ema",)):
+        with pytest.raises(CheckpointRefused, match=r"110/ema/array is not listed"):
+            check_manifest(checkpoints / "110", parts)
+    (checkpoints / "100").rename(checkpoints / "120")
+    with pytest.raises(CheckpointRefused, match=r"120 holds the checkpoint of step 100: it was renamed"):
+        check_manifest(checkpoints / "120")
+
+
+def test_a_listed_file_that_is_a_device_is_refused_before_it_is_read(checkpoints):
+    path = checkpoints / "110" / "model" / "array"
+    path.unlink()
+    pathlib.Path(path).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointRefused, match="is not a regular file"):
+        check_manifest(checkpoints / "110")
+
+
+def test_where_checkpoints_lie_on_another_disk_a_damaged_one_is_set_aside_there(checkpoints, monkeypatch):
+    damage(checkpoints, 110)
+    rename = type(checkpoints).rename
+
+    def refuse_elsewhere(path, to):
+        if checkpoints not in epath.Path(to).parents:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(path, to)
+
+    monkeypatch.setattr(type(checkpoints), "rename", refuse_elsewhere)
+    assert settle(checkpoints, print) == 100
+    (aside,) = (checkpoints / "damaged").iterdir()
+    assert aside.name.startswith("110-") and settle(checkpoints, print) == 100
+
+
+def test_of_a_link_to_an_archive_a_rollback_removes_the_link_alone(checkpoints, tmp_path):
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    shutil.move(checkpoints / "110", archive / "110")
+    pathlib.Path(checkpoints / "110").symlink_to(archive / "110")
+    discard(checkpoints / "110")
+    assert steps(checkpoints) == [90, 100] and (archive / "110" / "manifest.json").exists()

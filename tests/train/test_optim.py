@@ -58,6 +58,12 @@ def test_schedules_survive_no_warmup_and_a_warmup_longer_than_the_run(schedule):
     assert rates == pytest.approx([0.0, 0.4, 0.8, 1.2, 1.6])
 
 
+def test_a_warmup_need_not_begin_with_a_step_of_rate_0():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, warmup_from=0.1)
+    rates = [float(optim.schedule(config, steps=100)(step)) for step in range(5)]
+    assert rates == pytest.approx([0.2, 0.65, 1.1, 1.55, 2.0])
+
+
 @pytest.mark.parametrize(
     ("name", "nesterov"),
     [(name, False) for name in NAMES] + [(name, True) for name in ("sgd", "adam", "adamw", "muon")],

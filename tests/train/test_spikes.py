@@ -157,13 +157,55 @@ def test_what_is_far_above_the_usual_for_long_enough_is_a_spike():
     detector = Detector(5.0, 4)
     for step in range(1, 1001):
         detector.add(step, next(usual))
-    for step, loss in enumerate([4.0, 4.0, 4.0, 3.0, 4.0, math.nan, 4.0, 4.0], 1001):
-        detector.add(step, loss)  # three in a row, and three with a step between them that was skipped
-    with pytest.raises(Spike, match=r"^the loss was about 2.973 and is 4.000, in step 1009 as in all since 1006$"):
-        detector.add(1009, 4.0)
+    for step, loss in enumerate([4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 3.0, 3.0, math.nan, 4.0, 4.0, 4.0], 1001):
+        detector.add(step, loss)  # three in a row; three later, after a step that was skipped
+    with pytest.raises(Spike, match=r"^the loss was about 2\.97\d and is 4.000, in step 1013 as in all since 1010$"):
+        detector.add(1013, 4.0)
 
 
-@pytest.mark.parametrize("deviations, losses", [(0.0, [1.0] * 200 + [9.0] * 50), (3.0, [1.0] * 20 + [9.0] * 50)])
+def detected(losses, deviations=6.0, steps=10):
+    """The step at which a spike is found in a series of losses; None for none."""
+    detector = Detector(deviations, steps)
+    for step, loss in enumerate(losses, 1):
+        try:
+            detector.add(step, loss)
+        except Spike:
+            return step
+    return None
+
+
+def around(mean, count, seed=0):
+    return list(np.random.default_rng(seed).normal(mean, 0.1, count))
+
+
+@pytest.mark.parametrize(
+    ("kind", "losses", "window"),
+    [
+        ("a slow drift", around(3.0, 200) + [3.0 + 0.03 * n for n in range(4000)], (200, 500)),
+        ("an exponential drift", around(3.0, 200) + [3.0 * 1.01**n for n in range(370)], (200, 400)),
+        ("every second step", around(3.0, 200) + [9.0, 3.0] * 50, (200, 230)),
+        ("nine steps of ten", around(3.0, 200) + ([9.0] * 9 + [3.0]) * 5, (209, 215)),
+        ("soon after the start", list(np.linspace(8.0, 6.0, 40)) + [30.0] * 20, (49, 51)),
+    ],
+)
+def test_a_rise_that_is_no_plain_jump_is_a_spike(kind, losses, window):
+    found = detected(losses)
+    assert found and window[0] <= found <= window[1], (kind, found)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        around(3.0, 5000),
+        [3.0] * 200 + [3.02] * 50,  # of losses that were all equal, any other one is no spike
+        [2.0 + 6.0 * math.exp(-n / 100) for n in range(3000)],
+    ],
+)
+def test_noise_and_a_falling_loss_are_no_spike(losses):
+    assert detected(losses) is None
+
+
+@pytest.mark.parametrize("deviations, losses", [(0.0, [1.0] * 200 + [9.0] * 50), (3.0, [1.0] * 7 + [9.0] * 50)])
 def test_nothing_is_a_spike_where_none_is_asked_for_or_too_little_is_known(deviations, losses):
     detector = Detector(deviations, 4)
     for step, loss in enumerate(losses):
