@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lslm_jax import config_mesh
-from lslm_jax.config import Config, DataConfig, GenerateConfig, MixtureSource, ModelConfig, Source
+from lslm_jax.config import ROLES, Config, DataConfig, GenerateConfig, MixtureSource, ModelConfig, Source
 from lslm_jax.config_mesh import multiples
 from lslm_jax.errors import ConfigError
 
@@ -212,6 +212,14 @@ def _source_problems(source: Source) -> Iterator[str]:
             yield f"{where} {name} does not go with source={source.source}"
     if source.example == "pair" and source.source == "tfds" and not source.target_key:
         yield f"{where} example=pair needs target_key, the feature that holds the target"
+    if source.separator and source.document == "line":
+        yield f"{where} separator and document=line exclude each other"
+    if source.input_key and not (source.example == "chat" and source.target_key):
+        yield f"{where} input_key={source.input_key} needs example=chat and target_key"
+    for entry in source.roles:
+        name, equals, role = entry.partition("=")
+        if not (name and equals and role in ROLES):
+            yield f"{where} roles wants NAME=ROLE with ROLE one of {', '.join(ROLES)}; got {entry!r}"
     if len(set(source.labels)) < len(source.labels):
         yield f"{where} labels must differ, got {', '.join(source.labels)}"
 

@@ -6,9 +6,10 @@ from typing import Any, Literal, NamedTuple
 from lslm_jax.config import Source
 from lslm_jax.errors import ConfigError, DataError
 
-Holds = Literal["text", "label", "texts", "labels", "answers", "id", "messages", "tools"]
+Holds = Literal["text", "more_text", "label", "texts", "labels", "answers", "id", "messages", "tools"]
 SAID = {
     "text": "text",
+    "more_text": "text",
     "label": "a label",
     "texts": "a list of texts",
     "labels": "a list of labels",
@@ -17,6 +18,16 @@ SAID = {
     "messages": "a list of messages",
     "tools": "a list of tools",
 }
+
+
+class RecordError(DataError):
+    """A record that does not hold an example; `clean.bad_records=skip` drops and counts it."""
+
+
+class BadRecord(NamedTuple):
+    """The error of a record, in the place of its content."""
+
+    message: str
 
 
 class Column(NamedTuple):
@@ -37,7 +48,7 @@ class Column(NamedTuple):
     @property
     def optional(self) -> bool:
         """Whether a record may lack it."""
-        return self.holds in ("id", "tools")
+        return self.holds in ("id", "tools", "more_text")
 
     @property
     def said(self) -> str:
@@ -66,7 +77,9 @@ def columns(source: Source) -> list[Column]:
             return [Column("id", "id", "id"), *texts, Column("answers", "answers", "answers")]
         case "chat":
             if source.target_key:
-                return [_named(source, "text", "text_key", "text"), _named(source, "target", "target_key", "text")]
+                more = [_named(source, "input", "input_key", "more_text")] if source.input_key else []
+                target = _named(source, "target", "target_key", "text")
+                return [_named(source, "text", "text_key", "text"), *more, target]
             return [_named(source, "messages", "text_key", "messages"), Column("tools", "tools", "tools")]
 
 
@@ -81,14 +94,14 @@ def pick(record: Any, column: Column, origin: str) -> Any:
     """A record's value of one column, checked; None for an optional one that is not there.
 
     Raises:
-      DataError: the record has no such field, or it holds something else.
+      RecordError: the record has no such field, or it holds something else.
     """
     value = record
     for part in [column.key] if column.key in record else column.key.split("/"):
         if not isinstance(value, dict) or part not in value:
             if column.optional:
                 return None
-            raise DataError(f"{origin}: no field {column.said}; it has: {', '.join(record) or 'none'}")
+            raise RecordError(f"{origin}: no field {column.said}; it has: {', '.join(record) or 'none'}")
         value = value[part]
     return check(value, column, origin)
 
@@ -97,11 +110,11 @@ def check(value: Any, column: Column, origin: str) -> Any:
     """The value of a column.
 
     Raises:
-      DataError: it is not of the kind that the column holds.
+      RecordError: it is not of the kind that the column holds.
     """
     if not _fits(value, column.holds):
         shown = json.dumps(value, default=str)[:40]
-        raise DataError(f"{origin}: field {column.key!r} is {shown}, not {SAID[column.holds]}")
+        raise RecordError(f"{origin}: field {column.key!r} is {shown}, not {SAID[column.holds]}")
     return value
 
 
@@ -109,7 +122,11 @@ def _fits(value: Any, holds: Holds) -> bool:
     match holds:
         case "text":
             return isinstance(value, (str, bytes))
-        case "label" | "id":
+        case "more_text":
+            return value is None or isinstance(value, (str, bytes))
+        case "label":
+            return value is None or isinstance(value, (str, bytes, int, float))  # None: dropped, and counted
+        case "id":
             return isinstance(value, (str, bytes, int, float))
         case "answers" | "messages":
             return isinstance(value, (list, dict))

@@ -66,11 +66,16 @@ class _Examples(_Texts):
     def __init__(self, shards: Shards, config: Config, special: Special, texts: int):
         super().__init__(shards, config, special, texts)
         self.num_rows = shards.num_examples
-        lengths = self._cut(np.diff(shards.starts).reshape(-1, shards.fields)[:, :texts])
-        self.num_slots = int(lengths.sum()) + (1 + texts) * self.num_rows
+        whole_NF = np.diff(shards.starts).reshape(-1, shards.fields)[:, :texts]
+        lengths_NF = self._cut(whole_NF)
+        self.num_slots = int(lengths_NF.sum()) + (1 + texts) * self.num_rows
+        self._is_cut_N = (lengths_NF < whole_NF).any(axis=1)
 
     def examples(self, rows: np.ndarray) -> np.ndarray:
         return rows
+
+    def remark(self) -> str:
+        return self._cut_remark({"texts": int(self._is_cut_N.sum())}, f"data.seq_len={self.cells}")
 
     def _read(self, rows: np.ndarray) -> Batch:
         starts_BF = self.shards.starts[rows[:, None] * self.shards.fields + np.arange(self._texts)]
@@ -113,6 +118,22 @@ class TagRows(_Examples):
         tags_BT[inside_BT] = read(self.shards, (start_B1 + place_T)[inside_BT])
         return batch._replace(targets_BT=np.maximum(tags_BT - 1, 0), weights_BT=(tags_BT > 0).astype(np.float32))
 
+    def remark(self) -> str:
+        lost = sum(self._num_lost(example) for example in np.flatnonzero(self._is_cut_N))
+        cuts = {"texts": int(self._is_cut_N.sum()), "tags in them": lost}
+        return self._cut_remark(cuts, f"data.seq_len={self.cells}")
+
+    def _num_lost(self, example: int) -> int:
+        """Tags of a text beyond the row."""
+        start, end = self.shards.starts[2 * example + 1 : 2 * example + 3]
+        return int(np.count_nonzero(self.shards.take(np.arange(start + self._room, end))))
+
+    def tags(self, example: int) -> np.ndarray:
+        """All tags of a text by number, also those beyond the row, int [words]."""
+        start, end = self.shards.starts[2 * example + 1 : 2 * example + 3]
+        marks = self.shards.take(np.arange(start, end))
+        return marks[marks > 0] - 1
+
 
 class AnswerRows(_Texts):
     """A question, and a window over the context that may hold its answer; the target is where it begins and ends.
@@ -132,6 +153,10 @@ class AnswerRows(_Texts):
         # All windows but the last of each context are full; that one has what is left.
         shown = (counts - 1) * room + contexts - (counts - 1) * stride
         self.num_slots = int((shown + counts * (question + 3)).sum())
+        self._num_cut = int((question < questions).sum())
+        first, last = shards.numbers.astype(np.int64).T
+        begin = np.minimum(np.maximum(first, 0) // stride, counts - 1) * stride  # of the window that reaches farthest
+        self._num_unseen = int(((first >= 0) & (last >= begin + room)).sum())
 
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:
         examples, windows = self._locate(rows)
@@ -147,6 +172,10 @@ class AnswerRows(_Texts):
             targets_BT=np.where(inside[:, None], answer, 0).astype(np.int32),
             weights_BT=np.ones((len(rows), 2), np.float32),
         )
+
+    def remark(self) -> str:
+        limit = f"min({_MAX_QUESTION}, half a row), or what data.seq_len={self.cells} leaves of the context,"
+        return self._cut_remark({"questions": self._num_cut, "answers": self._num_unseen}, limit)
 
     def examples(self, rows: np.ndarray) -> np.ndarray:
         return self._locate(rows)[0]

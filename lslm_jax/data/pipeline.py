@@ -93,6 +93,15 @@ class TrainInput:
         """What a user should know of the examples, a line a source that there is something to say of."""
         return [remark for source in self._sources if (remark := source.remark())]
 
+    def describe_epoch(self, config: Config) -> str:
+        """A line on how many rows and steps make one pass over the data."""
+        rows, size = self.num_rows, config.train.batch_size
+        row = "1 row" if rows == 1 else f"{rows:,} rows"
+        return (
+            f"one epoch is {row} or {rows / size:,.4g} steps of train.batch_size={size}; "
+            f"train.steps={config.train.steps:,} is {self.epoch(config.train.steps):,.4g} epochs"
+        )
+
     @property
     def fill(self) -> float:
         """Share of the cells of all rows that are not padding."""
@@ -146,6 +155,15 @@ class EvalInput:
         firsts = range(0, self.num_rows, order.PATTERN)
         numbers = (np.arange(first, min(first + order.PATTERN, self.num_rows)) for first in firsts)
         return sum(self._source.num_bytes(part) for part in numbers)
+
+    def remark(self) -> str:
+        """A line on examples that are cut; empty where none is."""
+        return self._source.remark()
+
+    def all_tags(self) -> Iterator[np.ndarray]:
+        """The tags of each evaluated example, also of words beyond its row, int [words]."""
+        assert isinstance(self._source, heads.TagRows)
+        return map(self._source.tags, range(self.num_rows))
 
     def documents(self) -> Iterator[np.ndarray]:
         """The token ids of each held-out document, without special ones."""

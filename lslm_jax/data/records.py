@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from lslm_jax import atomic
-from lslm_jax.config import Config, Source
+from lslm_jax.config import CleanConfig, Config, Source
 from lslm_jax.data import sources, templates
 from lslm_jax.data.shard_files import MANIFEST
 from lslm_jax.data.shards import Shards
@@ -27,6 +27,9 @@ _KIND_KEYS = {
     "qa": ("example",),
     "chat": ("example", "target_key"),
 }
+_OPTIONAL_KEYS = ("test_files", "test_split", "separator", "input_key", "roles")
+# Settings that came later, with the value that stands for what was done before.
+_NEW_KEYS = {"bad_records": CleanConfig.bad_records, "deduplicate_over": CleanConfig.deduplicate_over}
 _TRAINED_KEYS = ("model", "vocab_size", "byte_fallback", "sample_bytes")
 
 
@@ -61,12 +64,13 @@ def settings(config: Config, named: dict[str, Source]) -> dict[str, Any]:
     for name, source in named.items():
         prefix = f"data.mixture.{name}" if name else "data"
         keys = _SOURCE_KEYS[source.source] + (("weight",) if name and trains else ()) + _KIND_KEYS[source.example]
-        keys += tuple(key for key in ("test_files", "test_split") if getattr(source, key))
+        keys += tuple(key for key in _OPTIONAL_KEYS if getattr(source, key))
         if source.example != "text":
             found["task.objective"] = config.task.objective
             keys += ("prefix",) if config.task.objective == "seq2seq" else ()
         found |= {f"{prefix}.{key}": getattr(source, key) for key in keys}
-    found |= {f"clean.{key}": value for key, value in dataclasses.asdict(config.clean).items()}
+    given = dataclasses.asdict(config.clean)
+    found |= {f"clean.{key}": value for key, value in given.items() if _NEW_KEYS.get(key) != value}
     found["tokenizer.kind"] = config.tokenizer.kind
     if trains:
         found |= {f"tokenizer.{key}": getattr(config.tokenizer, key) for key in _TRAINED_KEYS}
@@ -81,10 +85,12 @@ def verify(directory: epath.Path) -> int:
     """Reads every byte of what was prepared and compares it with the manifests; returns how many there are.
 
     Raises:
-      DataError: a file is missing, truncated, too long or altered.
+      DataError: a file is missing, truncated, too long or altered, or so is the record of labels and tokenizer.
     """
     record = read(directory / MANIFEST)
     total = 0
+    if record:
+        _verify_record(record, directory)
     for name, split in record["splits"].items() if record else ():
         path = directory / name / MANIFEST
         if not path.exists():
@@ -96,19 +102,45 @@ def verify(directory: epath.Path) -> int:
     return total
 
 
+def _verify_record(record: dict[str, Any], directory: epath.Path) -> None:
+    """Compares the manifest with its own hash, and the tokenizer's file with the manifest."""
+    path = directory / MANIFEST
+    if record.get("content_sha256") and record["content_sha256"] != content_sha256(record):
+        raise DataError(f"{path} was altered: its labels, tokenizer or splits are not those that were written")
+    entry = record.get("tokenizer", {})
+    if "file" in entry and "sha256" in entry:
+        file = directory / entry["file"]
+        if not file.exists():
+            raise DataError(f"{file} is missing: restore it, or prepare again")
+        if atomic.fingerprint(file)[1] != entry["sha256"]:
+            raise DataError(f"{file} was altered: its sha256 is not the one in {path}")
+
+
+def changed_inputs(record: dict[str, Any]) -> list[str]:
+    """The files on record that have another content now; none of those that are gone."""
+    entries = [entry for found in record["inputs"].values() for entry in found]
+    present = [entry for entry in entries if len(entry) == 4 and epath.Path(entry[0]).exists()]
+    return [entry[0] for entry in present if sources.has_changed(entry)]
+
+
 def given_sha256(config: Config) -> str:
     """Of the tokenizer file in the config; empty where there is none."""
     if config.tokenizer.kind == "bytes" or not config.tokenizer.path:
         return ""
-    path = epath.Path(config.tokenizer.path)
+    path = epath.Path(config.tokenizer.path).expanduser()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def content_sha256(manifest: dict[str, Any]) -> str:
-    """Of what a manifest tells of, and of nothing else: the same shards may lie elsewhere."""
+    """Sha256 of what the prepared data are, and of nothing else: the same shards may lie elsewhere.
+
+    Labels and the tokenizer's ids are part of it, but in manifests of earlier versions, whose hash is on record.
+    """
     contents = {name: split["manifest_sha256"] for name, split in manifest["splits"].items()}
     if "chat" in manifest:
         contents["chat_template"] = manifest["chat"]["sha256"]
+    if "content_sha256" in manifest:
+        contents |= {key: manifest.get(key) for key in ("labels", "source_labels", "tokenizer")}
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 

@@ -97,9 +97,19 @@ def regress(setting: Setting, part: EvalInput, rows: Rows) -> Report:
 
 
 def tag(setting: Setting, part: EvalInput, rows: Rows) -> Report:
-    """Accuracy and F1 of the tags of words, and of entities where the tags spell such."""
-    gold = [targets_T[weights_T > 0] for targets_T, weights_T in zip(rows.targets_NP, rows.weights_NP, strict=True)]
-    return Report(classification.tagging(gold, tags_of_words(rows), setting.labels), {}, {})
+    """Accuracy and F1 of the tags of words, and of entities where the tags spell such.
+
+    Words beyond the end of a row count as wrong, and the entities among them as missed.
+    """
+    gold = list(part.all_tags())
+    seen = tags_of_words(rows)
+    predicted = [
+        np.concatenate([tags, np.full(len(all_tags) - len(tags), classification.INVALID)])
+        for tags, all_tags in zip(seen, gold, strict=True)
+    ]
+    found = classification.tagging(gold, predicted, setting.labels)
+    cut = sum(map(len, gold)) - sum(map(len, seen))
+    return Report(found | ({"words_cut": float(cut)} if cut else {}), {}, {})
 
 
 def tags_of_words(rows: Rows) -> list[np.ndarray]:

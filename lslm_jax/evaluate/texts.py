@@ -23,11 +23,33 @@ def evaluate(setting: Setting, name: str, part: EvalInput, model: Any) -> Report
     written = write(setting, model, sources)
     match setting.source(name).example:
         case "label":
-            return _classes(setting, examples, written)
+            report = _classes(setting, examples, written)
         case "qa":
-            return _answers(examples, written)
+            report = _answers(examples, written)
         case _:
-            return _translations(examples, written)
+            report = _translations(examples, written)
+    return report._replace(metrics=report.metrics | _count_cut(setting, sources))
+
+
+def _count_cut(setting: Setting, sources: Sequence[np.ndarray]) -> dict[str, float]:
+    """The number of sources of which the model reads the beginning alone, where there are any."""
+    limit = _source_limit(setting)
+    cut = sum(len(source) > limit for source in sources)
+    if not cut:
+        return {}
+    progress.say(
+        f"warning: {cut:,} of {len(sources):,} sources have more than the {limit:,} tokens that "
+        f"model.max_length={setting.config.model.max_length} leaves, and are cut there"
+    )
+    return {"sources_cut": float(cut)}
+
+
+def _source_limit(setting: Setting) -> int:
+    """Tokens of a source that are read: of a decoder, what is left beside two special tokens and the target."""
+    model = setting.config.model
+    if model.family != "decoder":
+        return model.max_length - 1
+    return max(1, model.max_length - 2 - setting.config.generate.max_tokens)
 
 
 def write(setting: Setting, model: Any, sources: Sequence[np.ndarray]) -> list[str]:
@@ -40,8 +62,7 @@ def write(setting: Setting, model: Any, sources: Sequence[np.ndarray]) -> list[s
     suffix: tuple[int, ...] = ()
     if config.model.family == "decoder":  # which reads source and target in one row
         suffix = (setting.words.bos_id,)
-        room = max(1, config.model.max_length - 2 - settings.max_tokens)
-        sources = [source[:room] for source in sources]
+        sources = [source[: _source_limit(setting)] for source in sources]
     order = np.argsort([len(source) for source in sources], kind="stable")[::-1]
     written = [""] * len(sources)
     begins = range(0, len(order), size)

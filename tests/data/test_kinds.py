@@ -203,7 +203,9 @@ def test_an_unknown_label_is_told_with_its_place_and_the_known_ones(tmp_path):
     valid = write(tmp_path / "b.jsonl", {"text": "x", "label": "a"}, {"text": "y", "label": "d"})
     with pytest.raises(DataError) as error:
         run(classes(files=(train,), valid_files=(valid,)), tmp_path / "out")
-    assert str(error.value) == f"{valid}:2: unknown label 'd'; known are: a, b, c"
+    assert (
+        str(error.value) == f"{valid}:2: unknown label 'd'; known are: a, b, c; correct it, or name all by data.labels"
+    )
 
 
 def test_two_texts_and_a_number(tmp_path):
@@ -335,7 +337,11 @@ def test_held_out_questions_are_kept_with_all_their_answers(tmp_path):
     ("name", "text", "message"),
     [
         ("a.json", "{", ": not JSON: Expecting property name enclosed in double quotes: "),
-        ("a.json", "[]", ": not as SQuAD has it: a value of the wrong kind (data, paragraphs, context, qas, id, "),
+        (
+            "a.json",
+            '{"data": [[]]}',
+            ": not as SQuAD has it: a value of the wrong kind (data, paragraphs, context, qas, id, ",
+        ),
         ("a.json", '{"data": [{"paragraphs": [{"context": "c"}]}]}', ": not as SQuAD has it: no 'qas' (data, "),
         (
             "a.json",
@@ -350,7 +356,7 @@ def test_held_out_questions_are_kept_with_all_their_answers(tmp_path):
             ":1: field 'answers' is \"x\", not answers as",
         ),
         ("a.tsv", "question\tcontext\tanswers\n", ": a table of plain columns cannot hold 'id': use JSONL or Parquet"),
-        ("a.txt", "text", ": data.example=qa is read from .jsonl, .tsv, .csv, .parquet, .json files"),
+        ("a.txt", "text", ": data.example=qa is read from .jsonl, .ndjson, .json, .tsv, .tab, .csv, "),
     ],
 )
 def test_a_file_without_questions_is_told_in_one_line(tmp_path, name, text, message):

@@ -1,0 +1,68 @@
+"""What a row cuts off is counted and warned of, for every task; and how much one epoch is."""
+
+import pytest
+from etils import epath
+from tiny_data import CASES, config_of, write_all, write_examples, write_manifest
+
+from lslm_jax.config import Config, DataConfig, TrainConfig
+from lslm_jax.data import pipeline
+
+VOCABULARY = 20_200
+
+
+def remark(tmp_path, case_id: str, examples, **data) -> str:
+    case = next(case for case in CASES if case.id == case_id)
+    write_examples(tmp_path / "train", examples)
+    write_manifest(tmp_path)
+    [*found] = pipeline.open_train(config_of(case, **data), epath.Path(tmp_path), VOCABULARY).remarks()
+    assert len(found) <= 1
+    return found[0].partition("examples, ")[2].partition(" are longer than")[0] if found else ""
+
+
+LONG, SHORT = list(range(3, 60)), [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("case_id", "examples", "expected"),
+    [
+        ("classification-encoder-1", [([LONG], [0]), ([SHORT], [1])], "1 texts"),
+        ("classification-encoder-2", [([SHORT, LONG], [0]), ([LONG, LONG], [1]), ([SHORT, SHORT], [1])], "2 texts"),
+        ("regression-encoder-2", [([SHORT, SHORT], [0.5])], ""),
+        ("tagging-encoder-2", [([LONG, [1, 0, 0] * 19], []), ([SHORT, [1, 2]], [])], "1 texts and 11 tags in them"),
+        ("seq2seq-encoder_decoder-2", [([LONG, SHORT], []), ([LONG, LONG], [])], "2 sources and 1 targets"),
+        ("seq2seq-decoder-2", [([LONG, SHORT], []), ([SHORT, LONG], [])], "1 sources and 1 targets"),
+        ("qa-encoder-2", [([LONG, SHORT], [0, 1]), ([SHORT, LONG], [50, 52])], "1 questions"),
+        ("qa-encoder-2", [([SHORT, LONG], [10, 45])], "1 answers"),
+        ("causal-decoder-1", [([LONG], [])], ""),
+    ],
+)
+def test_what_is_longer_than_a_row_is_counted(tmp_path, case_id, examples, expected):
+    assert remark(tmp_path, case_id, examples) == expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_held_out_examples_are_counted_too(tmp_path, case):
+    write_all(tmp_path, case)
+    for part in pipeline.open_eval(config_of(case), epath.Path(tmp_path), VOCABULARY).values():
+        assert ("are longer than" in part.remark()) == (case.fields + case.numbers > 1)
+
+
+def test_the_line_names_the_directory_the_setting_and_the_loss(tmp_path):
+    write_examples(tmp_path / "train", [([LONG], [0]), ([SHORT], [1])])
+    write_manifest(tmp_path)
+    case = next(case for case in CASES if case.id == "classification-encoder-1")
+    assert pipeline.open_train(config_of(case), epath.Path(tmp_path), VOCABULARY).remarks() == [
+        f"warning: {tmp_path}/train: of 2 examples, 1 texts are longer than data.seq_len=24 allows and are cut: what "
+        "is beyond is neither read nor scored"
+    ]
+
+
+def test_rows_and_steps_of_an_epoch_are_told(tmp_path):
+    write_examples(tmp_path / "train", [([list(range(3, 50))], [])] * 10)
+    write_manifest(tmp_path)
+    config = Config(data=DataConfig(source="shards", seq_len=24), train=TrainConfig(batch_size=8, steps=100))
+    data = pipeline.open_train(config, epath.Path(tmp_path), VOCABULARY)
+    assert data.num_rows == 20
+    assert data.describe_epoch(config) == (
+        "one epoch is 20 rows or 2.5 steps of train.batch_size=8; train.steps=100 is 40 epochs"
+    )
