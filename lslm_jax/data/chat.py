@@ -135,11 +135,14 @@ def _text_of_parts(parts: list[Any], where: str) -> str:
     """The text of content that is given as a list of parts, as multimodal models have it."""
     texts = []
     for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise RecordError(f"{where}: a part of its content is of type {kind!r}, not text")
-        texts.append(text)
+        if not isinstance(part, dict):
+            raise RecordError(f"{where}: its content is not text")
+        if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            shown = repr(part.get("type"))[:40]
+            raise RecordError(
+                f"{where}: a part of its content is of type {shown}, which is not supported: only text is"
+            )
+        texts.append(part["text"])
     return "".join(texts)
 
 

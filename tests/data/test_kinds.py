@@ -333,6 +333,15 @@ def test_held_out_questions_are_kept_with_all_their_answers(tmp_path):
     assert kept(tmp_path / "out", "test")[0]["answers"] == []
 
 
+def test_a_question_that_is_not_as_squad_has_it_is_skipped_on_request(tmp_path):
+    content = squad(("Who?", "It was he.", [("he", 7)]), ("What?", "It was he.", [("It", 0)]))
+    content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] = float("inf")
+    config = questions(files=(write(tmp_path / "a.json", json.dumps(content)),))
+    skipping = dataclasses.replace(config, clean=CleanConfig(bad_records="skip"))
+    assert run(skipping, tmp_path / "out")["dropped"] == {"bad_record": 1}
+    assert read(tmp_path / "out") == [("What?", "It was he.")]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -354,6 +363,11 @@ def test_held_out_questions_are_kept_with_all_their_answers(tmp_path):
             "a.jsonl",
             '{"question": "q", "context": "c", "answers": "x"}',
             ":1: field 'answers' is \"x\", not answers as",
+        ),
+        (
+            "a.jsonl",
+            '{"question": "q", "context": "c", "answers": [{"text": "a", "answer_start": 1e999}]}',
+            ":1: answers want text and answer_start, got",
         ),
         ("a.tsv", "question\tcontext\tanswers\n", ": a table of plain columns cannot hold 'id': use JSONL or Parquet"),
         ("a.txt", "text", ": data.example=qa is read from .jsonl, .ndjson, .json, .tsv, .tab, .csv, "),

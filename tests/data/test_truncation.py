@@ -1,11 +1,15 @@
 """What a row cuts off is counted and warned of, for every task; and how much one epoch is."""
 
+import types
+
+import numpy as np
 import pytest
 from etils import epath
-from tiny_data import CASES, config_of, write_all, write_examples, write_manifest
+from tiny_data import CASES, Case, config_of, write_all, write_examples, write_manifest
 
 from lslm_jax.config import Config, DataConfig, TrainConfig
 from lslm_jax.data import pipeline
+from lslm_jax.evaluate import heads
 
 VOCABULARY = 20_200
 
@@ -66,3 +70,23 @@ def test_rows_and_steps_of_an_epoch_are_told(tmp_path):
     assert data.describe_epoch(config) == (
         "one epoch is 20 rows or 2.5 steps of train.batch_size=8; train.steps=100 is 40 epochs"
     )
+
+
+NAMES = ["O", "B-PER", "I-PER"]
+
+
+def test_what_is_cut_away_is_missed(tmp_path):
+    entity = [2, 3, 1]  # B-PER I-PER O, by number + 1 as on disk
+    examples = [([list(range(3, 33)), entity * 10], []), ([list(range(33, 39)), entity * 2], [])]
+    for split in ("train", "valid"):
+        write_examples(tmp_path / split, examples)
+    write_manifest(tmp_path)
+    config = config_of(Case("tagging", "encoder", 2), seq_len=23)  # 21 words of the first text
+    [part] = pipeline.open_eval(config, epath.Path(tmp_path), 20_200).values()
+    batch = part.batch(0)
+    rows = heads.Rows(np.eye(3)[batch.targets_BT], batch.targets_BT, batch.weights_BT, batch.types_BT)
+    rows = heads.Rows(*(array[:2] for array in rows))
+    found = heads.tag(types.SimpleNamespace(labels=NAMES), part, rows).metrics
+    assert found["words_cut"] == 9 and found["accuracy"] == pytest.approx(27 / 36)
+    assert found["entity_precision"] == 1 and found["entity_recall"] == pytest.approx(9 / 12)
+    assert found["support/B-PER"] == 12
