@@ -1,7 +1,6 @@
 """From a config file and `--config.KEY=VALUE` flags to a typed Config, and from a Config to JSON and back."""
 
 import ast
-import csv
 import dataclasses
 import difflib
 import hashlib
@@ -155,7 +154,7 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         kind = get_args(hint)[0]
         if dataclasses.is_dataclass(kind):
             raise ConfigError(f"{key} cannot be set by a flag: write it in the config file")
-        return tuple(_parse(part.strip(), kind, key) for part in _items(text, key) if part.strip())
+        return tuple(_parse(part.strip(), kind, key) for part in text.split(",") if part.strip())
     try:
         if hint is bool:
             return _BOOLS[text.lower()]
@@ -164,14 +163,6 @@ def _parse(text: str, hint: Any, key: str) -> Any:
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{key} wants {_WANTED[hint]}, got {text!r}") from error
     return _typed(_BOOLS.get(text.lower(), text) if True in get_args(hint) else text, hint, key)
-
-
-def _items(text: str, key: str) -> list[str]:
-    """The items of a list, separated by commas; one that holds a comma stands in double quotes."""
-    try:
-        return next(csv.reader([text], skipinitialspace=True, strict=True), []) if '"' in text else text.split(",")
-    except csv.Error as error:
-        raise ConfigError(f"{key}: quotation marks enclose whole items, as in 'a,\"b,c\"'; got {text!r}") from error
 
 
 def _typed(value: Any, hint: Any, key: str) -> Any:

@@ -20,7 +20,7 @@ from lslm_jax.convert.export import export_adapter as write_adapter
 from lslm_jax.data import chat, detours, pipeline, records, templates, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
-from lslm_jax.errors import ConfigError, DataError, InputMissing, LslmError
+from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import harness, tasks
 from lslm_jax.evaluate.evaluator import Report, Setting, choose_backend
 from lslm_jax.models import quantized
@@ -38,26 +38,8 @@ _KEYS = {"valid": "valid_files, _fraction or _split", "test": "test_files or _sp
 
 
 def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
-    """`prepare`: raw text to shards; returns the counts of `data.prepare`, and the rows and steps of an epoch."""
-    data_dir = resolving.data_dir(config, resolving.workdir(flags.workdir))
-    return _prepare(config, data_dir) | _describe_rows(config, data_dir)
-
-
-def _describe_rows(config: Config, data_dir: epath.Path) -> dict[str, Any]:
-    """Prints what one pass over the prepared data is for this config, and which examples it cuts."""
-    if config.data.source == "synthetic" and not config.data.mixture:
-        return {}
-    try:
-        config, _ = resolving.by_data(config, data_dir)
-        where = config, data_dir, config.model.vocab_size
-        data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
-    except LslmError as error:
-        say(f"prepare: the data are complete, but this config cannot train on them: {error}")
-        return {}
-    for line in (data.describe_epoch(config), *data.remarks(), *(part.remark() for part in held_out.values())):
-        if line:
-            say(line)
-    return {"rows": data.num_rows, "steps_per_epoch": data.num_rows / config.train.batch_size}
+    """`prepare`: raw text to shards; returns what `data.prepare` counts."""
+    return _prepare(config, resolving.data_dir(config, resolving.workdir(flags.workdir)))
 
 
 def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:
@@ -114,9 +96,8 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     with use(mesh, config.mesh):
         where = config, data_dir, config.model.vocab_size, local_rows(mesh, config.train.batch_size)
         data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
-        for line in (data.describe_epoch(config), *data.remarks(), *(part.remark() for part in held_out.values())):
-            if line:
-                say(line)
+        for remark in data.remarks():
+            say(remark)
         if config.checkpoint.best and not held_out:
             raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
         setting = _setting(config, facts, data_dir, mesh, [data, *held_out.values()])
@@ -169,9 +150,6 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         held_out = pipeline.open_eval(*where, flags.split)
         if not held_out:
             raise InputMissing(f"{data_dir} holds no {flags.split} split: set data.{_KEYS[flags.split]}, prepare again")
-        for part in held_out.values():
-            if line := part.remark():
-                say(line)
         model, step = _load_model(config, flags, mesh)
         setting = _setting(config, facts, data_dir, mesh, list(held_out.values()))
         report = tasks.make(setting, held_out)(model)

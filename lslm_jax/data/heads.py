@@ -66,16 +66,19 @@ class _Examples(_Texts):
     def __init__(self, shards: Shards, config: Config, special: Special, texts: int):
         super().__init__(shards, config, special, texts)
         self.num_rows = shards.num_examples
-        whole_NF = np.diff(shards.starts).reshape(-1, shards.fields)[:, :texts]
-        lengths_NF = self._cut(whole_NF)
-        self.num_slots = int(lengths_NF.sum()) + (1 + texts) * self.num_rows
-        self._is_cut_N = (lengths_NF < whole_NF).any(axis=1)
+        lengths = self._cut(np.diff(shards.starts).reshape(-1, shards.fields)[:, :texts])
+        self.num_slots = int(lengths.sum()) + (1 + texts) * self.num_rows
 
     def examples(self, rows: np.ndarray) -> np.ndarray:
         return rows
 
     def remark(self) -> str:
-        return self._cut_remark({"texts": int(self._is_cut_N.sum())}, f"data.seq_len={self.cells}")
+        return self._cut_remark({"texts": len(self._cut_examples())}, f"data.seq_len={self.cells}")
+
+    def _cut_examples(self) -> np.ndarray:
+        """Numbers of the examples that are longer than a row."""
+        whole_NF = np.diff(self.shards.starts).reshape(-1, self.shards.fields)[:, : self._texts]
+        return np.flatnonzero((self._cut(whole_NF) < whole_NF).any(axis=1))
 
     def _read(self, rows: np.ndarray) -> Batch:
         starts_BF = self.shards.starts[rows[:, None] * self.shards.fields + np.arange(self._texts)]
@@ -119,8 +122,8 @@ class TagRows(_Examples):
         return batch._replace(targets_BT=np.maximum(tags_BT - 1, 0), weights_BT=(tags_BT > 0).astype(np.float32))
 
     def remark(self) -> str:
-        lost = sum(self._num_lost(example) for example in np.flatnonzero(self._is_cut_N))
-        cuts = {"texts": int(self._is_cut_N.sum()), "tags in them": lost}
+        examples = self._cut_examples()
+        cuts = {"texts": len(examples), "tags in them": sum(map(self._num_lost, examples))}
         return self._cut_remark(cuts, f"data.seq_len={self.cells}")
 
     def _num_lost(self, example: int) -> int:
@@ -153,10 +156,6 @@ class AnswerRows(_Texts):
         # All windows but the last of each context are full; that one has what is left.
         shown = (counts - 1) * room + contexts - (counts - 1) * stride
         self.num_slots = int((shown + counts * (question + 3)).sum())
-        self._num_cut = int((question < questions).sum())
-        first, last = shards.numbers.astype(np.int64).T
-        begin = np.minimum(np.maximum(first, 0) // stride, counts - 1) * stride  # of the window that reaches farthest
-        self._num_unseen = int(((first >= 0) & (last >= begin + room)).sum())
 
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:
         examples, windows = self._locate(rows)
@@ -174,8 +173,15 @@ class AnswerRows(_Texts):
         )
 
     def remark(self) -> str:
+        questions, contexts = np.diff(self.shards.starts).reshape(-1, 2).T
+        question, room, stride = self._sizes(questions)
+        first, last = self.shards.numbers.astype(np.int64).T
+        windows = np.maximum(-(-(contexts - room) // stride), 0)  # behind the first one
+        begin = np.minimum(np.maximum(first, 0) // stride, windows) * stride  # of the window that reaches farthest
+        unseen = (first >= 0) & (last >= begin + room)
+        cuts = {"questions": int((question < questions).sum()), "answers": int(unseen.sum())}
         limit = f"min({_MAX_QUESTION}, half a row), or what data.seq_len={self.cells} leaves of the context,"
-        return self._cut_remark({"questions": self._num_cut, "answers": self._num_unseen}, limit)
+        return self._cut_remark(cuts, limit)
 
     def examples(self, rows: np.ndarray) -> np.ndarray:
         return self._locate(rows)[0]

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from lslm_jax.config import Config, Source
-from lslm_jax.data import examples, files, sources
+from lslm_jax.data import clean, examples, files, long_documents, parallel, sources
 from lslm_jax.data.columns import RecordError
 from lslm_jax.data.examples import Recipe
 from lslm_jax.data.sources import Document
@@ -67,6 +67,10 @@ def _by_ends(source: Source) -> bool:
 
 def _digest(document: Document, recipe: Recipe, config: Config) -> bytes | None:
     """The digest of a document that is kept; None for one that is dropped."""
+    if parallel.is_long(document, recipe):
+        assert isinstance(document.content, (str, bytes))
+        text = long_documents.cleaned(document.content, config.clean, config.clean.bad_utf8, document.origin)
+        return None if text is None or clean.length_reason(text.length, config.clean) else text.digest
     try:
         example = examples.decode(document.content, recipe, config.clean.bad_utf8, document.origin)
     except RecordError:

@@ -23,6 +23,7 @@ from lslm_jax.data.shards import Shards
 from lslm_jax.data.special import Special, special_ids
 from lslm_jax.data.synthetic import SyntheticInput
 from lslm_jax.errors import ConfigError, DataError, InputMissing
+from lslm_jax.progress import say
 
 _ROWS = {
     "causal": CausalRows,
@@ -93,15 +94,6 @@ class TrainInput:
         """What a user should know of the examples, a line a source that there is something to say of."""
         return [remark for source in self._sources if (remark := source.remark())]
 
-    def describe_epoch(self, config: Config) -> str:
-        """A line on how many rows and steps make one pass over the data."""
-        rows, size = self.num_rows, config.train.batch_size
-        row = "1 row" if rows == 1 else f"{rows:,} rows"
-        return (
-            f"one epoch is {row} or {rows / size:,.4g} steps of train.batch_size={size}; "
-            f"train.steps={config.train.steps:,} is {self.epoch(config.train.steps):,.4g} epochs"
-        )
-
     @property
     def fill(self) -> float:
         """Share of the cells of all rows that are not padding."""
@@ -155,10 +147,6 @@ class EvalInput:
         firsts = range(0, self.num_rows, order.PATTERN)
         numbers = (np.arange(first, min(first + order.PATTERN, self.num_rows)) for first in firsts)
         return sum(self._source.num_bytes(part) for part in numbers)
-
-    def remark(self) -> str:
-        """A line on examples that are cut; empty where none is."""
-        return self._source.remark()
 
     def all_tags(self) -> Iterator[np.ndarray]:
         """The tags of each evaluated example, also of words beyond its row, int [words]."""
@@ -220,10 +208,14 @@ def open_eval(
     """Opens the held-out rows of a prepared directory: by name of their source, "" for the only one; {} for none.
 
     Args and errors are those of `open_train`, but a set may be shorter than one row. `split` is `valid` or `test`.
+    Prints how many examples are cut.
     """
     if config.data.source == "synthetic" and not config.data.mixture:
         return {}
     sources = _open(config, epath.Path(directory), split, vocab_size)
+    for source in sources.values():
+        if remark := source.remark():
+            say(remark)
     return {name: EvalInput(source, config, rows) for name, source in sources.items()}
 
 

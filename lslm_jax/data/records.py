@@ -89,8 +89,6 @@ def verify(directory: epath.Path) -> int:
     """
     record = read(directory / MANIFEST)
     total = 0
-    if record:
-        _verify_record(record, directory)
     for name, split in record["splits"].items() if record else ():
         path = directory / name / MANIFEST
         if not path.exists():
@@ -99,21 +97,16 @@ def verify(directory: epath.Path) -> int:
             raise DataError(f"{path} was altered: its sha256 is not the one in {directory / MANIFEST}")
         Shards.open(path.parent, verify=True)
         total += sum(file.stat().length for file in path.parent.iterdir() if file.name != MANIFEST)
+    if record:
+        _check_content(record, directory)
     return total
 
 
-def _verify_record(record: dict[str, Any], directory: epath.Path) -> None:
-    """Compares the manifest with its own hash, and the tokenizer's file with the manifest."""
-    path = directory / MANIFEST
+def _check_content(record: dict[str, Any], directory: epath.Path) -> None:
+    """Compares labels, tokenizer and splits of a manifest with its own hash, which older ones lack."""
     if record.get("content_sha256") and record["content_sha256"] != content_sha256(record):
+        path = directory / MANIFEST
         raise DataError(f"{path} was altered: its labels, tokenizer or splits are not those that were written")
-    entry = record.get("tokenizer", {})
-    if "file" in entry and "sha256" in entry:
-        file = directory / entry["file"]
-        if not file.exists():
-            raise DataError(f"{file} is missing: restore it, or prepare again")
-        if atomic.fingerprint(file)[1] != entry["sha256"]:
-            raise DataError(f"{file} was altered: its sha256 is not the one in {path}")
 
 
 def changed_inputs(record: dict[str, Any]) -> list[str]:

@@ -60,10 +60,6 @@ class SyntheticInput:
         """Nothing."""
         return []
 
-    def describe_epoch(self, config: Config) -> str:
-        """Nothing: there is no end to them."""
-        return ""
-
     def epoch(self, step: int) -> float:
         """0: nothing is seen twice."""
         return 0.0

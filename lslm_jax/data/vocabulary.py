@@ -127,7 +127,6 @@ def _train(sentences: Iterator[str], config: TokenizerConfig) -> bytes:
             model_type=config.model,
             vocab_size=config.vocab_size,
             byte_fallback=config.byte_fallback,
-            required_chars=SPACE_MARK,  # a rare space would be spelt in bytes, which decode as U+2581
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,

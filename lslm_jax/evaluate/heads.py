@@ -101,15 +101,19 @@ def tag(setting: Setting, part: EvalInput, rows: Rows) -> Report:
 
     Words beyond the end of a row count as wrong, and the entities among them as missed.
     """
+    tags = tags_of_words(rows)
+    gold, predicted = _with_cut_words(part, tags)
+    return Report(classification.tagging(gold, predicted, setting.labels), {}, {})
+
+
+def _with_cut_words(part: EvalInput, tags: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """All true tags of each text, and the predicted ones, with an invalid one for each word beyond the row."""
     gold = list(part.all_tags())
-    seen = tags_of_words(rows)
-    predicted = [
-        np.concatenate([tags, np.full(len(all_tags) - len(tags), classification.INVALID)])
-        for tags, all_tags in zip(seen, gold, strict=True)
+    missing = [len(true) - len(found) for true, found in zip(gold, tags, strict=True)]
+    return gold, [
+        np.pad(found, (0, count), constant_values=classification.INVALID)
+        for found, count in zip(tags, missing, strict=True)
     ]
-    found = classification.tagging(gold, predicted, setting.labels)
-    cut = sum(map(len, gold)) - sum(map(len, seen))
-    return Report(found | ({"words_cut": float(cut)} if cut else {}), {}, {})
 
 
 def tags_of_words(rows: Rows) -> list[np.ndarray]:

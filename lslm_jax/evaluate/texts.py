@@ -20,28 +20,25 @@ def evaluate(setting: Setting, name: str, part: EvalInput, model: Any) -> Report
         examples = examples[: setting.config.eval.batches * setting.config.train.batch_size]
     starts = part.shards.starts
     sources = [part.shards.take(np.arange(starts[2 * i], starts[2 * i + 1])) for i in range(len(examples))]
+    _warn_of_cuts(setting, sources)
     written = write(setting, model, sources)
     match setting.source(name).example:
         case "label":
-            report = _classes(setting, examples, written)
+            return _classes(setting, examples, written)
         case "qa":
-            report = _answers(examples, written)
+            return _answers(examples, written)
         case _:
-            report = _translations(examples, written)
-    return report._replace(metrics=report.metrics | _count_cut(setting, sources))
+            return _translations(examples, written)
 
 
-def _count_cut(setting: Setting, sources: Sequence[np.ndarray]) -> dict[str, float]:
-    """The number of sources of which the model reads the beginning alone, where there are any."""
+def _warn_of_cuts(setting: Setting, sources: Sequence[np.ndarray]) -> None:
+    """Prints how many sources the model reads the beginning of, alone."""
     limit = _source_limit(setting)
-    cut = sum(len(source) > limit for source in sources)
-    if not cut:
-        return {}
-    progress.say(
-        f"warning: {cut:,} of {len(sources):,} sources have more than the {limit:,} tokens that "
-        f"model.max_length={setting.config.model.max_length} leaves, and are cut there"
-    )
-    return {"sources_cut": float(cut)}
+    if cut := sum(len(source) > limit for source in sources):
+        progress.say(
+            f"warning: {cut:,} of {len(sources):,} sources have more than the {limit:,} tokens that "
+            f"model.max_length={setting.config.model.max_length} leaves, and are cut there"
+        )
 
 
 def _source_limit(setting: Setting) -> int:

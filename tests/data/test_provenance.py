@@ -108,14 +108,6 @@ def test_an_altered_manifest_is_noticed_and_an_older_one_accepted(tmp_path, key)
     assert run(classes(str(path)), tmp_path / "out")["skipped"]
 
 
-def test_an_altered_tokenizer_is_noticed(tmp_path):
-    run(plain(write(tmp_path / "a.jsonl", "one", "two")), tmp_path / "out")
-    file = tmp_path / "out" / "bytes.json"
-    file.write_text(file.read_text().replace("2", "4"))
-    with pytest.raises(DataError, match=f"^{file} was altered"):
-        records.verify(epath.Path(tmp_path / "out"))
-
-
 def test_settings_that_came_later_do_not_make_older_data_others(tmp_path):
     config = plain(write(tmp_path / "a.jsonl", "one", "two"))
     run(config, tmp_path / "out")
