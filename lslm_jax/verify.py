@@ -44,7 +44,7 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
     try:
         size = records.verify(data_dir)
         say(f"{data_dir} is whole: {size:,} bytes")
-        for name in records.changed_inputs(records.read(data_dir / "manifest.json") or {"inputs": {}}):
+        for name in records.changed_inputs(records.read(data_dir / "manifest.json") or {}):
             say(f"warning: {name} has changed since {data_dir} was prepared from it")
     except DataError as error:
         if not damaged:

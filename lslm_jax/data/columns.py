@@ -1,6 +1,7 @@
 """Which fields of a record make an example of each kind, and what they may hold."""
 
 import json
+from collections.abc import Container, Iterable
 from typing import Any, Literal, NamedTuple
 
 from lslm_jax.config import Source
@@ -104,6 +105,44 @@ def pick(record: Any, column: Column, origin: str) -> Any:
             raise RecordError(f"{origin}: no field {column.said}; it has: {', '.join(record) or 'none'}")
         value = value[part]
     return check(value, column, origin)
+
+
+def pick_all(record: dict[str, Any], wanted: list[Column], origin: str) -> dict[str, Any]:
+    """The parts of an example by name; errors are those of `pick`, with all missing fields in one."""
+    try:
+        return {column.name: pick(record, column, origin) for column in wanted}
+    except RecordError:
+        present = {column.key for column in wanted if _has(record, column)}
+        require(present, wanted, f"{origin}: no field", "it has", record)
+        raise
+
+
+def _has(record: dict[str, Any], column: Column) -> bool:
+    value: Any = record
+    for part in [column.key] if column.key in record else column.key.split("/"):
+        if not isinstance(value, dict) or part not in value:
+            return False
+        value = value[part]
+    return True
+
+
+def require(present: Container[str], wanted: list[Column], prefix: str, has: str, keys: Iterable[str]) -> None:
+    """Compares the columns of an example with the keys that are present.
+
+    Args:
+      present: keys.
+      wanted: columns; optional ones may be missing.
+      prefix, has: of the message: `FILE: no column` and `its header has`.
+      keys: all, for the message.
+
+    Raises:
+      RecordError: columns are missing; all are named.
+    """
+    missing = [column.said for column in wanted if not column.optional and column.key not in present]
+    if missing:
+        plural = "s" * (len(missing) > 1)
+        nothing = "nothing" if "header" in has else "none"
+        raise RecordError(f"{prefix}{plural} {', '.join(missing)}; {has}: {', '.join(keys) or nothing}")
 
 
 def check(value: Any, column: Column, origin: str) -> Any:

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from etils import epath
 
-from lslm_jax.data.columns import BadRecord, Column, RecordError, pick
+from lslm_jax.data.columns import BadRecord, Column, RecordError, pick_all, require
 from lslm_jax.data.formats import MAX_RECORD, NAMES, lines
 from lslm_jax.errors import ConfigError, DataError, first_line
 
@@ -54,7 +54,7 @@ def _picked(record: Any, wanted: list[Column], origin: str) -> dict[str, Any]:
         keys = ", ".join(repr(column.key) for column in wanted if not column.optional)
         what = f"the field {keys}" if "," not in keys else f"the fields {keys}"
         raise RecordError(f"{origin}: a JSON {type(record).__name__}, not an object with {what}")
-    return {column.name: pick(record, column, origin) for column in wanted}
+    return pick_all(record, wanted, origin)
 
 
 def read_json(path: epath.Path, stream: IO[bytes], wanted: list[Column], keep_bad: bool) -> Iterator[Raw]:
@@ -181,16 +181,18 @@ def _places(path: epath.Path, header: list[str], wanted: list[Column]) -> dict[s
     for column in wanted:
         if column.holds not in ("text", "more_text", "label"):
             raise DataError(f"{path}: a table of plain columns cannot hold {column.key!r}: use JSONL or Parquet")
-    found = [column for column in wanted if not column.optional or column.key in header]
-    return {column.name: header.index(_known(path, header, column)) for column in found}
+    _require_columns(path, header, wanted)
+    for column in wanted:
+        if header.count(column.key) > 1:
+            raise DataError(f"{path}: {header.count(column.key)} columns are named {column.said}: rename all but one")
+    return {column.name: header.index(column.key) for column in wanted if column.key in header}
 
 
-def _known(path: epath.Path, header: list[str], column: Column) -> str:
-    if column.key not in header:
-        raise DataError(f"{path}: no column {column.said}; its header has: {', '.join(header) or 'nothing'}")
-    if header.count(column.key) > 1:
-        raise DataError(f"{path}: {header.count(column.key)} columns are named {column.said}: rename all but one")
-    return column.key
+def _require_columns(path: epath.Path, header: list[str], wanted: list[Column]) -> None:
+    try:
+        require(header, wanted, f"{path}: no column", "its header has", header)
+    except RecordError as error:  # of the whole file, which no setting skips
+        raise DataError(str(error)) from None
 
 
 def _row(origin: str, fields: list[Any], header: list[str], places: dict[str, int]) -> dict[str, Any]:
@@ -246,7 +248,9 @@ def _read_table(
     number = 0
     with _table_errors(path, kind, pa):
         table, names = open_table()
-    tops = {column: _top(path, names, column) for column in wanted if not column.optional or column.key in names}
+    found = {column: column.key.split("/")[0] if column.key not in names else column.key for column in wanted}
+    tops = {column: top for column, top in found.items() if top in names}
+    _require_columns(path, names, [column for column in wanted if column not in tops])
     parts = batches(sorted(set(tops.values())), table)
     while True:
         with _table_errors(path, kind, pa):
@@ -258,7 +262,7 @@ def _read_table(
             record = {top: value[row] for top, value in values.items()}
             origin = f"{path}:{number}"
             yield guarded(
-                lambda record=record, origin=origin: {one.name: pick(record, one, origin) for one in wanted},
+                lambda record=record, origin=origin: pick_all(record, wanted, origin),
                 origin,
                 keep_bad,
             )
@@ -280,11 +284,6 @@ def _table_errors(path: epath.Path, kind: str, pa: Any) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         raise DataError(f"{path}: not readable {NAMES[kind]}: {first_line(error) or type(error).__name__}") from error
-
-
-def _top(path: epath.Path, names: list[str], column: Column) -> str:
-    """The column of a table that holds a part; of a nested one, the outermost."""
-    return top if (top := column.key.split("/")[0]) in names else _known(path, names, column)
 
 
 def _plain(values: Any, pa: Any) -> list[Any]:

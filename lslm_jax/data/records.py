@@ -111,7 +111,7 @@ def _check_content(record: dict[str, Any], directory: epath.Path) -> None:
 
 def changed_inputs(record: dict[str, Any]) -> list[str]:
     """The files on record that have another content now; none of those that are gone."""
-    entries = [entry for found in record["inputs"].values() for entry in found]
+    entries = [entry for found in record.get("inputs", {}).values() for entry in found]
     present = [entry for entry in entries if len(entry) == 4 and epath.Path(entry[0]).exists()]
     return [entry[0] for entry in present if sources.has_changed(entry)]
 

@@ -276,6 +276,20 @@ def test_an_unknown_label_is_an_error_even_where_bad_records_are_skipped(tmp_pat
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "a,b\n", ": no columns 'text' (data.text_key), 'label' (data.label_key); its header has: a, b"),
+        ("a.jsonl", '{"a": 1}', ":1: no fields 'text' (data.text_key), 'label' (data.label_key); it has: a"),
+    ],
+)
+def test_all_missing_columns_are_told_at_once(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError) as error:
+        texts(path, example="label")
+    assert str(error.value) == f"{path}{message}"
+
+
 def test_a_format_is_known_by_name_alone_where_that_is_enough():
     names = {"a.JSONL.GZ": "jsonl", "b.csv.zst": "csv", "c.md": "text", "d.gz": "text", "e.Feather": "arrow"}
     assert {name: formats.by_suffix(epath.Path(name)) for name in names} == names
