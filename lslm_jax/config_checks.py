@@ -216,6 +216,10 @@ def _source_problems(source: Source) -> Iterator[str]:
         yield f"{where} separator and document=line exclude each other"
     if source.input_key and not (source.example == "chat" and source.target_key):
         yield f"{where} input_key={source.input_key} needs example=chat and target_key"
+    if source.roles and source.example != "chat":
+        yield f"{where} roles={','.join(source.roles)} needs example=chat"
+    if source.separator and source.example != "text":
+        yield f"{where} separator needs example=text"
     for entry in source.roles:
         name, equals, role = entry.partition("=")
         if not (name and equals and role in ROLES):

@@ -23,6 +23,7 @@ from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 Split = Literal["train", "valid", "test"]
 _HUB_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_MARKUP = (".html", ".htm", ".xhtml", ".xml", ".svg", ".ipynb", ".srt", ".vtt")
 _SHOWN = 3
 
 
@@ -170,6 +171,7 @@ def survey(source: Source, split: Split) -> str:
 
     Raises:
       DataError: a file is of no known format, or one that lies among the data but is none.
+      ConfigError: a setting concerns none of the files.
     """
     found: dict[str, list[epath.Path]] = collections.defaultdict(list)
     for path in matching(source, split):
@@ -181,7 +183,18 @@ def survey(source: Source, split: Split) -> str:
     for path in every:
         if os.fspath(path) not in named:
             _reject_metadata(path, path in text, records, source)
+    if source.separator and every and not text:
+        raise ConfigError(f"data.separator={source.separator} is for plain text files, of which there are none")
     return "; ".join(f"{len(paths):,} as {what}: {_listed(paths)}" for what, paths in found.items())
+
+
+def markup(source: Source) -> str:
+    """A warning of training files whose markup would be learned as text; empty where there is none."""
+    found = [path for path in matching(source, "train") if path.suffix.lower() in _MARKUP]
+    if not found or source.example != "text":
+        return ""
+    count = "1 file holds" if len(found) == 1 else f"{len(found):,} files hold"
+    return f"warning: {count} markup, which is trained on as text: {_listed(found)}"
 
 
 def _patterns(source: Source, split: Split) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lslm_jax.config import Config, Source
@@ -61,6 +62,19 @@ def _names(source: Source, config: Config) -> list[str]:
         where = " ".join(source.files) or source.tfds
         raise InputMissing(f"nothing to train on in {where}: there are no labels to tell apart")
     return in_order(found)
+
+
+def describe(names: Sequence[str]) -> Iterator[str]:
+    """Lines on the labels of prepared data: their names, and those that are hardly meant to differ."""
+    if names:
+        shown = ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
+        yield f"{len(names):,} label{'s' * (len(names) > 1)}: {shown}"
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
+    for same in alike.values():
+        if len(same) > 1:
+            yield f"warning: the labels {' and '.join(map(repr, same))} are different classes, though alike"
 
 
 def in_order(found: Iterable[str]) -> list[str]:

@@ -49,7 +49,7 @@ from lslm_jax.progress import short
 _MANIFEST = "manifest.json"
 _UNFINISHED = "unfinished.json"
 _LOG_SECONDS = 2.0
-_SHOWN_LABELS, _SHOWN_NOTES = 10, 3
+_SHOWN_NOTES = 3
 
 Log = Callable[[str], None]
 
@@ -136,9 +136,8 @@ def _begin(config: Config, named: dict[str, Source], directory: epath.Path, log:
     }
     record["source_labels"] = labels.names(config, named)
     record["labels"] = labels.merged(record["source_labels"])
-    if known := record["labels"]:
-        shown = ", ".join(known[:_SHOWN_LABELS]) + ", ..." * (len(known) > _SHOWN_LABELS)
-        log(f"prepare: {len(known):,} label{'s' * (len(known) > 1)}: {shown}")
+    for line in labels.describe(record["labels"]):
+        log(f"prepare: {line}")
     recipes = _recipes(record, config, named, directory)
     record["valid_fractions"] = holding_out.fractions(config, recipes)
     for line in holding_out.describe(config, named):
@@ -157,6 +156,8 @@ def _survey(named: dict[str, Source], log: Log) -> None:
             if split != "valid" or source.valid_files:
                 what = files.survey(source, split)
                 log(f"prepare: {' '.join(filter(None, (name, split)))} files: {what or 'none'}")
+        if warning := files.markup(source):
+            log(f"prepare: {warning}")
 
 
 def _recipes(

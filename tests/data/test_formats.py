@@ -12,9 +12,10 @@ import pytest
 from etils import epath
 
 from lslm_jax.config import CleanConfig, Config, DataConfig, TaskConfig, TokenizerConfig
+from lslm_jax.config_checks import validate
 from lslm_jax.data import files, formats, sources
 from lslm_jax.data.prepare import prepare
-from lslm_jax.errors import DataError, InputMissing
+from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 BYTES = TokenizerConfig(kind="bytes")
 TEXTS = ["plain", "two\nlines", '"quoted", with, commas', "\u00e9\U0001f600"]
@@ -179,6 +180,23 @@ def test_documents_are_separated_by_a_mark(tmp_path, monkeypatch, separator, con
     assert texts(write(tmp_path / "a.txt", content), separator=separator) == ["one\n1", "two", "three"]
     indented = write(tmp_path / "b.txt", "def f():\n  pass\n\n  # g\n")
     assert texts(indented, separator="blank_line") == ["def f():\n  pass", "  # g"]
+
+
+def test_a_separator_that_concerns_no_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^data.separator=XX is for plain text files, of which there are none$"):
+        survey(write(tmp_path / "a.jsonl", LINES), separator="XX")
+    for settings in ({"example": "pair", "separator": "X"}, {"roles": ("a=user",)}):
+        with pytest.raises(ConfigError, match=r"needs example="):
+            validate(Config(data=DataConfig(files=("a",), **settings)))
+
+
+def test_markup_is_warned_of(tmp_path):
+    write(tmp_path / "a.html", "<p>text</p>")
+    write(tmp_path / "b.txt", "text")
+    assert files.markup(DataConfig(files=(str(tmp_path),))) == (
+        "warning: 1 file holds markup, which is trained on as text: a.html"
+    )
+    assert files.markup(DataConfig(files=(str(tmp_path / "b.txt"),))) == ""
 
 
 # Links and devices.

@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, TaskConfig, TokenizerConfig
-from lslm_jax.data import directory_lock, records
+from lslm_jax.data import directory_lock, labels, records
 from lslm_jax.data.prepare import prepare
 from lslm_jax.data.shards import Shards
 from lslm_jax.errors import ConfigError, DataError, InputMissing
@@ -218,6 +218,14 @@ def test_empty_labels_are_dropped_and_counted_in_every_split(tmp_path):
     single = dataclasses.replace(config, data=dataclasses.replace(config.data, max_documents=1))
     run(single, tmp_path / "single", shown.append)
     assert shown[-1].startswith("prepare: done: 1 labelled text in train, 1 labelled text in valid; ")
+
+
+def test_labels_that_are_hardly_meant_to_differ_are_named():
+    assert list(labels.describe(["Pos", "neg", "pos"])) == [
+        "3 labels: Pos, neg, pos",
+        "warning: the labels 'Pos' and 'pos' are different classes, though alike",
+    ]
+    assert list(labels.describe(["only"])) == ["1 label: only"] and list(labels.describe([])) == []
 
 
 def test_unknown_tokens_are_counted_and_warned_of(tmp_path):
