@@ -110,7 +110,8 @@ def _cuts(content: str | bytes, config: CleanConfig) -> Iterator[int]:
 def _cut(content: str | bytes, target: int, config: CleanConfig) -> int:
     """The first good place for a cut after `target`, best after a line; the end where there is none."""
     window = content[target : target + _PART // 2]
-    newlines = (found.end() for found in re.finditer(b"\n" if isinstance(window, bytes) else "\n", window))
+    places = re.finditer(b"\n", window) if isinstance(window, bytes) else re.finditer("\n", window)
+    newlines = (found.end() for found in places)
     for offset in itertools.chain(itertools.islice(newlines, _TRIES), range(min(_TRIES, len(window)))):
         if _is_cut(content, target + offset, config):
             return target + offset

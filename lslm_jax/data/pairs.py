@@ -67,7 +67,7 @@ class EncodedPairs(_Pairs):
         self._deal(np.minimum(slots_NK, limits), limits)
 
     def remark(self) -> str:
-        cuts = dict(zip(("sources", "targets"), map(int, self._num_cut), strict=True))
+        cuts = {"sources": int(self._num_cut[0]), "targets": int(self._num_cut[1])}
         return self._cut_remark(cuts, f"data.source_len={self._source_len} or data.seq_len={self._seq_len}")
 
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:
@@ -102,7 +102,7 @@ class DecodedPairs(_Pairs):
         self._deal((source + target)[:, None], (self._seq_len,))
 
     def remark(self) -> str:
-        cuts = dict(zip(("sources", "targets"), self._num_cut, strict=True))
+        cuts = {"sources": self._num_cut[0], "targets": self._num_cut[1]}
         return self._cut_remark(cuts, f"data.seq_len={self._seq_len}")
 
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:

@@ -71,8 +71,10 @@ def _from_files(source: Source, split: Split, keep_bad: bool) -> Iterator[Docume
 
 def _documents(found: Iterator[files.Raw], source: Source) -> Iterator[Document]:
     for parts, origin in found:
-        is_text = source.example == "text" and not isinstance(parts, BadRecord)
-        yield Document(parts["text"] if is_text else parts, origin)
+        if source.example != "text" or isinstance(parts, BadRecord):
+            yield Document(parts, origin)
+        else:
+            yield Document(parts["text"], origin)
 
 
 def holds_out_ends(source: Source, inputs: list[tuple[epath.Path, ...]]) -> bool:
@@ -120,7 +122,7 @@ def _from_tfds(source: Source, split: Split) -> Iterator[Document]:
 def _from_slice(builder: Any, spec: Any, source: Source) -> Iterator[Document]:
     found = tfds.read(builder, spec, columns(source), source.labels)
     if source.example == "qa":
-        found = ((squad.flat(*raw), raw[1]) for raw in found)
+        found = ((squad.flat(record, origin), origin) for record, origin in found)
     return _documents(found, source)
 
 
@@ -183,7 +185,7 @@ def changed(source: Source, before: list[list[Any]], missing_ok: bool) -> str | 
     paths = _present(source, before) if missing_ok else [p for s in _SPLITS for p in files.matching(source, s)]
     then, now = {name: status for name, *status in before}, {os.fspath(path): _status(path)[1:] for path in paths}
     sizes = [{name: status[0] for name, status in each.items()} for each in (then, now)]
-    if what := _difference(*sizes, "bytes", missing_ok):
+    if what := _difference(sizes[0], sizes[1], "bytes", missing_ok):
         return what
     for name, status in then.items():
         if name not in now or len(status) < 3 or (missing_ok and now[name][1] == status[1]):
