@@ -65,8 +65,13 @@ def _from_files(source: Source, split: Split, keep_bad: bool) -> Iterator[Docume
     inputs = files.inputs(source, split)
     cuts = split == "train" and holds_out_ends(source, inputs)
     for paths in inputs:
-        found = _documents(files.read(paths, source, keep_bad), source)
-        yield from _in_two(found, source.valid_fraction) if cuts else found
+        yield from _from_input(paths, source, keep_bad, cuts)
+
+
+def _from_input(paths: tuple[epath.Path, ...], source: Source, keep_bad: bool, cuts: bool) -> Iterator[Document]:
+    """The documents of a file, or of a pair of files; `cuts` parts each in training and validation."""
+    found = _documents(files.read(paths, source, keep_bad), source)
+    return _in_two(found, source.valid_fraction) if cuts else found
 
 
 def _documents(found: Iterator[files.Raw], source: Source) -> Iterator[Document]:
@@ -232,7 +237,7 @@ def sample(
       max_documents: draw from the first so many documents only. 0: from all.
       keep_bad: give bad records to `read`, too, rather than raise.
     """
-    if max_documents or (source.source == "files" and holds_out_ends(source, files.inputs(source, "train"))):
+    if max_documents:
         parts, sizes = [lambda: documents(source, "train", max_documents, keep_bad)], [sample_bytes]
     else:
         parts, sizes = _tfds_parts(source, sample_bytes) if source.source == "tfds" else _file_parts(source, keep_bad)
@@ -268,8 +273,8 @@ def _cut(texts: Iterator[str], num_bytes: int) -> Iterator[str]:
 
 def _file_parts(source: Source, keep_bad: bool) -> tuple[list[Callable[[], Iterator[Document]]], list[int]]:
     inputs = files.inputs(source, "train")
-    sizes = [sum(map(_text_size, paths)) for paths in inputs]
-    return [lambda paths=paths: _documents(files.read(paths, source, keep_bad), source) for paths in inputs], sizes
+    sizes, cuts = [sum(map(_text_size, paths)) for paths in inputs], holds_out_ends(source, inputs)
+    return [lambda paths=paths: _from_input(paths, source, keep_bad, cuts) for paths in inputs], sizes
 
 
 def _text_size(path: epath.Path) -> int:
