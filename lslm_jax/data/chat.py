@@ -14,7 +14,7 @@ import numpy as np
 
 from lslm_jax.config import ROLES
 from lslm_jax.data import templates
-from lslm_jax.data.columns import RecordError
+from lslm_jax.data.columns import RecordError, require_shallow
 from lslm_jax.data.guard import Guard, guard_of
 from lslm_jax.data.templates import Template
 from lslm_jax.data.tokenizer_base import Spans, Tokenizer
@@ -23,7 +23,6 @@ from lslm_jax.errors import ConfigError
 _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _NO_ROLES: Mapping[str, str] = {}
 _ROLES_REMEDY = "data.roles may map other names"
-_MAX_DEPTH = 64
 _PROBE = "Answer"
 _ANCHOR = "\n"
 
@@ -94,21 +93,6 @@ def messages_of(value: Any, origin: str, roles: Mapping[str, str] = _NO_ROLES) -
     if not isinstance(value, list) or not value:
         raise RecordError(f"{origin}: a conversation is a list of messages, each with a role and content")
     return [_message(one, number, origin, roles) for number, one in enumerate(value, 1)]
-
-
-def require_shallow(value: Any, origin: str) -> None:
-    """Rejects values nested so deeply that templates and tokenizers, which work by recursion, would fail.
-
-    Raises:
-      RecordError: there are more than 64 levels.
-    """
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
-        level = [part for parts in inner for part in parts]
-        if not level:
-            return
-    raise RecordError(f"{origin}: nested more than {_MAX_DEPTH} levels deep")
 
 
 def _message(value: Any, number: int, origin: str, roles: Mapping[str, str]) -> Message:

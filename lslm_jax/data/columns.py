@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from lslm_jax.config import Source
 from lslm_jax.errors import ConfigError, DataError
 
+_MAX_DEPTH = 64
 Holds = Literal["text", "more_text", "label", "texts", "labels", "answers", "id", "messages", "tools"]
 SAID = {
     "text": "text",
@@ -149,12 +150,29 @@ def check(value: Any, column: Column, origin: str) -> Any:
     """The value of a column.
 
     Raises:
-      RecordError: it is not of the kind that the column holds.
+      RecordError: it is not of the kind that the column holds, or nested too deeply.
     """
+    if isinstance(value, (dict, list)):
+        require_shallow(value, origin)
     if not _fits(value, column.holds):
         shown = json.dumps(value, default=str)[:40]
         raise RecordError(f"{origin}: field {column.key!r} is {shown}, not {SAID[column.holds]}")
     return value
+
+
+def require_shallow(value: Any, origin: str) -> None:
+    """Rejects values nested so deeply that what works by recursion (templates, JSON, pickling) would fail.
+
+    Raises:
+      RecordError: there are more than 64 levels.
+    """
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
+        level = [part for parts in inner for part in parts]
+        if not level:
+            return
+    raise RecordError(f"{origin}: nested more than {_MAX_DEPTH} levels deep")
 
 
 def _fits(value: Any, holds: Holds) -> bool:

@@ -98,7 +98,10 @@ def decode(
     """
     if isinstance(content, BadRecord):
         raise RecordError(content.message)
-    example: Example = content if isinstance(content, dict) else {"text": content}
+    try:
+        example: Example = _decode(content if isinstance(content, dict) else {"text": content}, policy, origin)
+    except _Undecodable:
+        return None
     if "label" in example:
         regression = recipe.objective == "regression"
         label = example["label"]
@@ -110,12 +113,6 @@ def decode(
             raise RecordError(f"{origin}: {len(example['words'])} words, but {len(example['tags'])} tags")
         if not any(map(labels.is_missing, example["tags"])):
             example = example | {"tags": [labels.name(tag, recipe.labels, origin) for tag in example["tags"]]}
-    if recipe.source.example == "chat":
-        chat.require_shallow(example, origin)
-    try:
-        example = _decode(example, policy, origin)
-    except _Undecodable:
-        return None
     return _talk(example, recipe.source, origin) if recipe.source.example == "chat" else example
 
 

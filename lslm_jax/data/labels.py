@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from lslm_jax.data.columns import BadRecord, RecordError
 from lslm_jax.errors import DataError, InputMissing
 
 _SHOWN = 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def names(config: Config, named: Mapping[str, Source]) -> dict[str, list[str]]:
@@ -98,7 +100,7 @@ def spell(label: Any) -> str:
         return json.dumps(label)
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
-    return str(label).strip()
+    return _SURROGATE.sub("\ufffd", str(label)).strip()
 
 
 def name(label: Any, numbers: Mapping[str, int], origin: str) -> str:

@@ -294,6 +294,20 @@ def test_an_unknown_label_is_an_error_even_where_bad_records_are_skipped(tmp_pat
     )
 
 
+@pytest.mark.parametrize("depth", [100, 500, 900, 5000])
+def test_records_nested_deeply_are_told_in_one_line(tmp_path, depth):
+    deep = "[" * depth + "]" * depth
+    for name, content in [
+        ("a.jsonl", f'{{"text": {deep}}}'),
+        ("b.jsonl", f'{{"text": "x", "messages": [{{"role": "user", "content": "a", "tool_calls": {deep}}}]}}'),
+        ("c.json", f'[{{"text": {deep}}}]'),
+    ]:
+        path = write(tmp_path / name, content)
+        with pytest.raises(DataError) as error:
+            texts(path, **({"example": "chat", "text_key": "messages"} if name[0] == "b" else {}))
+        assert str(error.value).startswith(f"{path}:") and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

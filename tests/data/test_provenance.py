@@ -220,6 +220,22 @@ def test_empty_labels_are_dropped_and_counted_in_every_split(tmp_path):
     assert shown[-1].startswith("prepare: done: 1 labelled text in train, 1 labelled text in valid; ")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_labels_with_bad_bytes_follow_the_policy(tmp_path, suffix):
+    path, separator = tmp_path / f"a.{suffix}", b"," if suffix == "csv" else b"\t"
+    path.write_bytes(b"\n".join(separator.join(row) for row in ((b"text", b"label"), (b"a", b"x\xff"), (b"b", b"y"))))
+    expected = {"replace": (["x\ufffd", "y"], {}), "skip": (["x\ufffd", "y"], {"bad_utf8": 1})}
+    for policy in ("strict", "replace", "skip"):
+        config = dataclasses.replace(classes(str(path)), clean=CleanConfig(bad_utf8=policy))
+        if policy == "strict":
+            with pytest.raises(DataError, match=r"byte 0xff at .* is not UTF-8"):
+                run(config, tmp_path / policy)
+        else:
+            summary = run(config, tmp_path / policy)
+            manifest = json.loads((tmp_path / policy / "manifest.json").read_text())
+            assert (manifest["labels"], summary["dropped"]) == expected[policy]
+
+
 def test_labels_that_are_hardly_meant_to_differ_are_named():
     assert list(labels.describe(["Pos", "neg", "pos"])) == [
         "3 labels: Pos, neg, pos",
