@@ -101,10 +101,6 @@ class DecodedPairs(_Pairs):
         self._num_cut = int((source < slots[:, 0]).sum()), int((target < slots[:, 1]).sum())
         self._deal((source + target)[:, None], (self._seq_len,))
 
-    def remark(self) -> str:
-        cuts = {"sources": self._num_cut[0], "targets": self._num_cut[1]}
-        return self._cut_remark(cuts, f"data.seq_len={self._seq_len}")
-
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:
         row, example = self._fitting.placed(rows)
         source, target = cut(*self._slots_of(example), self._seq_len)
@@ -121,3 +117,7 @@ class DecodedPairs(_Pairs):
         )
         batch = causal(texts, self.shards, *self._special[:2])
         return batch._replace(targets_BT=batch.targets_BT * target_BT, weights_BT=target_BT.astype(np.float32))
+
+    def remark(self) -> str:
+        cuts = {"sources": self._num_cut[0], "targets": self._num_cut[1]}
+        return self._cut_remark(cuts, f"data.seq_len={self._seq_len}")

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from lslm_jax import atomic
-from lslm_jax.config import CleanConfig, Config, Source
+from lslm_jax.config import Config, Source
 from lslm_jax.data import sources, templates
 from lslm_jax.data.shard_files import MANIFEST
 from lslm_jax.data.shards import Shards
@@ -28,8 +28,7 @@ _KIND_KEYS = {
     "chat": ("example", "target_key"),
 }
 _OPTIONAL_KEYS = ("test_files", "test_split", "separator", "input_key", "roles")
-# Settings that came later, with the value that stands for what was done before.
-_NEW_KEYS = {"bad_records": CleanConfig.bad_records, "deduplicate_over": CleanConfig.deduplicate_over}
+_NEW_KEYS = ("bad_records", "deduplicate_over")  # their defaults stand for what was done before they existed
 _TRAINED_KEYS = ("model", "vocab_size", "byte_fallback", "sample_bytes")
 
 
@@ -69,8 +68,10 @@ def settings(config: Config, named: dict[str, Source]) -> dict[str, Any]:
             found["task.objective"] = config.task.objective
             keys += ("prefix",) if config.task.objective == "seq2seq" else ()
         found |= {f"{prefix}.{key}": getattr(source, key) for key in keys}
-    given = dataclasses.asdict(config.clean)
-    found |= {f"clean.{key}": value for key, value in given.items() if _NEW_KEYS.get(key) != value}
+    for field in dataclasses.fields(config.clean):
+        value = getattr(config.clean, field.name)
+        if field.name not in _NEW_KEYS or value != field.default:
+            found[f"clean.{field.name}"] = value
     found["tokenizer.kind"] = config.tokenizer.kind
     if trains:
         found |= {f"tokenizer.{key}": getattr(config.tokenizer, key) for key in _TRAINED_KEYS}
@@ -100,20 +101,6 @@ def verify(directory: epath.Path) -> int:
     if record:
         _check_content(record, directory)
     return total
-
-
-def _check_content(record: dict[str, Any], directory: epath.Path) -> None:
-    """Compares labels, tokenizer and splits of a manifest with its own hash, which older ones lack."""
-    if record.get("content_sha256") and record["content_sha256"] != content_sha256(record):
-        path = directory / MANIFEST
-        raise DataError(f"{path} was altered: its labels, tokenizer or splits are not those that were written")
-
-
-def changed_inputs(record: dict[str, Any]) -> list[str]:
-    """The files on record that have another content now; none of those that are gone."""
-    entries = [entry for found in record.get("inputs", {}).values() for entry in found]
-    present = [entry for entry in entries if len(entry) == 4 and epath.Path(entry[0]).exists()]
-    return [entry[0] for entry in present if sources.has_changed(entry)]
 
 
 def given_sha256(config: Config) -> str:
@@ -161,3 +148,17 @@ def check(
     for name, source in named.items():
         if what := sources.changed(source, record["inputs"][name], missing_ok=finished):
             raise DataError(f"the input has changed since {directory} was prepared: {what}; {remedy}")
+
+
+def _check_content(record: dict[str, Any], directory: epath.Path) -> None:
+    """Compares labels, tokenizer and splits of a manifest with its own hash, which older ones lack."""
+    if record.get("content_sha256") and record["content_sha256"] != content_sha256(record):
+        path = directory / MANIFEST
+        raise DataError(f"{path} was altered: its labels, tokenizer or splits are not those that were written")
+
+
+def changed_inputs(record: dict[str, Any]) -> list[str]:
+    """The files on record that have another content now; none of those that are gone."""
+    entries = [entry for found in record.get("inputs", {}).values() for entry in found]
+    present = [entry for entry in entries if len(entry) == 4 and epath.Path(entry[0]).exists()]
+    return [entry[0] for entry in present if sources.has_changed(entry)]
