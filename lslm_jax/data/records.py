@@ -46,6 +46,20 @@ def read(path: epath.Path) -> dict[str, Any] | None:
     return record
 
 
+def _check_content(record: dict[str, Any], directory: epath.Path) -> None:
+    """Compares labels, tokenizer and splits of a manifest with its own hash, which older ones lack."""
+    if record.get("content_sha256") and record["content_sha256"] != content_sha256(record):
+        path = directory / MANIFEST
+        raise DataError(f"{path} was altered: its labels, tokenizer or splits are not those that were written")
+
+
+def changed_inputs(record: dict[str, Any]) -> list[str]:
+    """The files on record that have another content now; none of those that are gone."""
+    entries = [entry for found in record.get("inputs", {}).values() for entry in found]
+    present = [entry for entry in entries if len(entry) == 4 and epath.Path(entry[0]).exists()]
+    return [entry[0] for entry in present if sources.has_changed(entry)]
+
+
 def named_sources(config: Config) -> dict[str, Source]:
     """The source, named "", or those of a mixture."""
     if not config.data.mixture:
@@ -148,17 +162,3 @@ def check(
     for name, source in named.items():
         if what := sources.changed(source, record["inputs"][name], missing_ok=finished):
             raise DataError(f"the input has changed since {directory} was prepared: {what}; {remedy}")
-
-
-def _check_content(record: dict[str, Any], directory: epath.Path) -> None:
-    """Compares labels, tokenizer and splits of a manifest with its own hash, which older ones lack."""
-    if record.get("content_sha256") and record["content_sha256"] != content_sha256(record):
-        path = directory / MANIFEST
-        raise DataError(f"{path} was altered: its labels, tokenizer or splits are not those that were written")
-
-
-def changed_inputs(record: dict[str, Any]) -> list[str]:
-    """The files on record that have another content now; none of those that are gone."""
-    entries = [entry for found in record.get("inputs", {}).values() for entry in found]
-    present = [entry for entry in entries if len(entry) == 4 and epath.Path(entry[0]).exists()]
-    return [entry[0] for entry in present if sources.has_changed(entry)]
