@@ -110,6 +110,8 @@ class TrainInput:
 class EvalInput:
     """Every row of one source once, in order. What is drawn at random is the same in every evaluation of every run.
 
+    Prints how many examples are cut, where there are any.
+
     Attributes:
       shards: the examples.
       num_rows: rows that are evaluated.
@@ -125,6 +127,8 @@ class EvalInput:
         if config.eval.batches:
             self.num_batches = min(self.num_batches, config.eval.batches)
         self.num_rows = min(source.num_rows, self.num_batches * self._batch_size)
+        if remark := source.remark():
+            say(remark)
 
     def batch(self, step: int) -> Batch:
         """This process's rows of batch `step`, in [0, num_batches)."""
@@ -208,14 +212,10 @@ def open_eval(
     """Opens the held-out rows of a prepared directory: by name of their source, "" for the only one; {} for none.
 
     Args and errors are those of `open_train`, but a set may be shorter than one row. `split` is `valid` or `test`.
-    Prints how many examples are cut.
     """
     if config.data.source == "synthetic" and not config.data.mixture:
         return {}
     sources = _open(config, epath.Path(directory), split, vocab_size)
-    for source in sources.values():
-        if remark := source.remark():
-            say(remark)
     return {name: EvalInput(source, config, rows) for name, source in sources.items()}
 
 
