@@ -44,12 +44,20 @@ class Recipe(NamedTuple):
       objective: task.objective.
       labels: the number of each class or tag, in their order.
       template: that conversations are put into words by.
+      held_out: the share of digests, from the smallest on, whose examples are held out; None: the source's
+        `valid_fraction`.
     """
 
     source: Source
     objective: str
     labels: Mapping[str, int]
     template: Template | None = None
+    held_out: float | None = None
+
+    @property
+    def valid_fraction(self) -> float:
+        """The share of digests whose examples are held out."""
+        return self.source.valid_fraction if self.held_out is None else self.held_out
 
 
 class Encoded(NamedTuple):

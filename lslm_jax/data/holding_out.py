@@ -1,6 +1,5 @@
 """The share of a source that is held out, settled before any work: a few documents must give at least one."""
 
-import dataclasses
 from collections.abc import Mapping
 
 from lslm_jax.config import Config, Source
@@ -29,12 +28,8 @@ def fractions(config: Config, recipes: Mapping[str, Recipe]) -> dict[str, float]
 
 
 def apply(recipes: Mapping[str, Recipe], found: Mapping[str, float]) -> dict[str, Recipe]:
-    """The recipes with these fractions."""
-    changed = lambda source, fraction: dataclasses.replace(source, valid_fraction=fraction)
-    return {
-        name: recipe._replace(source=changed(recipe.source, found[name])) if name in found else recipe
-        for name, recipe in recipes.items()
-    }
+    """The recipes with these fractions; their sources, which are read from, keep those of the config."""
+    return {name: recipe._replace(held_out=found.get(name)) for name, recipe in recipes.items()}
 
 
 def _fraction(config: Config, recipe: Recipe) -> float:

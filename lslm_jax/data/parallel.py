@@ -165,7 +165,7 @@ class Worker:
         return Result(None, split, digest, signature, exempt, None, raw if exempt else None), example
 
     def _split(self, document: Document, digest: bytes, task: Task) -> Split:
-        held_out = task.split == "train" and is_held_out(document, digest, task.recipe.source.valid_fraction)
+        held_out = task.split == "train" and is_held_out(document, digest, task.recipe.valid_fraction)
         return "valid" if held_out else task.split
 
     def _work_in_parts(self, document: Document, index: int, task: Task) -> Result:

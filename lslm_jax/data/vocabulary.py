@@ -75,7 +75,7 @@ def _sample(config: Config, recipe: Recipe, num_bytes: int, dropped: collections
 
 def _texts(document: Document, recipe: Recipe, config: Config) -> tuple[Iterable[str], str | None]:
     """The texts of a document that is trained on; or none, and why it is not."""
-    fraction = recipe.source.valid_fraction
+    fraction = recipe.valid_fraction
     if parallel.is_long(document, recipe):
         assert isinstance(document.content, (str, bytes))
         text = long_documents.cleaned(document.content, config.clean, config.clean.bad_utf8, document.origin)

@@ -150,6 +150,15 @@ def test_a_share_of_few_documents_is_exact_and_at_least_one(tmp_path, count, fra
     assert summary["splits"]["train"]["documents"] == count - expected
 
 
+def test_books_enough_for_the_share_are_held_out_whole_however_their_hashes_lie(tmp_path):
+    for seed in range(8):
+        (tmp_path / f"{seed}").mkdir()
+        for i in range(5):
+            (tmp_path / f"{seed}" / f"{i}.txt").write_text(f"book {i} of {seed}\nwith two lines\n")
+        summary = run(plain(str(tmp_path / f"{seed}"), valid_fraction=0.3), tmp_path / "out" / f"{seed}")
+        assert {name: split["documents"] for name, split in summary["splits"].items()} == {"train": 3, "valid": 2}
+
+
 def test_books_too_few_for_the_share_give_their_ends(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.txt").write_text("".join(f"line {j} of {i}\n" for j in range(1000)))
