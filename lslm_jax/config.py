@@ -8,6 +8,9 @@ before jax or tensorflow start.
 from dataclasses import dataclass, field
 from typing import Literal
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+"""Roles in conversations."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -155,7 +158,7 @@ class Source:
     source: Literal["files", "tfds", "shards", "synthetic"] = "files"
     """Files, a TFDS data set, token shards prepared before (in data.dir), or random tokens for benchmarks."""
     files: tuple[str, ...] = ()
-    """Files, folders, globs, .gz and gs:// too: .jsonl .tsv .csv .parquet, SQuAD's .json, text (pairs: two by two)."""
+    """Files, folders, globs: .jsonl .json .csv .tsv .parquet .arrow, text (pairs: two by two); .gz .zst .bz2 .xz."""
     tfds: str = ""
     """TFDS data set, as `lm1b` or `c4/en:3.0.1`."""
     data_dir: str = ""
@@ -168,6 +171,10 @@ class Source:
     """Field, column or TFDS feature that holds the text (chat: the list of messages); see a table's header."""
     target_key: str = ""
     """That of a pair's target, a labelled text's second, the answer to a text (chat). Plain text pairs: see `files`."""
+    input_key: str = ""
+    """Optional field put after the text of an instruction (chat with target_key), as Alpaca's `input`."""
+    roles: tuple[str, ...] = ()
+    """Other names of roles in conversations, as `customer=user,agent=assistant`."""
     label_key: str = "label"
     """That of a label, or of the tags, one for each word."""
     labels: tuple[str, ...] = ()
@@ -175,11 +182,13 @@ class Source:
     prefix: str = ""
     """Put before each source text, to say what is asked (T5), as `translate English to German: `."""
     document: Literal["file", "line"] = "file"
-    """What one document is in a plain text file."""
+    """What one document is in a plain text file, unless separator is set."""
+    separator: str = ""
+    """Text between the documents of a plain text file, as `<|endoftext|>`; `blank_line`: lines without text."""
     valid_files: tuple[str, ...] = ()
     """Files held out for validation."""
     valid_fraction: float = 0.0
-    """Share of the documents held out, chosen by a hash of their text; of a single text file, its end."""
+    """Share of the documents held out, at least one, by a hash of their text; of fewer text files the end of each."""
     valid_split: str = ""
     """TFDS split to validate on."""
     test_files: tuple[str, ...] = ()
@@ -267,8 +276,12 @@ class CleanConfig:
     """Longer documents are dropped. 0: no limit."""
     bad_utf8: Literal["strict", "replace", "skip"] = "strict"
     """On undecodable bytes: stop with their place, put U+FFFD there, or drop the document."""
+    bad_records: Literal["strict", "skip"] = "strict"
+    """On records that lack a field or are not of their format: stop with their place, or drop and count them."""
     deduplicate: Literal["none", "exact", "near"] = "exact"
     """Drop documents equal to an earlier one, or also the near ones (MinHash: 0.8 of their word 5-grams in common)."""
+    deduplicate_over: Literal["source", "mixture"] = "source"
+    """Compare a mixture's training documents with those of their own source, or of all. Held-out ones always count."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lslm_jax import config_mesh
-from lslm_jax.config import Config, DataConfig, GenerateConfig, MixtureSource, ModelConfig, Source
+from lslm_jax.config import ROLES, Config, DataConfig, GenerateConfig, MixtureSource, ModelConfig, Source
 from lslm_jax.config_mesh import multiples
 from lslm_jax.errors import ConfigError
 
@@ -252,6 +252,18 @@ def _source_problems(source: Source) -> Iterator[str]:
             yield f"{where} {name} does not go with source={source.source}"
     if source.example == "pair" and source.source == "tfds" and not source.target_key:
         yield f"{where} example=pair needs target_key, the feature that holds the target"
+    if source.separator and source.document == "line":
+        yield f"{where} separator and document=line exclude each other"
+    if source.input_key and not (source.example == "chat" and source.target_key):
+        yield f"{where} input_key={source.input_key} needs example=chat and target_key"
+    if source.roles and source.example != "chat":
+        yield f"{where} roles={','.join(source.roles)} needs example=chat"
+    if source.separator and source.example != "text":
+        yield f"{where} separator needs example=text"
+    for entry in source.roles:
+        name, equals, role = entry.partition("=")
+        if not (name and equals and role in ROLES):
+            yield f"{where} roles wants NAME=ROLE with ROLE one of {', '.join(ROLES)}; got {entry!r}"
     if len(set(source.labels)) < len(source.labels):
         yield f"{where} labels must differ, got {', '.join(source.labels)}"
 

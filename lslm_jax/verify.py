@@ -46,6 +46,8 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
         size = records.verify(data_dir)
         _check_data_of(checkpoints, data_dir)
         say(f"{data_dir} is whole: {size:,} bytes")
+        for name in records.changed_inputs(records.read(data_dir / "manifest.json") or {}):
+            say(f"warning: {name} has changed since {data_dir} was prepared from it")
     except DataError as error:
         if not damaged:
             raise

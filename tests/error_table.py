@@ -240,7 +240,13 @@ DATA = [
         "data.files: DIR/none.txt matches no file",
         f"--config.data.files=DIR/none.txt {FRESH}",
     ),
-    Case("An empty text", 66, "nothing to train on in DIR/corpus.txt; dropped: none", FRESH, write("corpus.txt", "")),
+    Case(
+        "An empty text",
+        66,
+        "nothing to train on in DIR/corpus.txt; dropped: none: there are no records in it",
+        FRESH,
+        write("corpus.txt", ""),
+    ),
     Case(
         "A text of which everything is filtered",
         66,

@@ -186,7 +186,7 @@ def test_ctrl_c_before_there_is_anything_to_save_ends_without_a_traceback(enviro
     process = subprocess.Popen(
         [*command, f"--workdir={tmp_path}"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
-    assert process.stderr.readline().startswith("prepare: training a vocabulary")
+    assert any(line.startswith("prepare: training a vocabulary") for line in iter(process.stderr.readline, ""))
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=100)[1].splitlines()[-1] == "lslm: interrupted"
     assert process.returncode == 130

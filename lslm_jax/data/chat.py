@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lslm_jax.config import ROLES
 from lslm_jax.data import templates
+from lslm_jax.data.columns import RecordError, require_shallow
 from lslm_jax.data.guard import Guard, guard_of
 from lslm_jax.data.templates import Template
 from lslm_jax.data.tokenizer_base import Spans, Tokenizer
-from lslm_jax.errors import ConfigError, DataError
+from lslm_jax.errors import ConfigError
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_NO_ROLES: Mapping[str, str] = {}
+_ROLES_REMEDY = "data.roles may map other names"
 _PROBE = "Answer"
 _ANCHOR = "\n"
 
@@ -55,64 +58,94 @@ class Ending(NamedTuple):
 # Messages.
 
 
-def conversation(value: Any, origin: str) -> list[Message]:
+def conversation(value: Any, origin: str, roles: Mapping[str, str] = _NO_ROLES) -> list[Message]:
     """The messages of a conversation to learn from, as templates want them; arguments are those of `messages_of`.
 
     Raises:
-      DataError: it is none, or nobody answers in it.
+      RecordError: it is none, or nobody answers in it.
     """
-    messages = messages_of(value, origin)
+    messages = messages_of(value, origin, roles)
     if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{origin}: no message is of the assistant: there is nothing to learn")
+        raise RecordError(f"{origin}: no message is of the assistant: there is nothing to learn")
     return messages
 
 
-def messages_of(value: Any, origin: str) -> list[Message]:
+def named_roles(entries: Sequence[str]) -> dict[str, str]:
+    """The roles that the entries of `data.roles`, NAME=ROLE, stand for."""
+    return {name: role for name, _, role in (entry.partition("=") for entry in entries)}
+
+
+def messages_of(value: Any, origin: str, roles: Mapping[str, str] = _NO_ROLES) -> list[Message]:
     """The messages of any conversation.
 
     Args:
       value: a list of {role, content} with what else a message has, or of ShareGPT's {from, value}; or, as TFDS keeps
-        it, an object of lists.
+        it, an object of lists. Content may be a list of parts of type text.
       origin: where it was read, for messages.
+      roles: other names of roles.
 
     Raises:
-      DataError: it is none.
+      RecordError: it is none.
     """
+    require_shallow(value, origin)
     if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
         value = [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
     if not isinstance(value, list) or not value:
-        raise DataError(f"{origin}: a conversation is a list of messages, each with a role and content")
-    return [_message(one, number, origin) for number, one in enumerate(value, 1)]
+        raise RecordError(f"{origin}: a conversation is a list of messages, each with a role and content")
+    return [_message(one, number, origin, roles) for number, one in enumerate(value, 1)]
 
 
-def _message(value: Any, number: int, origin: str) -> Message:
+def _message(value: Any, number: int, origin: str, roles: Mapping[str, str]) -> Message:
     where = f"{origin}: message {number}"
     if not isinstance(value, dict):
-        raise DataError(f"{where} is not an object with a role and content")
+        raise RecordError(f"{where} is not an object with a role and content")
     message = {key: part for key, part in value.items() if part is not None}
     if "role" not in message and "from" in message:
-        message = _of_sharegpt(message, where)
+        message = _of_sharegpt(message, where, roles)
+    if isinstance(message.get("content"), list):
+        message = message | {"content": _text_of_parts(message["content"], where)}
     for key in ("role", "content"):
         if key not in message and (key == "role" or "tool_calls" not in message):
-            raise DataError(f"{where} has no {key}; it has: {', '.join(message) or 'nothing'}")
+            raise RecordError(f"{where} has no {key}; it has: {', '.join(message) or 'nothing'}")
         if key in message and not isinstance(message[key], str):
-            raise DataError(f"{where}: its {key} is not text")
-    if message["role"] not in ROLES:
-        raise DataError(f"{where} is of {message['role']!r}, not of one of {', '.join(ROLES)}")
-    return message
+            raise RecordError(f"{where}: its {key} is not text")
+    role = roles.get(message["role"], message["role"])
+    if role not in ROLES:
+        raise RecordError(f"{where} is of {role!r}, not of one of {', '.join(ROLES)}; {_ROLES_REMEDY}")
+    return message | {"role": role}
 
 
-def _of_sharegpt(message: Message, where: str) -> Message:
+def _text_of_parts(parts: list[Any], where: str) -> str:
+    """The text of content that is given as a list of parts, as multimodal models have it."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict):
+            raise RecordError(f"{where}: its content is not text")
+        if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            shown = repr(part.get("type"))[:40]
+            raise RecordError(
+                f"{where}: a part of its content is of type {shown}, which is not supported: only text is"
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _of_sharegpt(message: Message, where: str, roles: Mapping[str, str]) -> Message:
     who = message["from"]
-    if who not in _SHAREGPT:
-        raise DataError(f"{where} is from {who!r}, not from one of {', '.join(_SHAREGPT)}")
+    known = _SHAREGPT | dict(roles)
+    if not isinstance(who, str) or who not in known:
+        shown = repr(who)[:40]
+        raise RecordError(f"{where} is from {shown}, not from one of {', '.join(known)}; {_ROLES_REMEDY}")
     rest = {key: part for key, part in message.items() if key not in ("from", "value")}
-    return rest | {"role": _SHAREGPT[who]} | ({"content": message["value"]} if "value" in message else {})
+    return rest | {"role": known[who]} | ({"content": message["value"]} if "value" in message else {})
 
 
-def of_pair(text: str, answer: str) -> list[Message]:
-    """A text of the user and the answer to it."""
-    return [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+def of_pair(text: str, answer: str, more: str = "") -> list[Message]:
+    """A text of the user, perhaps with more input in a paragraph after it, and the answer to it."""
+    return [
+        {"role": "user", "content": f"{text}\n\n{more}" if more else text},
+        {"role": "assistant", "content": answer},
+    ]
 
 
 def answers(messages: Sequence[Message]) -> list[int]:
@@ -135,7 +168,7 @@ def learn(talk: Mapping[str, Any], template: Template, words: Tokenizer, origin:
 
     Raises:
       ConfigError: the template is wrong, or begins an answer otherwise than it writes it.
-      DataError: the template does not take it, or writes nothing of its answers.
+      RecordError: the template does not take it, or writes nothing of its answers.
     """
     guard = guard_of(words)
     value, seam = guard.hide(dict(talk))
@@ -143,7 +176,7 @@ def learn(talk: Mapping[str, Any], template: Template, words: Tokenizer, origin:
     made = [_learnt(guard, *guard.settle(text, cuts, seam), seam) for text, cuts in found]
     made = [_with_beginning(one, words) for one in made if one.marks.any()]
     if not made:
-        raise DataError(f"{origin}: the chat template writes nothing of its answers")
+        raise RecordError(f"{origin}: the chat template writes nothing of its answers")
     return made
 
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -65,6 +66,12 @@ def _bad_character(text: str, offset: int) -> str:
 
 def clean_text(text: str, config: CleanConfig) -> str:
     """The text with control characters, Unicode form and whitespace as configured; cleaning twice changes nothing."""
+    text = clean_part(text, config)
+    return text if config.whitespace == "keep" else text.strip()
+
+
+def clean_part(text: str, config: CleanConfig) -> str:
+    """A part of a text, cleaned but for the blanks around the whole."""
     if config.control == "strip":
         text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     if config.unicode != "none":
@@ -72,7 +79,7 @@ def clean_text(text: str, config: CleanConfig) -> str:
     if config.whitespace == "collapse":
         text = re.sub(r"[^\S\n]+", " ", text)
     if config.whitespace != "keep":
-        text = "\n".join(line.rstrip() for line in text.split("\n")).strip()
+        text = "\n".join(line.rstrip() for line in text.split("\n"))
     if config.whitespace == "collapse":
         text = re.sub(r"\n{3,}", "\n\n", text)
     return text
@@ -80,9 +87,14 @@ def clean_text(text: str, config: CleanConfig) -> str:
 
 def reason(text: str, config: CleanConfig) -> Literal["too_short", "too_long"] | None:
     """Why a cleaned text is dropped; None where it is kept."""
-    if len(text) < config.min_chars:
+    return length_reason(len(text), config)
+
+
+def length_reason(length: int, config: CleanConfig) -> Literal["too_short", "too_long"] | None:
+    """Why a cleaned text of so many characters is dropped; None where it is kept."""
+    if length < config.min_chars:
         return "too_short"
-    if config.max_chars and len(text) > config.max_chars:
+    if config.max_chars and length > config.max_chars:
         return "too_long"
     return None
 
@@ -103,16 +115,25 @@ def signature(text: str) -> np.ndarray:
     Raises:
       ConfigError: datasketch is not installed.
     """
-    words = _WORD.findall(text.lower())
-    starts = range(max(1, len(words) - _SHINGLE_WORDS + 1))
-    shingles = [" ".join(words[i : i + _SHINGLE_WORDS]) for i in starts] if words else [text]
-    minhash = _empty_minhash().copy()
-    minhash.update_batch([shingle.encode() for shingle in shingles])
+    return signature_of_parts([text])
+
+
+def signature_of_parts(parts: Iterable[str]) -> np.ndarray:
+    """The same of a text in parts that end between words."""
+    minhash, before, is_empty = _empty_minhash().copy(), [], True
+    for part in parts:
+        words = before + _WORD.findall(part.lower())
+        starts = range(max(0, len(words) - _SHINGLE_WORDS + 1))
+        is_empty = is_empty and not starts
+        minhash.update_batch([" ".join(words[i : i + _SHINGLE_WORDS]).encode() for i in starts])
+        before, last = words[-_SHINGLE_WORDS + 1 :], part
+    if is_empty:
+        minhash.update_batch([(" ".join(before) if before else last).encode()])
     return minhash.hashvalues
 
 
 class Deduplicator:
-    """Remembers every document it is shown: about 100 bytes for each, and 4 kB more where it looks for near ones."""
+    """Remembers documents: about 100 bytes for each, and 4 kB more where near ones are looked for."""
 
     def __init__(self, near: bool):
         """Begins with nothing seen.
@@ -129,22 +150,34 @@ class Deduplicator:
 
     def seen(self, digest: bytes, signature: np.ndarray | None) -> Literal["duplicate", "near_duplicate"] | None:
         """Whether an equal document came before, or a near one of those with a signature; else it is remembered."""
+        found = self.find(digest, signature)
+        self.add(digest, None if found else signature)
+        return found
+
+    def find(self, digest: bytes, signature: np.ndarray | None) -> Literal["duplicate", "near_duplicate"] | None:
+        """Whether an equal document is remembered, or a near one of those with a signature."""
         if digest in self._digests:
             return "duplicate"
-        self._digests.add(digest)
-        if signature is None:
-            return None
-        return self._seen_near(signature)
+        return "near_duplicate" if signature is not None and self._has_near(signature) else None
 
-    def _seen_near(self, signature: np.ndarray) -> Literal["near_duplicate"] | None:
-        minhash = _empty_minhash().copy()
-        minhash.hashvalues = signature
+    def add(self, digest: bytes, signature: np.ndarray | None) -> None:
+        """Remembers a document; of a near duplicate of another one, its digest alone is enough."""
+        self._digests.add(digest)
+        if signature is not None:
+            self._index.insert(len(self._signatures), _minhash(signature))
+            self._signatures.append(signature)
+
+    def _has_near(self, signature: np.ndarray) -> bool:
         # The index proposes; the signatures decide.
-        if any(np.mean(self._signatures[key] == signature) >= _NEAR for key in self._index.query(minhash)):
-            return "near_duplicate"
-        self._index.insert(len(self._signatures), minhash)
-        self._signatures.append(signature)
-        return None
+        return any(
+            np.mean(self._signatures[key] == signature) >= _NEAR for key in self._index.query(_minhash(signature))
+        )
+
+
+def _minhash(signature: np.ndarray) -> Any:
+    minhash = _empty_minhash().copy()
+    minhash.hashvalues = signature
+    return minhash
 
 
 def _datasketch() -> Any:

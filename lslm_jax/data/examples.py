@@ -15,17 +15,17 @@ are as many as the text's tokens: the first token of each word has the number of
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from lslm_jax.config import CleanConfig, Source
 from lslm_jax.data import chat, clean, labels
+from lslm_jax.data.columns import BadRecord, RecordError
 from lslm_jax.data.sources import Content
 from lslm_jax.data.templates import Template
 from lslm_jax.data.tokenizer_base import Tokenizer
-from lslm_jax.errors import DataError
 
 _TEXTS = {"text": ("text",), "pair": ("source", "target"), "label": ("text", "target"), "tags": ("words",)}
 _TEXTS |= {"qa": (), "chat": ()}  # the first stay as they are, the second are cleaned message by message
@@ -44,12 +44,20 @@ class Recipe(NamedTuple):
       objective: task.objective.
       labels: the number of each class or tag, in their order.
       template: that conversations are put into words by.
+      held_out: the share of digests, from the smallest on, whose examples are held out; None: the source's
+        `valid_fraction`.
     """
 
     source: Source
     objective: str
     labels: Mapping[str, int]
     template: Template | None = None
+    held_out: float | None = None
+
+    @property
+    def valid_fraction(self) -> float:
+        """The share of digests whose examples are held out."""
+        return self.source.valid_fraction if self.held_out is None else self.held_out
 
 
 class Encoded(NamedTuple):
@@ -92,32 +100,44 @@ def decode(
     """The example as text, with a label's or tag's name in place of its number; None where it is to be skipped.
 
     Raises:
-      DataError: it is undecodable and the policy is strict; a label is unknown; words and tags are not equally many;
-        it is no conversation.
+      RecordError: words and tags are not equally many; a label is no number; it is no conversation; or it was a bad
+        record when it was read.
+      DataError: it is undecodable and the policy is strict; a label is unknown.
     """
-    example: Example = content if isinstance(content, dict) else {"text": content}
+    if isinstance(content, BadRecord):
+        raise RecordError(content.message)
+    try:
+        example: Example = _decode(content if isinstance(content, dict) else {"text": content}, policy, origin)
+    except _Undecodable:
+        return None
     if "label" in example:
         regression = recipe.objective == "regression"
         label = example["label"]
-        label = labels.value(label, origin) if regression else labels.name(label, recipe.labels, origin)
-        example = example | {"label": label}
+        if not labels.is_missing(label):
+            label = labels.value(label, origin) if regression else labels.name(label, recipe.labels, origin)
+            example = example | {"label": label}
     if "tags" in example:
         if len(example["words"]) != len(example["tags"]):
-            raise DataError(f"{origin}: {len(example['words'])} words, but {len(example['tags'])} tags")
-        example = example | {"tags": [labels.name(tag, recipe.labels, origin) for tag in example["tags"]]}
-    try:
-        example = _decode(example, policy, origin)
-    except _Undecodable:
-        return None
-    return _talk(example, origin) if recipe.source.example == "chat" else example
+            raise RecordError(f"{origin}: {len(example['words'])} words, but {len(example['tags'])} tags")
+        if not any(map(labels.is_missing, example["tags"])):
+            example = example | {"tags": [labels.name(tag, recipe.labels, origin) for tag in example["tags"]]}
+    return _talk(example, recipe.source, origin) if recipe.source.example == "chat" else example
 
 
-def _talk(example: Example, origin: str) -> Example:
+def lacks_label(example: Example) -> bool:
+    """Whether an example has an empty label, or an empty tag."""
+    found = [example["label"]] if "label" in example else example.get("tags", [])
+    return any(map(labels.is_missing, found))
+
+
+def _talk(example: Example, source: Source, origin: str) -> Example:
     """A conversation with the place where it was read, which its template may complain of."""
     if "messages" not in example:
-        return {"messages": chat.of_pair(example["text"], example["target"]), "origin": origin}
+        more = example.get("input") or ""
+        return {"messages": chat.of_pair(example["text"], example["target"], more), "origin": origin}
     tools = {"tools": example["tools"]} if example.get("tools") else {}
-    return tools | {"messages": chat.conversation(example["messages"], origin), "origin": origin}
+    roles = chat.named_roles(source.roles)
+    return tools | {"messages": chat.conversation(example["messages"], origin, roles), "origin": origin}
 
 
 class _Undecodable(Exception):
@@ -126,7 +146,7 @@ class _Undecodable(Exception):
 
 def _decode(value: Any, policy: Literal["strict", "replace", "skip"], origin: str) -> Any:
     if isinstance(value, dict):
-        return {key: _decode(part, policy, origin) for key, part in value.items()}
+        return {_decode(key, policy, origin): _decode(part, policy, origin) for key, part in value.items()}
     if isinstance(value, list):
         return [_decode(part, policy, origin) for part in value]
     if not isinstance(value, (str, bytes)):
@@ -137,10 +157,43 @@ def _decode(value: Any, policy: Literal["strict", "replace", "skip"], origin: st
     return text
 
 
-def nothing(recipes: Mapping[str, Recipe], dropped: Mapping[str, int]) -> str:
-    """What to say where no example is left to train on."""
+_UNITS = {
+    "text": ("document", "documents"),
+    "pair": ("pair", "pairs"),
+    "label": ("labelled text", "labelled texts"),
+    "tags": ("tagged text", "tagged texts"),
+    "qa": ("question", "questions"),
+    "chat": ("conversation", "conversations"),
+}
+
+
+def noun(source: Source, plural: bool = False) -> str:
+    """The word for an example of a source."""
+    return _UNITS[source.example][plural]
+
+
+def units(sources: Iterable[Source], count: int) -> str:
+    """A number of examples with the word for what they are: `1 document`, `2 pairs`."""
+    kinds = {source.example for source in sources}
+    singular, plural = _UNITS[kinds.pop()] if len(kinds) == 1 else ("example", "examples")
+    return f"{count:,} {singular if count == 1 else plural}"
+
+
+def nothing(recipes: Mapping[str, Recipe], dropped: Mapping[str, int], held_out: int = 0) -> str:
+    """A message for a source without any example to train on, with the cause.
+
+    Args:
+      recipes: the sources.
+      dropped: examples by reason.
+      held_out: how many of the duplicates are also among the held-out examples.
+    """
     what = ", ".join(" ".join(recipe.source.files) or recipe.source.tfds for recipe in recipes.values())
-    return f"nothing to train on in {what}; dropped: {counted(dropped) or 'none'}"
+    message = f"nothing to train on in {what}; dropped: {counted(dropped) or 'none'}"
+    if held_out:
+        return f"{message}; {held_out:,} of them are also in the held-out data: name other files to train on"
+    if not dropped and any(recipe.source.valid_files or recipe.source.test_files for recipe in recipes.values()):
+        return f"{message}: every file of data.files is also held out by data.valid_files or data.test_files"
+    return message if dropped else f"{message}: there are no records in it"
 
 
 def counted(dropped: Mapping[str, int]) -> str:
@@ -157,7 +210,7 @@ def cleaned(example: Example, recipe: Recipe, config: CleanConfig) -> Example:
             for message in example["messages"]
         ]
     for key in _TEXTS[recipe.source.example]:
-        if key in example:
+        if example.get(key) is not None:
             part = example[key]
             done[key] = (
                 [clean.clean_text(word, config) for word in part]
@@ -170,6 +223,8 @@ def cleaned(example: Example, recipe: Recipe, config: CleanConfig) -> Example:
 def reason(example: Example, recipe: Recipe, config: CleanConfig) -> str | None:
     """Why a cleaned example is not trained on; None where it is. Lengths are those of the source text."""
     kind = recipe.source.example
+    if lacks_label(example):
+        return "no_label"
     if kind == "qa":
         answers = example["answers"]
         return "misplaced_answer" if answers and _answer(example) is None else None
@@ -252,6 +307,11 @@ def _encode_texts(examples: Sequence[Example], recipe: Recipe, tokenizer: Tokeni
     rest = iter(tokenizer.encode_targets([text for parts in rendered for text in parts[1:]])) if pairs else firsts
     fields = [[next(firsts), *(next(rest) for _ in parts[1:])] for parts in rendered]
     return [(parts, _numbers(example, recipe)) for example, parts in zip(examples, fields, strict=True)]
+
+
+def text_fields(encoded: Encoded, recipe: Recipe) -> list[np.ndarray]:
+    """The fields of an example that hold tokens, without tags and loss masks."""
+    return encoded.fields[:1] if recipe.source.example in ("tags", "chat") else encoded.fields
 
 
 def _encode_talk(example: Example, recipe: Recipe, tokenizer: Tokenizer) -> list[Encoded]:

@@ -4,28 +4,27 @@ A reader yields the parts of an example by name, text as bytes where the format 
 or FILE:LINE.
 """
 
-import codecs
+import collections
 import contextlib
-import csv
 import fnmatch
-import gzip
-import io
 import itertools
-import json
 import os
-import zlib
 from collections.abc import Iterator
-from typing import IO, Any, Literal
+from typing import Literal
 
 from etils import epath
 
 from lslm_jax.config import Source
-from lslm_jax.data import squad
-from lslm_jax.data.columns import Column, columns, pick
-from lslm_jax.errors import ConfigError, DataError, InputMissing, first_line
+from lslm_jax.data import formats, squad
+from lslm_jax.data.columns import columns
+from lslm_jax.data.formats import Format
+from lslm_jax.data.record_files import READERS, Raw, guarded
+from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 Split = Literal["train", "valid", "test"]
-Raw = tuple[dict[str, Any], str]
+_HUB_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_MARKUP = (".html", ".htm", ".xhtml", ".xml", ".svg", ".ipynb", ".srt", ".vtt")
+_SHOWN = 3
 
 
 def inputs(source: Source, split: Split) -> list[tuple[epath.Path, ...]]:
@@ -60,7 +59,7 @@ def _inputs(key: str, patterns: tuple[str, ...], source: Source) -> list[tuple[e
     waiting: tuple[str, list[epath.Path]] | None = None
     for pattern in patterns:
         paths = list(_expand(key, (pattern,)))
-        if all(_suffix(path) in _FORMATS for path in paths):
+        if all(formats.by_suffix(path) != "text" for path in paths):
             found |= dict.fromkeys((path,) for path in paths)
         elif waiting is None:
             waiting = pattern, paths
@@ -82,58 +81,168 @@ def _partners(
 
 def _expand(key: str, patterns: tuple[str, ...]) -> dict[epath.Path, None]:
     paths: dict[epath.Path, None] = {}
+    seen: set[str] = set()  # real paths: links may lead to one file under several names
     for pattern in patterns:
         found = sorted(_match(epath.Path(pattern).expanduser()), key=os.fspath)
         if not found:
             raise InputMissing(f"{key}: {pattern} matches no file")
-        paths |= dict.fromkeys(found)
+        for path in found:
+            if (real := _real(path)) not in seen:
+                seen.add(real)
+                paths[path] = None
     return paths
 
 
 def _match(pattern: epath.Path) -> Iterator[epath.Path]:
-    if pattern.exists():
-        yield from _below(pattern)
-        return
-    parts = pattern.parts
-    depth = next((i for i, part in enumerate(parts) if _is_magic(part)), len(parts))
-    for path in _glob(epath.Path(*parts[:depth]), parts[depth:]):
-        yield from _below(path)
+    visited: set[str] = set()
+    try:
+        if pattern.exists() or os.path.islink(pattern):
+            yield from _below(pattern, visited)
+            return
+        parts = pattern.parts
+        depth = next((i for i, part in enumerate(parts) if _is_magic(part)), len(parts))
+        for path in _glob(epath.Path(*parts[:depth]), parts[depth:], set()):
+            yield from _below(path, visited)
+    except OSError as error:
+        raise InputMissing(f"could not read {error.filename or pattern}: {error.strerror or error}") from error
 
 
-def _glob(path: epath.Path, parts: tuple[str, ...]) -> Iterator[epath.Path]:
-    """Paths below one that match the parts of a pattern; epath's own glob knows no `**`."""
+def _glob(path: epath.Path, parts: tuple[str, ...], visited: set[tuple[str, int]]) -> Iterator[epath.Path]:
+    """Paths below one that match the parts of a pattern; epath's own glob does not support `**`.
+
+    Args:
+      path: where to look.
+      parts: of the pattern that are left.
+      visited: directories looked through for `**`, with the number of parts left: links may lead back to them.
+    """
     if not parts:
-        if path.exists():
+        if path.exists() or os.path.islink(path):
             yield path
     elif not _is_magic(parts[0]):
-        yield from _glob(path / parts[0], parts[1:])
+        yield from _glob(path / parts[0], parts[1:], visited)
     elif path.is_dir():
+        children = sorted((child for child in path.iterdir() if not _is_hidden(child.name)), key=os.path.islink)
         if parts[0] == "**":
-            yield from _glob(path, parts[1:])
-        for child in path.iterdir():
-            if not _is_hidden(child.name) and fnmatch.fnmatchcase(child.name, parts[0]):
-                yield from _glob(child, parts if parts[0] == "**" else parts[1:])
+            if (here := (_real(path), len(parts))) in visited:
+                return
+            visited.add(here)
+            yield from _glob(path, parts[1:], visited)
+        for child in children:
+            if fnmatch.fnmatchcase(child.name, parts[0]):
+                yield from _glob(child, parts if parts[0] == "**" else parts[1:], visited)
 
 
 def _is_magic(part: str) -> bool:
     return any(character in part for character in "*?[")
 
 
-def _below(path: epath.Path) -> Iterator[epath.Path]:
+def _below(path: epath.Path, visited: set[str]) -> Iterator[epath.Path]:
+    """The files below a path, each directory once, whichever links lead to it."""
+    if not path.exists():
+        raise InputMissing(f"{path} is a link to {os.readlink(path)}, which does not exist")
     if not path.is_dir():
         yield path
         return
-    for child in path.iterdir():
+    if (real := _real(path)) in visited:
+        return
+    visited.add(real)
+    for child in sorted(path.iterdir(), key=os.path.islink):  # links last: a link to a sibling changes no names
         if not _is_hidden(child.name):
-            yield from _below(child)
+            yield from _below(child, visited)
+
+
+def _real(path: epath.Path) -> str:
+    return os.fspath(path) if "://" in os.fspath(path) else os.path.realpath(path)
 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__pycache__"
 
 
-def read(paths: tuple[epath.Path, ...], source: Source) -> Iterator[Raw]:
+def format_of(path: epath.Path, source: Source) -> Format:
+    """The format in which a file of a source is read; errors are those of `formats.detect`."""
+    plain_pair = source.example == "pair" and formats.by_suffix(path) == "text"
+    keys = () if plain_pair else tuple(column.key for column in columns(source) if not column.optional)
+    return formats.detect(path, keys)
+
+
+def survey(source: Source, split: Split) -> str:
+    """Checks the types of all files of a split before any work; returns how they are read, in a line.
+
+    Raises:
+      DataError: a file is of no known format, or one that lies among the data but is none.
+      ConfigError: a setting concerns none of the files.
+    """
+    found: dict[str, list[epath.Path]] = collections.defaultdict(list)
+    for path in matching(source, split):
+        found[_described(format_of(path, source), source)].append(path)
+    named = {os.fspath(epath.Path(pattern).expanduser()) for pattern in _patterns(source, split)}
+    text = {path for what, paths in found.items() for path in paths if format_of(path, source).is_text}
+    every = list(itertools.chain.from_iterable(found.values()))
+    records = [path for path in every if path not in text and path.name not in _HUB_METADATA]
+    for path in every:
+        if os.fspath(path) not in named:
+            _reject_metadata(path, path in text, records, source)
+    if source.separator and every and not text:
+        raise ConfigError(f"data.separator={source.separator} is for plain text files, of which there are none")
+    return "; ".join(f"{len(paths):,} as {what}: {_listed(paths)}" for what, paths in found.items())
+
+
+def markup(source: Source) -> str:
+    """A warning of training files whose markup would be learned as text; empty where there is none."""
+    found = [path for path in matching(source, "train") if path.suffix.lower() in _MARKUP]
+    if not found or source.example != "text":
+        return ""
+    count = "1 file holds" if len(found) == 1 else f"{len(found):,} files hold"
+    return f"warning: {count} markup, which is trained on as text: {_listed(found)}"
+
+
+def _patterns(source: Source, split: Split) -> tuple[str, ...]:
+    return getattr(source, "files" if split == "train" else f"{split}_files")
+
+
+def _described(kind: Format, source: Source) -> str:
+    name = formats.NAMES[kind.name]
+    if kind.is_text and source.example == "text":
+        unit = "between separators" if source.separator else f"a {source.document}"
+        name += f" with one document {unit}"
+    if kind.is_text and source.example == "pair":
+        name += " with one sentence a line"
+    return ", ".join(filter(None, (name, kind.compression, kind.encoding.upper())))
+
+
+def _listed(paths: list[epath.Path]) -> str:
+    return ", ".join(path.name for path in paths[:_SHOWN]) + ", ..." * (len(paths) > _SHOWN)
+
+
+def _reject_metadata(path: epath.Path, is_text: bool, records: list[epath.Path], source: Source) -> None:
+    """Rejects a file that a folder or glob brought in and that is hardly meant as data."""
+    remedy = "name the data files alone"
+    if records:
+        remedy += f", as {records[0].parent}/*{records[0].suffix}"
+    if path.name in _HUB_METADATA:
+        raise DataError(f"{path} describes a data set of the Hugging Face Hub and holds no data: {remedy}")
+    if not is_text:
+        return
+    if path.suffix.lower() == ".md" and _is_card(path):
+        raise DataError(f"{path} is the card of a data set or model, not data: {remedy}")
+    if source.example == "text" and any(path.parent in record.parents for record in records):
+        raise DataError(f"{path} would be read as plain text, but lies among files of records: {remedy}")
+
+
+def _is_card(path: epath.Path) -> bool:
+    """Whether a Markdown file begins with the YAML header of a card."""
+    with formats.reading(path), path.open("rb") as stream:
+        return stream.read(1 << 10).lstrip().startswith(b"---")
+
+
+def read(paths: tuple[epath.Path, ...], source: Source, keep_bad: bool = False) -> Iterator[Raw]:
     """The examples of one file, or of two plain text files line by line, and where each stands.
+
+    Args:
+      paths: one file, or source and target.
+      source: that they belong to.
+      keep_bad: yield bad records as `BadRecord` rather than raise.
 
     Raises:
       DataError: it is not of its format, a record lacks a part, or two files have unequal numbers of lines.
@@ -144,23 +253,42 @@ def read(paths: tuple[epath.Path, ...], source: Source) -> Iterator[Raw]:
     if partner:
         yield from _read_pairs(path, *partner)
         return
-    suffix = _suffix(path)
-    with _reading(path) as stream:
-        if suffix == ".json" and source.example == "qa":
-            yield from squad.read(path, stream)
-        elif suffix in _FORMATS:
-            found = _FORMATS[suffix](path, stream, columns(source))
-            yield from ((squad.flat(*raw), raw[1]) for raw in found) if source.example == "qa" else found
-        elif source.example == "text":
-            yield from (_read_lines if source.document == "line" else _read_whole)(path, stream)
-        else:
-            known = ", ".join([*_FORMATS, *([".json"] if source.example == "qa" else [])])
+    kind = format_of(path, source)
+    with formats.opened(path, kind) as stream:
+        if kind.name == "json" and source.example == "qa" and not _is_list(path, kind):
+            yield from squad.read(path, stream, keep_bad)
+        elif kind.name in READERS:
+            found = READERS[kind.name](path, stream, columns(source), keep_bad)
+            yield from (_flat(raw, keep_bad) for raw in found) if source.example == "qa" else found
+        elif source.example != "text":
+            known = ", ".join(dict.fromkeys(formats.SUFFIXES))
             raise DataError(f"{path}: data.example={source.example} is read from {known} files")
+        elif source.separator:
+            for number, text in formats.separated(path, stream, source.separator):
+                yield {"text": text}, f"{path}:{number}"
+        elif source.document == "line":
+            for number, line in formats.lines(path, stream):
+                yield {"text": line}, f"{path}:{number}"
+        else:
+            yield {"text": formats.whole(path, stream)}, os.fspath(path)
+
+
+def _flat(raw: Raw, keep_bad: bool) -> Raw:
+    content, origin = raw
+    return guarded(lambda: squad.flat(content, origin), origin, keep_bad) if isinstance(content, dict) else raw
+
+
+def _is_list(path: epath.Path, kind: Format) -> bool:
+    """Whether a JSON file holds records, rather than an object as SQuAD has it."""
+    with formats.opened(path, kind) as stream:
+        head = stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return head.startswith(b"[") or (b'"data"' not in head and b'"question"' in head)
 
 
 def _read_pairs(path: epath.Path, other: epath.Path) -> Iterator[Raw]:
-    with _reading(path) as stream, _reading(other) as other_stream:
-        lines, other_lines = _lines(stream), _lines(other_stream)
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(formats.opened(each, formats.detect(each))) for each in (path, other)]
+        lines, other_lines = (formats.lines(*each) for each in zip((path, other), streams, strict=True))
         for number in itertools.count(1):
             pair = [next(found, (0, None))[1] for found in (lines, other_lines)]
             if None in pair:
@@ -172,153 +300,8 @@ def _read_pairs(path: epath.Path, other: epath.Path) -> Iterator[Raw]:
             raise DataError(f"{path} has {counts[0]} lines, {other} has {counts[1]}: pairs are aligned line by line")
 
 
-@contextlib.contextmanager
-def _reading(path: epath.Path) -> Iterator[IO[bytes]]:
-    try:
-        with _open(path) as stream:
-            yield stream
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is not whole gzip: {error}") from error
-    except OSError as error:
-        raise InputMissing(f"could not read {path}: {error.strerror or error}") from error
-
-
 def is_whole(path: epath.Path, source: Source) -> bool:
     """Whether a file is one document."""
-    return source.example == "text" and source.document == "file" and _suffix(path) not in _FORMATS
-
-
-def _suffix(path: epath.Path) -> str:
-    return os.path.splitext(path.name.removesuffix(".gz"))[1]
-
-
-@contextlib.contextmanager
-def _open(path: epath.Path) -> Iterator[IO[bytes]]:
-    with path.open("rb") as raw:
-        if path.suffix != ".gz":
-            yield raw
-            return
-        with gzip.GzipFile(fileobj=raw) as unzipped:
-            yield io.BufferedReader(unzipped, 1 << 20)
-
-
-def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(stream, 1):
-        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        yield number, line.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def _read_whole(path: epath.Path, stream: IO[bytes]) -> Iterator[Raw]:
-    yield {"text": stream.read().removeprefix(codecs.BOM_UTF8)}, os.fspath(path)
-
-
-def _read_lines(path: epath.Path, stream: IO[bytes]) -> Iterator[Raw]:
-    for number, line in _lines(stream):
-        yield {"text": line}, f"{path}:{number}"
-
-
-def _read_jsonl(path: epath.Path, stream: IO[bytes], wanted: list[Column]) -> Iterator[Raw]:
-    for number, line in _lines(stream):
-        if line and not line.isspace():
-            origin = f"{path}:{number}"
-            record = _json_object(line, wanted, origin)
-            yield {column.name: pick(record, column, origin) for column in wanted}, origin
-
-
-def _json_object(line: bytes, wanted: list[Column], origin: str) -> dict[str, Any]:
-    try:
-        # Bytes that are not UTF-8 travel as lone surrogates, for clean.bad_utf8 to decide about.
-        record = json.loads(line.decode("utf-8", "surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{origin}: not JSON: {error}") from error
-    if not isinstance(record, dict):
-        keys = ", ".join(repr(column.key) for column in wanted if not column.optional)
-        what = f"the field {keys}" if "," not in keys else f"the fields {keys}"
-        raise DataError(f"{origin}: a JSON {type(record).__name__}, not an object with {what}")
-    return record
-
-
-def _read_tsv(path: epath.Path, stream: IO[bytes], wanted: list[Column]) -> Iterator[Raw]:
-    lines = _lines(stream)
-    header = next(lines, (1, b""))[1].decode(errors="replace").split("\t")
-    places = _places(path, header, wanted)
-    for number, line in lines:
-        if line:
-            yield _row(f"{path}:{number}", line.split(b"\t"), header, places)
-
-
-def _read_csv(path: epath.Path, stream: IO[bytes], wanted: list[Column]) -> Iterator[Raw]:
-    csv.field_size_limit((1 << 31) - 1)  # its default refuses documents over 128 kB
-    lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-    reader = csv.reader(lines, strict=True)
-    first = 1
-    try:
-        header = next(reader, [])
-        places = _places(path, header, wanted)
-        first = reader.line_num + 1
-        for row in reader:
-            if row:
-                yield _row(f"{path}:{first}", row, header, places)
-            first = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}:{first}: not CSV: {error}") from error
-    finally:
-        lines.close()
-
-
-def _places(path: epath.Path, header: list[str], wanted: list[Column]) -> dict[str, int]:
-    """Where in each row the parts of an example stand."""
-    for column in wanted:
-        if column.holds not in ("text", "label"):
-            raise DataError(f"{path}: a table of plain columns cannot hold {column.key!r}: use JSONL or Parquet")
-    return {column.name: header.index(_known(path, header, column)) for column in wanted}
-
-
-def _known(path: epath.Path, header: list[str], column: Column) -> str:
-    if column.key not in header:
-        raise DataError(f"{path}: no column {column.said}; its header has: {', '.join(header) or 'nothing'}")
-    return column.key
-
-
-def _row(origin: str, fields: list[Any], header: list[str], places: dict[str, int]) -> Raw:
-    if len(fields) != len(header):
-        raise DataError(f"{origin}: {len(fields)} columns, the header has {len(header)}")
-    return {name: fields[place] for name, place in places.items()}, origin
-
-
-def _read_parquet(path: epath.Path, stream: IO[bytes], wanted: list[Column]) -> Iterator[Raw]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ConfigError(f"reading {path} needs pyarrow: pip install pyarrow") from error
-    number = 0
-    try:
-        file = pq.ParquetFile(stream)
-        names = file.schema_arrow.names
-        tops = {column: _top(path, names, column) for column in wanted if not column.optional or column.key in names}
-        for batch in file.iter_batches(batch_size=1024, columns=sorted(set(tops.values()))):
-            values = {top: _plain(batch.column(top), pa) for top in set(tops.values())}
-            for row in range(batch.num_rows):
-                number += 1
-                record = {top: value[row] for top, value in values.items()}
-                origin = f"{path}:{number}"
-                yield {column.name: pick(record, column, origin) for column in wanted}, origin
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(f"{path}: not readable Parquet: {first_line(error)}") from error
-
-
-def _top(path: epath.Path, names: list[str], column: Column) -> str:
-    """The column of a table that holds a part; of a nested one, the outermost."""
-    return top if (top := column.key.split("/")[0]) in names else _known(path, names, column)
-
-
-def _plain(values: Any, pa: Any) -> list[Any]:
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        values = values.cast(pa.large_binary())  # decoding is clean's to do
-    return values.to_pylist()
-
-
-_FORMATS = {".jsonl": _read_jsonl, ".tsv": _read_tsv, ".csv": _read_csv, ".parquet": _read_parquet}
+    if source.example != "text" or source.document != "file" or source.separator:
+        return False
+    return format_of(path, source).is_text

@@ -72,6 +72,14 @@ class _Examples(_Texts):
     def examples(self, rows: np.ndarray) -> np.ndarray:
         return rows
 
+    def remark(self) -> str:
+        return self._cut_remark({"texts": len(self._cut_examples())}, f"data.seq_len={self.cells}")
+
+    def _cut_examples(self) -> np.ndarray:
+        """Numbers of the examples that are longer than a row."""
+        whole_NF = np.diff(self.shards.starts).reshape(-1, self.shards.fields)[:, : self._texts]
+        return np.flatnonzero((self._cut(whole_NF) < whole_NF).any(axis=1))
+
     def _read(self, rows: np.ndarray) -> Batch:
         starts_BF = self.shards.starts[rows[:, None] * self.shards.fields + np.arange(self._texts)]
         return self._lay(starts_BF, self._cut(self._lengths_of(rows)[:, : self._texts]))
@@ -113,6 +121,22 @@ class TagRows(_Examples):
         tags_BT[inside_BT] = read(self.shards, (start_B1 + place_T)[inside_BT])
         return batch._replace(targets_BT=np.maximum(tags_BT - 1, 0), weights_BT=(tags_BT > 0).astype(np.float32))
 
+    def remark(self) -> str:
+        examples = self._cut_examples()
+        cuts = {"texts": len(examples), "tags in them": sum(map(self._num_lost, examples))}
+        return self._cut_remark(cuts, f"data.seq_len={self.cells}")
+
+    def _num_lost(self, example: int) -> int:
+        """Tags of a text beyond the row."""
+        start, end = self.shards.starts[2 * example + 1 : 2 * example + 3]
+        return int(np.count_nonzero(self.shards.take(np.arange(start + self._room, end))))
+
+    def tags(self, example: int) -> np.ndarray:
+        """All tags of a text by number, also those beyond the row, int [words]."""
+        start, end = self.shards.starts[2 * example + 1 : 2 * example + 3]
+        marks = self.shards.take(np.arange(start, end))
+        return marks[marks > 0] - 1
+
 
 class AnswerRows(_Texts):
     """A question, and a window over the context that may hold its answer; the target is where it begins and ends.
@@ -147,6 +171,17 @@ class AnswerRows(_Texts):
             targets_BT=np.where(inside[:, None], answer, 0).astype(np.int32),
             weights_BT=np.ones((len(rows), 2), np.float32),
         )
+
+    def remark(self) -> str:
+        questions, contexts = np.diff(self.shards.starts).reshape(-1, 2).T
+        question, room, stride = self._sizes(questions)
+        first, last = self.shards.numbers.astype(np.int64).T
+        windows = np.maximum(-(-(contexts - room) // stride), 0)  # behind the first one
+        begin = np.minimum(np.maximum(first, 0) // stride, windows) * stride  # of the window that reaches farthest
+        unseen = (first >= 0) & (last >= begin + room)
+        cuts = {"questions": int((question < questions).sum()), "answers": int(unseen.sum())}
+        limit = f"min({_MAX_QUESTION}, half a row), or what data.seq_len={self.cells} leaves of the context,"
+        return self._cut_remark(cuts, limit)
 
     def examples(self, rows: np.ndarray) -> np.ndarray:
         return self._locate(rows)[0]

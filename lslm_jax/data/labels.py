@@ -2,14 +2,18 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lslm_jax.config import Config, Source
 from lslm_jax.data import sources, tfds
+from lslm_jax.data.columns import BadRecord, RecordError
 from lslm_jax.errors import DataError, InputMissing
 
 _SHOWN = 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def names(config: Config, named: Mapping[str, Source]) -> dict[str, list[str]]:
@@ -48,14 +52,31 @@ def _names(source: Source, config: Config) -> list[str]:
         if classes:
             return classes
     found: set[str] = set()
-    for document in sources.documents(source, "train", config.data.max_documents):
-        assert isinstance(document.content, dict)
+    keep_bad = config.clean.bad_records == "skip"
+    for document in sources.documents(source, "train", config.data.max_documents, keep_bad):
         content = document.content
-        found |= {spell(label) for label in (content["tags"] if source.example == "tags" else [content["label"]])}
+        if isinstance(content, BadRecord):
+            continue
+        assert isinstance(content, dict)
+        part = content["tags"] if source.example == "tags" else [content["label"]]
+        found |= {spell(label) for label in part if not is_missing(label)}
     if not found:
         where = " ".join(source.files) or source.tfds
         raise InputMissing(f"nothing to train on in {where}: there are no labels to tell apart")
     return in_order(found)
+
+
+def describe(names: Sequence[str]) -> Iterator[str]:
+    """Lines on the labels of prepared data: their names, and those that are hardly meant to differ."""
+    if names:
+        shown = ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
+        yield f"{len(names):,} label{'s' * (len(names) > 1)}: {shown}"
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
+    for same in alike.values():
+        if len(same) > 1:
+            yield f"warning: the labels {' and '.join(map(repr, same))} are different classes, though alike"
 
 
 def in_order(found: Iterable[str]) -> list[str]:
@@ -66,6 +87,11 @@ def in_order(found: Iterable[str]) -> list[str]:
         return sorted(found)
 
 
+def is_missing(label: Any) -> bool:
+    """Whether a raw label is empty: no text, null, or the not-a-number that tables have for it."""
+    return label is None or (isinstance(label, float) and math.isnan(label)) or not spell(label)
+
+
 def spell(label: Any) -> str:
     """The name that a raw label is or stands for: text, or a number."""
     if isinstance(label, bytes):
@@ -74,11 +100,11 @@ def spell(label: Any) -> str:
         return json.dumps(label)
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
-    return str(label).strip()
+    return _SURROGATE.sub("\ufffd", str(label)).strip()
 
 
 def name(label: Any, numbers: Mapping[str, int], origin: str) -> str:
-    """The name of a raw label, which is one itself or the number of one.
+    """The name of a raw label, which is one itself or, where no name is a number, the number of one.
 
     Args:
       label: as it was read.
@@ -88,25 +114,33 @@ def name(label: Any, numbers: Mapping[str, int], origin: str) -> str:
     Raises:
       DataError: it is neither.
     """
-    said = spell(label)
+    said = label.name if isinstance(label, tfds.ClassNumber) else spell(label)
     if said in numbers:
         return said
-    if said.isdecimal() and int(said) < len(numbers):
+    if said.isdecimal() and int(said) < len(numbers) and not any(map(_is_number, numbers)):
         return list(numbers)[int(said)]
     known = ", ".join(list(numbers)[:_SHOWN]) + (", ..." if len(numbers) > _SHOWN else "")
-    raise DataError(f"{origin}: unknown label {said!r}; known are: {known}")
+    raise DataError(f"{origin}: unknown label {said!r}; known are: {known}; correct it, or name all by data.labels")
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
 
 
 def value(label: Any, origin: str) -> float:
     """The number that a raw label is.
 
     Raises:
-      DataError: it is none, or not finite.
+      RecordError: it is none, or not finite.
     """
     try:
         found = float(spell(label))
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
-        raise DataError(f"{origin}: label {spell(label)!r} is not a number, as task.objective=regression wants")
+        raise RecordError(f"{origin}: label {spell(label)!r} is not a number, as task.objective=regression wants")
     return found

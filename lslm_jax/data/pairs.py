@@ -62,7 +62,13 @@ class EncodedPairs(_Pairs):
         super().__init__(shards, config, special)
         self._source_len = config.data.source_len or config.data.seq_len
         limits = self._source_len, self._seq_len
-        self._deal(np.minimum(self._slots(), limits), limits)
+        slots_NK = self._slots()
+        self._num_cut = (slots_NK > limits).sum(axis=0)
+        self._deal(np.minimum(slots_NK, limits), limits)
+
+    def remark(self) -> str:
+        cuts = {"sources": int(self._num_cut[0]), "targets": int(self._num_cut[1])}
+        return self._cut_remark(cuts, f"data.source_len={self._source_len} or data.seq_len={self._seq_len}")
 
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:
         row, example = self._fitting.placed(rows)
@@ -92,6 +98,7 @@ class DecodedPairs(_Pairs):
         super().__init__(shards, config, special)
         slots = self._slots()
         source, target = cut(slots[:, 0], slots[:, 1], self._seq_len)
+        self._num_cut = int((source < slots[:, 0]).sum()), int((target < slots[:, 1]).sum())
         self._deal((source + target)[:, None], (self._seq_len,))
 
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:
@@ -110,3 +117,7 @@ class DecodedPairs(_Pairs):
         )
         batch = causal(texts, self.shards, *self._special[:2])
         return batch._replace(targets_BT=batch.targets_BT * target_BT, weights_BT=target_BT.astype(np.float32))
+
+    def remark(self) -> str:
+        cuts = {"sources": self._num_cut[0], "targets": self._num_cut[1]}
+        return self._cut_remark(cuts, f"data.seq_len={self._seq_len}")

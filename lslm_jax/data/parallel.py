@@ -16,14 +16,15 @@ import traceback
 from collections.abc import Generator, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from lslm_jax.config import CleanConfig
-from lslm_jax.data import clean, examples
+from lslm_jax.data import clean, examples, long_documents, unknown_tokens
 from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data.columns import RecordError
 from lslm_jax.data.examples import Encoded, Example, Recipe
 from lslm_jax.data.files import Split
 from lslm_jax.data.sources import Document
@@ -65,6 +66,8 @@ class Result(NamedTuple):
       exempt: whether it is kept even so, as each example is that something is measured on.
       encoded: its tokens, as one example or several; None where they were written before.
       example: as it was read, where that is kept.
+      unknown: how many of its tokens stand for what the vocabulary does not hold.
+      note: the message of a bad record.
     """
 
     dropped: str | None = None
@@ -74,6 +77,8 @@ class Result(NamedTuple):
     exempt: bool = False
     encoded: list[Encoded] | None = None
     example: Example | None = None
+    unknown: int = 0
+    note: str = ""
 
 
 def blocks(stream: int, documents: Iterable[Document]) -> Iterator[Block]:
@@ -101,43 +106,108 @@ class Worker:
     def __init__(self, tokenizer: epath.Path, config: CleanConfig, tasks: list[Task]):
         """Loads the tokenizer; `tasks` has one entry a stream."""
         self._tokenizer = tokenizers.load(tokenizer)
+        self._unknown_id = unknown_tokens.unknown_id(self._tokenizer)
         self._config = config
         self._tasks = tasks
 
     def __call__(self, block: Block) -> list[Result]:
         """Results of the block's documents, in order."""
         task = self._tasks[block.stream]
-        raw = [self._decode(document, task) for document in block.documents]
-        cleaned = [None if one is None else examples.cleaned(one, task.recipe, self._config) for one in raw]
-        results = [self._judge(*parts, task) for parts in zip(block.documents, cleaned, raw, strict=True)]
-        new = [
-            i for i, result in enumerate(results) if not result.dropped and block.start + i >= task.done[result.split]
-        ]
-        kept = [one for one in (cleaned[i] for i in new) if one is not None]
-        for i, encoded in zip(new, examples.encode(kept, task.recipe, self._tokenizer), strict=True):
-            results[i] = results[i]._replace(encoded=encoded)
+        results: list[Result] = []
+        new: list[tuple[int, Example]] = []
+        for i, document in enumerate(block.documents):
+            if is_long(document, task.recipe):
+                results.append(self._work_in_parts(document, block.start + i, task))
+                block.documents[i] = document._replace(content="")  # the largest part of the memory in use
+                continue
+            result, example = self._judge(document, task)
+            results.append(result)
+            if example is not None and (self._is_new(result, block.start + i, task) or self._may_fail(task)):
+                new.append((i, example))
+        for (i, _), encoded in zip(new, self._encode([one for _, one in new], task.recipe), strict=True):
+            if isinstance(encoded, str):
+                results[i] = Result("bad_record", note=encoded)
+            elif self._is_new(results[i], block.start + i, task):
+                results[i] = results[i]._replace(encoded=encoded, unknown=self._count_unknown(encoded, task.recipe))
         return results
 
-    def _decode(self, document: Document, task: Task) -> Example | None:
-        policy = self._config.bad_utf8
-        if policy == "skip" and is_exempt(task.recipe, task.split):
-            policy = "replace"
-        return examples.decode(document.content, task.recipe, policy, document.origin)
+    @staticmethod
+    def _is_new(result: Result, index: int, task: Task) -> bool:
+        return not result.dropped and index >= task.done[result.split]
 
-    def _judge(self, document: Document, example: Example | None, raw: Example | None, task: Task) -> Result:
-        if example is None:
-            return Result("bad_utf8")
+    def _may_fail(self, task: Task) -> bool:
+        """Whether examples are encoded even if an earlier process wrote them, to find those that cannot be."""
+        return task.recipe.source.example == "chat" and self._config.bad_records == "skip"
+
+    def _policy(self, task: Task) -> Literal["strict", "replace", "skip"]:
+        policy = self._config.bad_utf8
+        return "replace" if policy == "skip" and is_exempt(task.recipe, task.split) else policy
+
+    def _judge(self, document: Document, task: Task) -> tuple[Result, Example | None]:
+        """The result of a document, still without tokens, and the cleaned example unless that is dropped."""
         recipe = task.recipe
+        try:
+            raw = examples.decode(document.content, recipe, self._policy(task), document.origin)
+        except RecordError as error:
+            if self._config.bad_records == "strict":
+                raise
+            return Result("bad_record", note=str(error)), None
+        if raw is None:
+            return Result("bad_utf8"), None
+        example = examples.cleaned(raw, recipe, self._config)
         digest = examples.digest(example, recipe)
-        split = task.split
-        if split == "train" and is_held_out(document, digest, recipe.source.valid_fraction):
-            split = "valid"
+        split = self._split(document, digest, task)
         exempt = is_exempt(recipe, split)
-        dropped = None if exempt else examples.reason(example, recipe, self._config)
-        if dropped:
-            return Result(dropped)
+        dropped = examples.reason(example, recipe, self._config)
+        if dropped and (not exempt or dropped == "no_label"):
+            return Result(dropped), None
         signature = examples.signature(example, recipe) if self._config.deduplicate == "near" else None
-        return Result(None, split, digest, signature, exempt, None, raw if exempt else None)
+        return Result(None, split, digest, signature, exempt, None, raw if exempt else None), example
+
+    def _split(self, document: Document, digest: bytes, task: Task) -> Split:
+        held_out = task.split == "train" and is_held_out(document, digest, task.recipe.valid_fraction)
+        return "valid" if held_out else task.split
+
+    def _work_in_parts(self, document: Document, index: int, task: Task) -> Result:
+        """The result of a document too large to be cleaned and tokenized at once."""
+        assert isinstance(document.content, (str, bytes))
+        text = long_documents.cleaned(document.content, self._config, self._policy(task), document.origin)
+        if text is None:
+            return Result("bad_utf8")
+        if dropped := clean.length_reason(text.length, self._config):
+            return Result(dropped)
+        signature = clean.signature_of_parts(text.texts()) if self._config.deduplicate == "near" else None
+        result = Result(None, self._split(document, text.digest, task), text.digest, signature)
+        if not self._is_new(result, index, task):
+            return result
+        encoded = [Encoded([long_documents.encode(text.texts(), self._tokenizer)], (), text.num_bytes)]
+        return result._replace(encoded=encoded, unknown=self._count_unknown(encoded, task.recipe))
+
+    def _encode(self, found: list[Example], recipe: Recipe) -> list[list[Encoded] | str]:
+        """The tokens of each example, or why it has none."""
+        if recipe.source.example != "chat" or self._config.bad_records == "strict":
+            return [*examples.encode(found, recipe, self._tokenizer)]
+        return [self._encode_one(example, recipe) for example in found]
+
+    def _encode_one(self, example: Example, recipe: Recipe) -> list[Encoded] | str:
+        try:
+            return examples.encode([example], recipe, self._tokenizer)[0]
+        except RecordError as error:
+            return str(error)
+
+    def _count_unknown(self, encoded: list[Encoded], recipe: Recipe) -> int:
+        if self._unknown_id is None:
+            return 0
+        fields = (ids for one in encoded for ids in examples.text_fields(one, recipe))
+        return sum(int(np.count_nonzero(ids == self._unknown_id)) for ids in fields)
+
+
+def is_long(document: Document, recipe: Recipe) -> bool:
+    """Whether a document is treated in parts."""
+    content = document.content
+    if recipe.source.example != "text" or not isinstance(content, (str, bytes)):
+        return False
+    return len(content) >= long_documents.LONG
 
 
 def is_exempt(recipe: Recipe, split: Split) -> bool:
@@ -158,12 +228,13 @@ def process(
       workers: processes; with 1, or where there is but one block, the work is done in this one.
 
     Raises:
-      DataError: a document is undecodable and `clean.bad_utf8` is strict.
+      DataError: a document is undecodable and `clean.bad_utf8` is strict, or a bad record and so is `bad_records`.
       LslmError: a process was killed.
     """
-    first = list(itertools.islice(blocks, 2))
-    blocks = itertools.chain(first, blocks)
-    if workers == 1 or len(first) < 2:
+    first = collections.deque(itertools.islice(blocks, 2))
+    is_short = len(first) < 2
+    blocks = _after_first(first, blocks)
+    if workers == 1 or is_short:
         worker = Worker(tokenizer, config, tasks)
         for block in blocks:
             yield block.stream, block.start, worker(block)
@@ -171,6 +242,13 @@ def process(
     with contextlib.ExitStack() as stack:
         start = lambda: stack.enter_context(contextlib.closing(_Process(tokenizer, config, tasks)))
         yield from _in_order([start() for _ in range(workers)], blocks)
+
+
+def _after_first(first: collections.deque[Block], rest: Iterator[Block]) -> Iterator[Block]:
+    """All blocks, none of which is kept here once it was passed on: one may hold a book of 100 MB."""
+    while first:
+        yield first.popleft()
+    yield from rest
 
 
 def _in_order(pool: list["_Process"], blocks: Iterator[Block]) -> Iterator[tuple[int, int, list[Result]]]:

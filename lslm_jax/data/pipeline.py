@@ -23,6 +23,7 @@ from lslm_jax.data.shards import Shards
 from lslm_jax.data.special import Special, special_ids
 from lslm_jax.data.synthetic import SyntheticInput
 from lslm_jax.errors import ConfigError, DataError, InputMissing
+from lslm_jax.progress import say
 
 _ROWS = {
     "causal": CausalRows,
@@ -111,6 +112,8 @@ class TrainInput:
 class EvalInput:
     """Every row of one source once, in order. What is drawn at random is the same in every evaluation of every run.
 
+    Prints how many examples are cut, where there are any.
+
     Attributes:
       shards: the examples.
       num_rows: rows that are evaluated.
@@ -126,6 +129,8 @@ class EvalInput:
         if config.eval.batches:
             self.num_batches = min(self.num_batches, config.eval.batches)
         self.num_rows = min(source.num_rows, self.num_batches * self._batch_size)
+        if remark := source.remark():
+            say(remark)
 
     def batch(self, step: int) -> Batch:
         """This process's rows of batch `step`, in [0, num_batches)."""
@@ -148,6 +153,11 @@ class EvalInput:
         firsts = range(0, self.num_rows, order.PATTERN)
         numbers = (np.arange(first, min(first + order.PATTERN, self.num_rows)) for first in firsts)
         return sum(self._source.num_bytes(part) for part in numbers)
+
+    def all_tags(self) -> Iterator[np.ndarray]:
+        """The tags of each evaluated example, also of words beyond its row, int [words]."""
+        assert isinstance(self._source, heads.TagRows)
+        return map(self._source.tags, range(self.num_rows))
 
     def documents(self) -> Iterator[np.ndarray]:
         """The token ids of each held-out document, without special ones."""

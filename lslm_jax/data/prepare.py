@@ -24,16 +24,32 @@ from typing import Any
 from etils import epath
 
 from lslm_jax import __version__, atomic
-from lslm_jax.config import Config, Source
-from lslm_jax.data import chat, clean, examples, labels, parallel, records, sources, templates, vocabulary
+from lslm_jax.config import CleanConfig, Config, Source
+from lslm_jax.data import (
+    chat,
+    clean,
+    directory_lock,
+    examples,
+    files,
+    holding_out,
+    labels,
+    parallel,
+    records,
+    sources,
+    templates,
+    unknown_tokens,
+    vocabulary,
+)
 from lslm_jax.data.examples import Recipe
 from lslm_jax.data.files import Split
 from lslm_jax.data.shards import ShardWriter
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
+from lslm_jax.progress import short
 
 _MANIFEST = "manifest.json"
 _UNFINISHED = "unfinished.json"
 _LOG_SECONDS = 2.0
+_SHOWN_NOTES = 3
 
 Log = Callable[[str], None]
 
@@ -72,13 +88,32 @@ def prepare(config: Config, directory: epath.Path, log: Log, workers: int = 0) -
     if manifest:
         records.check(manifest, config, named, directory, finished=True)
         return _summary(manifest, True, started)
+    with atomic.saving(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    if not atomic.is_remote(directory) and not os.access(directory, os.W_OK):
+        raise SaveError(f"{directory} is not writable by uid {os.getuid()}")
+    with directory_lock.hold(directory, log):
+        return _prepare(config, named, directory, log, workers or _num_cores(), started)
+
+
+def _prepare(
+    config: Config, named: dict[str, Source], directory: epath.Path, log: Log, workers: int, started: float
+) -> dict[str, Any]:
+    """Prepares in a directory that is this process's alone, unless another one did while this one waited for it."""
+    if manifest := records.read(directory / _MANIFEST):
+        records.check(manifest, config, named, directory, finished=True)
+        return _summary(manifest, True, started)
     record = _begin(config, named, directory, log)
     recipes = _recipes(record, config, named, directory)
-    manifest = record | _write(config, recipes, directory, record["tokenizer"], log, workers or _num_cores())
+    written = _write(config, recipes, directory, record["tokenizer"], log, workers)
+    for name in records.changed_inputs(record):
+        raise DataError(f"{name} was changed while it was read: remove {directory} and prepare again")
+    manifest = record | written
+    manifest["content_sha256"] = records.content_sha256(manifest | {"content_sha256": ""})
     atomic.write_json(directory / _MANIFEST, manifest)
     (directory / _UNFINISHED).unlink()
     summary = _summary(manifest, False, started)
-    log(_outcome(summary))
+    log(_outcome(summary, named))
     return summary
 
 
@@ -89,22 +124,40 @@ def _begin(config: Config, named: dict[str, Source], directory: epath.Path, log:
         if not record:
             raise DataError(f"{directory} holds shards but no record of their origin: choose another data.dir")
         records.check(record, config, named, directory, finished=False)
+        if "valid_fractions" not in record:  # documents may be held out and compared otherwise than they were then
+            raise DataError(f"{directory} was begun by an earlier version: remove it, or finish it with that version")
         return record
+    _survey(named, log)
     record = {
         "version": records.VERSION,
         "settings": records.settings(config, named),
         "given_tokenizer": records.given_sha256(config),
         "inputs": {name: sources.fingerprint(source) for name, source in named.items()},
     }
-    with atomic.saving(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    if not atomic.is_remote(directory) and not os.access(directory, os.W_OK):
-        raise SaveError(f"{directory} is not writable by uid {os.getuid()}")
     record["source_labels"] = labels.names(config, named)
     record["labels"] = labels.merged(record["source_labels"])
-    record |= _vocabulary(config, _recipes(record, config, named, directory), directory, log)
+    for line in labels.describe(record["labels"]):
+        log(f"prepare: {line}")
+    recipes = _recipes(record, config, named, directory)
+    record["valid_fractions"] = holding_out.fractions(config, recipes)
+    for line in holding_out.describe(config, named):
+        log(f"prepare: {line}")
+    record |= _vocabulary(config, holding_out.apply(recipes, record["valid_fractions"]), directory, log)
     atomic.write_json(directory / _UNFINISHED, record)
     return record
+
+
+def _survey(named: dict[str, Source], log: Log) -> None:
+    """Checks the types of all files, and lists which are read as what."""
+    for name, source in named.items():
+        if source.source != "files":
+            continue
+        for split in _splits(source):
+            if split != "valid" or source.valid_files:
+                what = files.survey(source, split)
+                log(f"prepare: {' '.join(filter(None, (name, split)))} files: {what or 'none'}")
+        if warning := files.markup(source):
+            log(f"prepare: {warning}")
 
 
 def _recipes(
@@ -113,10 +166,11 @@ def _recipes(
     """What is made of the examples of each source."""
     known = record["source_labels"] if "source_labels" in record else {name: [] for name in named}  # older: text only
     template = templates.load(record["chat"], directory) if "chat" in record else None
-    return {
+    recipes = {
         name: Recipe(source, config.task.objective, {label: i for i, label in enumerate(known[name])}, template)
         for name, source in named.items()
     }
+    return holding_out.apply(recipes, record.get("valid_fractions", {}))
 
 
 # The vocabulary.
@@ -143,10 +197,10 @@ def _write(
 ) -> dict[str, Any]:
     """Writes all shards; returns the manifest's account of them."""
     named = {name: recipe.source for name, recipe in recipes.items()}
-    places, streams = _places(named), _streams(named)
+    places, streams, keep_bad = _places(named), _streams(named), config.clean.bad_records == "skip"
     writers = {place: _writer(config, recipes, directory, tokenizer, place) for place in places}
     blocks = itertools.chain.from_iterable(
-        parallel.blocks(i, sources.documents(named[name], split, config.data.max_documents))
+        parallel.blocks(i, sources.documents(named[name], split, config.data.max_documents, keep_bad))
         for i, (name, split) in enumerate(streams)
     )
     tasks = [
@@ -155,12 +209,14 @@ def _write(
     ]
     results = parallel.process(blocks, directory / tokenizer["file"], config.clean, tasks, workers)
     with contextlib.closing(results):  # whatever goes wrong here, the worker processes end
-        kept, dropped = _fill(results, [name for name, _ in streams], writers, config.clean.deduplicate, log)
+        counts = _fill(results, [name for name, _ in streams], writers, config.clean, log)
     for place in places:
-        if not kept[place]:
-            _refuse_empty(place, recipes, dropped)
+        if not counts.kept[place]:
+            _refuse_empty(place, recipes, counts)
+    for line in counts.remarks():
+        log(f"prepare: {line}")
     splits = {"/".join(filter(None, place)): _finish(writers[place], directory.joinpath(*place)) for place in places}
-    return {"splits": splits, "dropped": dict(sorted(dropped.items())), "versions": _versions()}
+    return {"splits": splits, "dropped": dict(sorted(counts.dropped.items())), "versions": _versions()}
 
 
 def _writer(
@@ -200,34 +256,107 @@ def _streams(named: dict[str, Source]) -> list[tuple[str, Split]]:
     return test + valid + [(name, "train") for name in named]
 
 
+class _Counts:
+    """Counts of what was kept where, and dropped why.
+
+    Attributes:
+      kept: examples by source and split.
+      dropped: examples by reason.
+      held_out: duplicates that are trained on nowhere, since they are held out.
+      tokens: written by this process.
+    """
+
+    def __init__(self) -> None:
+        self.kept: collections.Counter[tuple[str, Split]] = collections.Counter()
+        self.dropped: collections.Counter[str] = collections.Counter()
+        self.held_out = self.tokens = 0
+        self._by_source: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        self._unknown = 0
+        self._notes: list[str] = []
+
+    def drop(self, source: str, why: str, note: str) -> None:
+        """Counts an example that is dropped."""
+        self.dropped[why] += 1
+        self._by_source[source][why] += 1
+        if note and len(self._notes) < _SHOWN_NOTES:
+            self._notes.append(note)
+
+    def keep(self, place: tuple[str, Split], result: parallel.Result) -> None:
+        """Counts an example that is kept."""
+        self.kept[place] += 1
+        self._unknown += result.unknown
+        self.tokens += sum(len(ids) for one in result.encoded or () for ids in one.fields)
+
+    def remarks(self) -> list[str]:
+        """Lines on losses that a user should know of."""
+        found = [f"a bad record was dropped: {note}" for note in self._notes]
+        if (more := self.dropped["bad_record"] - len(self._notes)) > 0:
+            found.append(f"{more:,} more bad records were dropped")
+        for name, dropped in self._by_source.items():
+            left = self.kept[name, "train"]
+            if name and (lost := sum(dropped.values())) > left:
+                found.append(
+                    f"warning: source {name} keeps {left:,} and loses {lost:,} examples ({examples.counted(dropped)}); "
+                    "its weight repeats those that are left"
+                )
+        if self._unknown:
+            share = self._unknown / max(1, self.tokens)
+            warning = "warning: the tokenizer does not fit the text: " if share >= unknown_tokens.MUCH else ""
+            found.append(f"{warning}{100 * share:.2g} % of all tokens are unknown to the tokenizer")
+        return found
+
+
+class _Memory:
+    """The documents seen before: held-out ones by all, training ones by their source, or by all of a mixture."""
+
+    def __init__(self, config: CleanConfig):
+        self._near, self._shared = config.deduplicate == "near", config.deduplicate_over == "mixture"
+        self._off = config.deduplicate == "none"
+        self.held_out = clean.Deduplicator(self._near)
+        self._sources: dict[str, clean.Deduplicator] = {}
+
+    def find(self, name: str, result: parallel.Result) -> tuple[str | None, bool]:
+        """Why a document of a source is a duplicate, and whether of a held-out one; it is remembered."""
+        if self._off:
+            return None, False
+        name = "" if self._shared else name
+        own = self._sources.setdefault(name, clean.Deduplicator(self._near))
+        training = result.split == "train"
+        memories = [self.held_out, *([own] if training else self._sources.values())]
+        found = [memory.find(result.digest, result.signature) for memory in memories]
+        why = min(filter(None, found), default=None)  # "duplicate" comes before "near_duplicate"
+        (own if training else self.held_out).add(result.digest, None if why else result.signature)
+        return why, training and bool(found[0])
+
+
 def _fill(
     results: Iterator[tuple[int, int, list[parallel.Result]]],
     names: list[str],
     writers: dict[tuple[str, Split], ShardWriter],
-    deduplicate: str,
+    config: CleanConfig,
     log: Log,
-) -> tuple[collections.Counter[tuple[str, Split]], collections.Counter[str]]:
-    """Gives each document to its writer, unless it was seen before; returns what was kept where, and dropped why."""
-    memory = None if deduplicate == "none" else clean.Deduplicator(near=deduplicate == "near")
-    kept: collections.Counter[tuple[str, Split]] = collections.Counter()
-    dropped: collections.Counter[str] = collections.Counter()
+) -> _Counts:
+    """Gives each document to its writer, unless it was seen before."""
+    memory, counts = _Memory(config), _Counts()
     progress = _Progress(log)
     for stream, start, documents in results:
         for index, document in enumerate(documents, start):
-            why = document.dropped or (memory and memory.seen(document.digest, document.signature))
+            name = names[stream]
+            why, is_held_out = (document.dropped, False) if document.dropped else memory.find(name, document)
             if why and not document.exempt:
-                dropped[why] += 1
+                counts.drop(name, why, document.note)
+                counts.held_out += is_held_out
                 continue
-            place = names[stream], document.split
-            kept[place] += 1
+            place = name, document.split
+            counts.keep(place, document)
             made = document.encoded or []
             for number, (fields, numbers, num_bytes) in enumerate(made, 1):
                 more = number < len(made)
                 writers[place].add(fields, num_bytes, index + 1, numbers, document.example, more)
-                progress.tokens += sum(map(len, fields))
         progress.documents += len(documents)
+        progress.tokens = counts.tokens
         progress.tell()
-    return kept, dropped
+    return counts
 
 
 class _Progress:
@@ -244,15 +373,15 @@ class _Progress:
             return
         self._told = now
         speed = self.tokens / (now - self._started)
-        self._log(
-            f"prepare: {self.documents:,} documents, {self.tokens / 1e6:.1f} M tokens, {speed / 1e6:.2f} M tokens/s"
-        )
+        self._log(f"prepare: {self.documents:,} examples read, {short(self.tokens)} tokens, {short(speed)} tokens/s")
 
 
-def _outcome(summary: dict[str, Any]) -> str:
-    kept = ", ".join(f"{split['documents']:,} {name}" for name, split in summary["splits"].items())
+def _outcome(summary: dict[str, Any], named: dict[str, Source]) -> str:
+    kept = ", ".join(
+        f"{examples.units(named.values(), split['documents'])} in {name}" for name, split in summary["splits"].items()
+    )
     dropped = examples.counted(summary["dropped"]) or "none"
-    return f"prepare: done: {kept} documents, {summary['tokens'] / 1e6:.1f} M tokens; dropped: {dropped}"
+    return f"prepare: done: {kept}; {short(summary['tokens'])} tokens; dropped: {dropped}"
 
 
 def _finish(writer: ShardWriter, directory: epath.Path) -> dict[str, Any]:
@@ -262,15 +391,16 @@ def _finish(writer: ShardWriter, directory: epath.Path) -> dict[str, Any]:
     return figures | {"shards": len(manifest["shards"]), "manifest_sha256": digest}
 
 
-def _refuse_empty(place: tuple[str, Split], recipes: dict[str, Recipe], dropped: collections.Counter[str]) -> None:
+def _refuse_empty(place: tuple[str, Split], recipes: dict[str, Recipe], counts: _Counts) -> None:
     name, split = place
     if split == "train":
-        raise InputMissing(examples.nothing({name: recipes[name]}, dropped))
+        raise InputMissing(examples.nothing({name: recipes[name]}, counts.dropped, counts.held_out))
+    lost = f"; dropped: {examples.counted(counts.dropped) or 'none'}"
     if split == "test":
-        raise InputMissing("nothing to test on: every test document is empty or was dropped")
-    if fraction := recipes[name].source.valid_fraction:
-        raise InputMissing(f"no document falls into data.valid_fraction={fraction}; set a larger one, or 0")
-    raise InputMissing("nothing to validate on: every held-out document is empty or was dropped")
+        raise InputMissing(f"nothing to test on: every test document is empty or was dropped{lost}")
+    if recipes[name].source.valid_fraction:
+        raise InputMissing(f"all that data.valid_fraction holds out was dropped{lost}; set a larger one, or 0")
+    raise InputMissing(f"nothing to validate on: every held-out document is empty or was dropped{lost}")
 
 
 def _num_cores() -> int:

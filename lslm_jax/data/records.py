@@ -28,6 +28,8 @@ _KIND_KEYS = {
     "qa": ("example",),
     "chat": ("example", "target_key"),
 }
+_OPTIONAL_KEYS = ("test_files", "test_split", "separator", "input_key", "roles")
+_NEW_KEYS = ("bad_records", "deduplicate_over")  # their defaults stand for what was done before they existed
 _TRAINED_KEYS = ("model", "vocab_size", "byte_fallback", "sample_bytes")
 
 
@@ -43,6 +45,20 @@ def read(path: epath.Path) -> dict[str, Any] | None:
     if record.get("version") != VERSION:
         raise DataError(f"{path} is not a record of version {VERSION}; remove {path.parent} and prepare again")
     return record
+
+
+def _check_content(record: dict[str, Any], directory: epath.Path) -> None:
+    """Compares labels, tokenizer and splits of a manifest with its own hash, which older ones lack."""
+    if record.get("content_sha256") and record["content_sha256"] != content_sha256(record):
+        path = directory / MANIFEST
+        raise DataError(f"{path} was altered: its labels, tokenizer or splits are not those that were written")
+
+
+def changed_inputs(record: dict[str, Any]) -> list[str]:
+    """The files on record that have another content now; none of those that are gone."""
+    entries = [entry for found in record.get("inputs", {}).values() for entry in found]
+    present = [entry for entry in entries if len(entry) == 4 and epath.Path(entry[0]).exists()]
+    return [entry[0] for entry in present if sources.has_changed(entry)]
 
 
 def named_sources(config: Config) -> dict[str, Source]:
@@ -62,12 +78,15 @@ def settings(config: Config, named: dict[str, Source]) -> dict[str, Any]:
     for name, source in named.items():
         prefix = f"data.mixture.{name}" if name else "data"
         keys = _SOURCE_KEYS[source.source] + (("weight",) if name and trains else ()) + _KIND_KEYS[source.example]
-        keys += tuple(key for key in ("test_files", "test_split") if getattr(source, key))
+        keys += tuple(key for key in _OPTIONAL_KEYS if getattr(source, key))
         if source.example != "text":
             found["task.objective"] = config.task.objective
             keys += ("prefix",) if config.task.objective == "seq2seq" else ()
         found |= {f"{prefix}.{key}": getattr(source, key) for key in keys}
-    found |= {f"clean.{key}": value for key, value in dataclasses.asdict(config.clean).items()}
+    for field in dataclasses.fields(config.clean):
+        value = getattr(config.clean, field.name)
+        if field.name not in _NEW_KEYS or value != field.default:
+            found[f"clean.{field.name}"] = value
     found["tokenizer.kind"] = config.tokenizer.kind
     if trains:
         found |= {f"tokenizer.{key}": getattr(config.tokenizer, key) for key in _TRAINED_KEYS}
@@ -82,7 +101,7 @@ def verify(directory: epath.Path) -> int:
     """Reads every byte of what was prepared and compares it with the manifests; returns how many there are.
 
     Raises:
-      DataError: a file is missing, truncated, too long or altered.
+      DataError: a file is missing, truncated, too long or altered, or so is the record of labels and tokenizer.
     """
     record = read(directory / MANIFEST)
     total = 0
@@ -96,6 +115,8 @@ def verify(directory: epath.Path) -> int:
             raise DataError(f"{path} was altered: its sha256 is not the one in {directory / MANIFEST}")
         Shards.open(path.parent, verify=True)
         total += sum(file.stat().length for file in path.parent.iterdir() if file.name != MANIFEST)
+    if record:
+        _check_content(record, directory)
     return total
 
 
@@ -125,15 +146,20 @@ def given_sha256(config: Config) -> str:
     """Of the tokenizer file in the config; empty where there is none."""
     if config.tokenizer.kind == "bytes" or not config.tokenizer.path:
         return ""
-    path = epath.Path(config.tokenizer.path)
+    path = epath.Path(config.tokenizer.path).expanduser()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def content_sha256(manifest: dict[str, Any]) -> str:
-    """Of what a manifest tells of, and of nothing else: the same shards may lie elsewhere."""
+    """Sha256 of what the prepared data are, and of nothing else: the same shards may lie elsewhere.
+
+    Labels and the tokenizer's ids are part of it, but in manifests of earlier versions, whose hash is on record.
+    """
     contents = {name: split["manifest_sha256"] for name, split in manifest["splits"].items()}
     if "chat" in manifest:
         contents["chat_template"] = manifest["chat"]["sha256"]
+    if "content_sha256" in manifest:
+        contents |= {key: manifest.get(key) for key in ("labels", "source_labels", "tokenizer")}
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 

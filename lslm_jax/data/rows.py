@@ -1,6 +1,7 @@
 """One prepared split as numbered rows: what an objective makes of it. Rows of documents are here; others beside it."""
 
 import abc
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -60,6 +61,21 @@ class Rows(abc.ABC):
     def num_bytes(self, rows: np.ndarray) -> int:
         """Bytes of text that these rows, int64 [B], predict."""
         return int(self.shards.num_bytes[self.examples(rows)].sum())
+
+    def _cut_remark(self, cuts: Mapping[str, int], setting: str) -> str:
+        """A line on texts that are longer than a row; empty where none is.
+
+        Args:
+          cuts: number of cut texts by what they are.
+          setting: the key and value that limit them.
+        """
+        counts = " and ".join(f"{count:,} {what}" for what, count in cuts.items() if count)
+        if not counts:
+            return ""
+        return (
+            f"warning: {self.shards.directory}: of {self.shards.num_examples:,} examples, {counts} are longer than "
+            f"{setting} allows and are cut: what is beyond is neither read nor scored"
+        )
 
 
 class DocumentRows(Rows):

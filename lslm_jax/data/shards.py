@@ -26,6 +26,7 @@ from lslm_jax.data.shard_files import MANIFEST, check_content, check_sizes, copy
 from lslm_jax.errors import DataError, InputMissing
 
 _EXAMPLES = "examples.jsonl"
+_SLICE = 1 << 22  # tokens converted at once
 _JOURNAL = "journal.json"
 _CHUNK = 1 << 22  # entries that are checked at once
 _INDEX = np.dtype("<i8")
@@ -110,7 +111,8 @@ class ShardWriter:
         if self._file is None:
             self._file = atomic.WholeFile(self._directory / f"tokens-{len(self._shards):05d}.bin")
         for ids in fields:
-            self._file.write(ids.astype(self._dtype).tobytes())
+            for first in range(0, ids.size, _SLICE):  # a document may have 100 million tokens
+                self._file.write(ids[first : first + _SLICE].astype(self._dtype).tobytes())
             self._lengths.append(ids.size)
             self._tokens += ids.size
         self._num_bytes.append(int(num_bytes))

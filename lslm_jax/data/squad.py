@@ -11,17 +11,25 @@ from typing import IO, Any
 
 from etils import epath
 
+from lslm_jax.data import formats
+from lslm_jax.data.columns import RecordError
+from lslm_jax.data.record_files import guarded
 from lslm_jax.errors import DataError
 
 
-def read(path: epath.Path, stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], str]]:
+def read(path: epath.Path, stream: IO[bytes], keep_bad: bool = False) -> Iterator[tuple[Any, str]]:
     """The questions of a SQuAD file, in its order, and where each stands.
+
+    Args:
+      path: the file, for messages.
+      stream: its content.
+      keep_bad: yield questions that are not as SQuAD has them as `BadRecord` rather than raise.
 
     Raises:
       DataError: it is not such a file.
     """
     try:
-        content = json.loads(stream.read().decode("utf-8-sig", "surrogateescape"))
+        content = json.loads(formats.whole(path, stream).decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     origin = os.fspath(path)
@@ -30,10 +38,22 @@ def read(path: epath.Path, stream: IO[bytes]) -> Iterator[tuple[dict[str, Any], 
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     origin = f"{path}: question {question['id']}"
-                    yield _example(question, paragraph["context"], origin), origin
+                    make = lambda question=question, paragraph=paragraph, at=origin: _checked(question, paragraph, at)
+                    yield guarded(make, origin, keep_bad)
     except (KeyError, TypeError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else "a value of the wrong kind"
-        raise DataError(f"{origin}: not as SQuAD has it: {what} ({_LAYOUT})") from error
+        raise DataError(f"{origin}: {_explain(error)}") from error
+
+
+def _checked(question: dict[str, Any], paragraph: dict[str, Any], origin: str) -> dict[str, Any]:
+    try:
+        return _example(question, paragraph["context"], origin)
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"{origin}: {_explain(error)}") from error
+
+
+def _explain(error: Exception) -> str:
+    what = f"no {error}" if isinstance(error, KeyError) else "a value of the wrong kind"
+    return f"not as SQuAD has it: {what} ({_LAYOUT})"
 
 
 _LAYOUT = "data, paragraphs, context, qas, id, question, answers, text, answer_start"
@@ -56,7 +76,7 @@ def flat(record: dict[str, Any], origin: str) -> dict[str, Any]:
       origin: where it was read.
 
     Raises:
-      DataError: its answers are neither.
+      RecordError: its answers are neither.
     """
     answers = record["answers"]
     try:
@@ -67,11 +87,11 @@ def flat(record: dict[str, Any], origin: str) -> dict[str, Any]:
             ]
         else:
             answers = [{"text": answer["text"], "start": int(answer[_start(answer)])} for answer in answers]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # a start of 1e999 is infinite
         shown = json.dumps(record["answers"], default=str)[:60]
-        raise DataError(f"{origin}: answers want text and answer_start, got {shown}") from error
+        raise RecordError(f"{origin}: answers want text and answer_start, got {shown}") from error
     if not all(isinstance(answer["text"], (str, bytes)) for answer in answers):
-        raise DataError(f"{origin}: an answer is not text")
+        raise RecordError(f"{origin}: an answer is not text")
     id = origin if record.get("id") is None else record["id"]
     id = id if isinstance(id, bytes) else str(id)
     return {"id": id, "question": record["question"], "context": record["context"], "answers": answers}

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from etils import epath
 from lslm_jax import atomic
 from lslm_jax.config import Config
 from lslm_jax.data import gguf_files, sandbox
+from lslm_jax.data.columns import RecordError
 from lslm_jax.data.tokenizer_base import Tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 FILE = "chat_template.jinja"
 _CONFIG = "tokenizer_config.json"
 _LIMITS = {"memory": 1 << 30, "seconds": 10.0, "characters": 1 << 24}  # for one text
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _VARIABLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -187,15 +190,17 @@ def fill_in(
 
     Raises:
       ConfigError: the template is wrong, reaches for what it may not have, or takes too much.
-      DataError: it does not take such a conversation.
+      RecordError: it does not take such a conversation.
     """
     variables = {"tools": None, "documents": None} | dict(template.variables) | dict(conversation)
     reply = _process(template).ask(variables | {"parts": list(parts)})
     if "texts" in reply:
+        if any(_SURROGATE.search(text) for text in reply["texts"]):
+            raise ConfigError(f"{origin}: the chat template {template.origin} writes half of a surrogate pair, no text")
         return reply["texts"]
     if reply["guilty"] == sandbox.GUILTY:
         raise ConfigError(f"{origin}: the chat template {template.origin} {reply['error']}")
-    raise DataError(f"{origin}: the chat template does not take it: {reply['error']}")
+    raise RecordError(f"{origin}: the chat template does not take it: {reply['error']}")
 
 
 @functools.lru_cache(maxsize=2)

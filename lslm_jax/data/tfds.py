@@ -4,12 +4,22 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lslm_jax.data.columns import SAID, Column
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.imports import import_tensorflow
+
+
+class ClassNumber(int):
+    """The number of a class with its name, which may be another number: TFDS names the classes of Yelp 1 and 2.
+
+    Attributes:
+      name: of the class.
+    """
+
+    name: str = ""
 
 
 def builder(name: str, data_dir: str) -> Any:
@@ -51,13 +61,16 @@ def even_splits(builder: Any, split: str, count: int) -> list[Any]:
     return _tfds().even_splits(split, count) if count else []
 
 
-def read(builder: Any, split: Any, wanted: list[Column]) -> Iterator[tuple[dict[str, Any], str]]:
+def read(
+    builder: Any, split: Any, wanted: list[Column], names: Sequence[str] = ()
+) -> Iterator[tuple[dict[str, Any], str]]:
     """The parts of each example by name, text undecoded, and its place NAME:INDEX. Order is that of the files.
 
     Args:
       builder: of a prepared data set.
       split: its name, a slice of it, or one of `even_splits`.
       wanted: features that make an example.
+      names: of the classes of labels, in the place of the data set's own.
 
     Raises:
       InputMissing: there is no such split.
@@ -69,12 +82,14 @@ def read(builder: Any, split: Any, wanted: list[Column]) -> Iterator[tuple[dict[
     wanted = [column for column in wanted if not column.optional or column.key in builder.info.features]
     for column in wanted:
         _check_feature(builder, column)
+    classes = {column: names or _class_names(_feature(builder, column)) for column in wanted if "label" in column.holds}
     index = 0
     try:
         for example in _examples(builder, split):
             parts = {column.name: _part(example, column) for column in wanted}
             if None in parts.values():  # all that a truncated ArrayRecord file says
                 raise ValueError("the record is missing")
+            parts |= {column.name: _numbered(parts[column.name], known) for column, known in classes.items() if known}
             yield parts, f"{name}:{index}"
             index += 1
     except (tf.errors.OpError, RuntimeError, OSError, ValueError) as error:
@@ -90,9 +105,25 @@ def class_names(builder: Any, key: str) -> list[str] | None:
     Raises:
       DataError: there is no such feature.
     """
-    feature = _feature(builder, Column("label", key, "label", "data.label_key"))
+    return _class_names(_feature(builder, Column("label", key, "label", "data.label_key")))
+
+
+def _class_names(feature: Any) -> list[str] | None:
     feature = feature.feature if isinstance(feature, _tfds().features.Sequence) else feature
     return list(feature.names) if isinstance(feature, _tfds().features.ClassLabel) else None
+
+
+def _numbered(value: Any, names: Sequence[str]) -> Any:
+    """Labels with the names of their numbers; None for -1, by which TFDS marks a missing label."""
+    if isinstance(value, list):
+        return [_numbered(part, names) for part in value]
+    if not isinstance(value, int) or not -1 <= value < len(names):
+        return value
+    if value == -1:
+        return None
+    number = ClassNumber(value)
+    number.name = names[value]
+    return number
 
 
 def _part(example: Any, column: Column) -> Any:

@@ -280,7 +280,7 @@ def load(path: epath.Path | str) -> Tokenizer:
       DataError: it is not a tokenizer.
       ConfigError: it has no token to begin or end a text, or a package is missing.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).expanduser()
     if not path.is_file():
         raise InputMissing(f"tokenizer {path} does not exist")
     if not path.stat().length:

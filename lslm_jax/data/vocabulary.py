@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from etils import epath
 
 from lslm_jax.config import Config, TokenizerConfig
-from lslm_jax.data import examples, parallel, sources, tokenizer
+from lslm_jax.data import clean, examples, long_documents, parallel, sources, tokenizer
+from lslm_jax.data.columns import RecordError
 from lslm_jax.data.examples import Recipe
 from lslm_jax.data.sources import Document
 from lslm_jax.data.tokenizer import SPACE_MARK, SentencePiece, sentencepiece
@@ -37,7 +38,7 @@ def choose(config: Config, recipes: Mapping[str, Recipe], log: Callable[[str], N
     if settings.kind == "bytes":
         return tokenizer.Bytes()
     if settings.path:
-        given = tokenizer.load(epath.Path(settings.path))
+        given = tokenizer.load(epath.Path(settings.path).expanduser())
         if given.kind != settings.kind:
             raise ConfigError(f"tokenizer.kind={settings.kind}, but {settings.path} is of kind {given.kind}")
         return given
@@ -62,18 +63,39 @@ def _training_texts(config: Config, recipes: Mapping[str, Recipe]) -> Iterator[s
 
 
 def _sample(config: Config, recipe: Recipe, num_bytes: int, dropped: collections.Counter[str]) -> Iterator[str]:
-    def read(document: Document) -> list[str]:
-        example = examples.decode(document.content, recipe, config.clean.bad_utf8, document.origin)
-        why = "bad_utf8"
-        if example is not None:
-            example = examples.cleaned(example, recipe, config.clean)
-            digest = examples.digest(example, recipe)
-            held_out = parallel.is_held_out(document, digest, recipe.source.valid_fraction)
-            why = examples.reason(example, recipe, config.clean) or ("held out" if held_out else None)
-        dropped.update([why] if why else [])
-        return [] if example is None or why else examples.texts(example, recipe)
+    keep_bad = config.clean.bad_records == "skip"
 
-    return sources.sample(recipe.source, num_bytes, _SAMPLE_SEED, read, config.data.max_documents)
+    def read(document: Document) -> Iterable[str]:
+        texts, why = _texts(document, recipe, config)
+        dropped.update([why] if why else [])
+        return texts
+
+    return sources.sample(recipe.source, num_bytes, _SAMPLE_SEED, read, config.data.max_documents, keep_bad)
+
+
+def _texts(document: Document, recipe: Recipe, config: Config) -> tuple[Iterable[str], str | None]:
+    """The texts of a document that is trained on; or none, and why it is not."""
+    fraction = recipe.valid_fraction
+    if parallel.is_long(document, recipe):
+        assert isinstance(document.content, (str, bytes))
+        text = long_documents.cleaned(document.content, config.clean, config.clean.bad_utf8, document.origin)
+        if text is None:
+            return [], "bad_utf8"
+        held_out = parallel.is_held_out(document, text.digest, fraction)
+        why = clean.length_reason(text.length, config.clean) or ("held out" if held_out else None)
+        return ([], why) if why else (text.texts(), None)
+    try:
+        example = examples.decode(document.content, recipe, config.clean.bad_utf8, document.origin)
+    except RecordError:
+        if config.clean.bad_records == "strict":
+            raise
+        return [], "bad_record"
+    if example is None:
+        return [], "bad_utf8"
+    example = examples.cleaned(example, recipe, config.clean)
+    held_out = parallel.is_held_out(document, examples.digest(example, recipe), fraction)
+    why = examples.reason(example, recipe, config.clean) or ("held out" if held_out else None)
+    return ([], why) if why else (examples.texts(example, recipe), None)
 
 
 def train(texts: Iterable[str], config: TokenizerConfig) -> SentencePiece:

@@ -97,9 +97,23 @@ def regress(setting: Setting, part: EvalInput, rows: Rows) -> Report:
 
 
 def tag(setting: Setting, part: EvalInput, rows: Rows) -> Report:
-    """Accuracy and F1 of the tags of words, and of entities where the tags spell such."""
-    gold = [targets_T[weights_T > 0] for targets_T, weights_T in zip(rows.targets_NP, rows.weights_NP, strict=True)]
-    return Report(classification.tagging(gold, tags_of_words(rows), setting.labels), {}, {})
+    """Accuracy and F1 of the tags of words, and of entities where the tags spell such.
+
+    Words beyond the end of a row count as wrong, and the entities among them as missed.
+    """
+    tags = tags_of_words(rows)
+    gold, predicted = _with_cut_words(part, tags)
+    return Report(classification.tagging(gold, predicted, setting.labels), {}, {})
+
+
+def _with_cut_words(part: EvalInput, tags: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """All true tags of each text, and the predicted ones, with an invalid one for each word beyond the row."""
+    gold = list(part.all_tags())
+    missing = [len(true) - len(found) for true, found in zip(gold, tags, strict=True)]
+    return gold, [
+        np.pad(found, (0, count), constant_values=classification.INVALID)
+        for found, count in zip(tags, missing, strict=True)
+    ]
 
 
 def tags_of_words(rows: Rows) -> list[np.ndarray]:

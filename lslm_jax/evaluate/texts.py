@@ -20,6 +20,7 @@ def evaluate(setting: Setting, name: str, part: EvalInput, model: Any) -> Report
         examples = examples[: setting.config.eval.batches * setting.config.train.batch_size]
     starts = part.shards.starts
     sources = [part.shards.take(np.arange(starts[2 * i], starts[2 * i + 1])) for i in range(len(examples))]
+    _warn_of_cuts(setting, sources)
     written = write(setting, model, sources)
     match setting.source(name).example:
         case "label":
@@ -28,6 +29,24 @@ def evaluate(setting: Setting, name: str, part: EvalInput, model: Any) -> Report
             return _answers(examples, written)
         case _:
             return _translations(examples, written)
+
+
+def _warn_of_cuts(setting: Setting, sources: Sequence[np.ndarray]) -> None:
+    """Prints how many sources the model reads the beginning of, alone."""
+    limit = _source_limit(setting)
+    if cut := sum(len(source) > limit for source in sources):
+        progress.say(
+            f"warning: {cut:,} of {len(sources):,} sources have more than the {limit:,} tokens that "
+            f"model.max_length={setting.config.model.max_length} leaves, and are cut there"
+        )
+
+
+def _source_limit(setting: Setting) -> int:
+    """Tokens of a source that are read: of a decoder, what is left beside two special tokens and the target."""
+    model = setting.config.model
+    if model.family != "decoder":
+        return model.max_length - 1
+    return max(1, model.max_length - 2 - setting.config.generate.max_tokens)
 
 
 def write(setting: Setting, model: Any, sources: Sequence[np.ndarray]) -> list[str]:
@@ -40,8 +59,7 @@ def write(setting: Setting, model: Any, sources: Sequence[np.ndarray]) -> list[s
     suffix: tuple[int, ...] = ()
     if config.model.family == "decoder":  # which reads source and target in one row
         suffix = (setting.words.bos_id,)
-        room = max(1, config.model.max_length - 2 - settings.max_tokens)
-        sources = [source[:room] for source in sources]
+        sources = [source[: _source_limit(setting)] for source in sources]
     order = np.argsort([len(source) for source in sources], kind="stable")[::-1]
     written = [""] * len(sources)
     begins = range(0, len(order), size)

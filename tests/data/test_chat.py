@@ -290,6 +290,13 @@ def decode(content, **source):
     return examples.decode(content, recipe, "strict", "f:1"), recipe
 
 
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 def test_conversations_of_every_form_are_the_same():
     plain = turns("a", "b")
     sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
@@ -297,7 +304,54 @@ def test_conversations_of_every_form_are_the_same():
     nothing = [message | {"name": None} for message in plain]
     for value in (plain, sharegpt, of_lists, nothing):
         assert decode({"messages": value, "tools": None})[0] == {"messages": plain, "origin": "f:1"}
+    parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in plain]
+    assert decode({"messages": parts})[0]["messages"] == plain
+    named = [{"role": "customer", "content": "a"}, {"from": "agent", "value": "b"}]
+    roles = ("customer=user", "agent=assistant")
+    assert decode({"messages": named}, roles=roles)[0]["messages"] == plain
     assert decode({"text": b"a", "target": b"b"}, target_key="x")[0]["messages"] == plain
+
+
+def test_the_input_of_an_instruction_follows_it(tmp_path):
+    lines = [
+        {"instruction": "Translate.", "input": "eins", "output": "one"},
+        {"instruction": "Count.", "input": "", "output": "1"},
+        {"instruction": "Wait.", "input": None, "output": "2"},
+        {"instruction": "Go.", "output": "3"},
+    ]
+    keys = {"text_key": "instruction", "input_key": "input", "target_key": "output"}
+    config = config_of(tmp_path, lines=lines, **keys)
+    run(config, tmp_path / "out")
+    shards, words = Shards.open(epath.Path(tmp_path / "out" / "train")), tokenizers.Bytes()
+    texts = [words.decode(shards.take(np.arange(*shards.starts[2 * i : 2 * i + 2]))) for i in range(4)]
+    assert [text.partition("assistant:")[0] for text in texts] == [
+        "user:Translate.\n\neins\n",
+        "user:Count.\n",
+        "user:Wait.\n",
+        "user:Go.\n",
+    ]
+    with pytest.raises(ConfigError, match=r"input_key=x needs example=chat and target_key"):
+        validate(dataclasses.replace(config, data=dataclasses.replace(config.data, input_key="x", target_key="")))
+    with pytest.raises(ConfigError, match=r"roles wants NAME=ROLE with ROLE one of system, .*; got 'bot=robot'"):
+        validate(dataclasses.replace(config, data=dataclasses.replace(config.data, roles=("bot=robot",))))
+
+
+def test_surrogates_are_told_of_in_text_in_keys_and_in_what_a_template_writes(tmp_path):
+    for message in ({"role": "user", "content": "a\ud800"}, {"role": "user", "content": "a", "k\ud800": "b"}):
+        with pytest.raises(DataError, match=r"lone surrogate U\+D800"):
+            decode({"messages": [message, *turns("a", "b")]})
+    with pytest.raises(ConfigError, match=r"writes half of a surrogate pair, no text$"):
+        fill_in(r"{{ '\ud800' }}")
+
+
+def test_conversations_that_a_template_does_not_take_are_skipped_and_counted(tmp_path):
+    text = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}" + TURNS
+    lines = [{"messages": turns(first, "b")} for first in ("a", "no", "c")] + [{"messages": turns("d")}]
+    config = config_of(tmp_path, text, lines)
+    with pytest.raises(DataError, match=r"a\.jsonl:4: no message is of the assistant: there is nothing to learn$"):
+        run(config, tmp_path / "strict")
+    summary = run(dataclasses.replace(config, clean=CleanConfig(bad_records="skip")), tmp_path / "out")
+    assert summary["documents"] == 2 and summary["dropped"] == {"bad_record": 2}
 
 
 @pytest.mark.parametrize(
@@ -312,12 +366,24 @@ def test_conversations_of_every_form_are_the_same():
         ([{"role": "user", "content": ["a"]}], "message 1: its content is not text"),
         (
             [{"role": "asistant", "content": "a"}],
-            "message 1 is of 'asistant', not of one of system, developer, user, assistant, tool, function, ipython",
+            "message 1 is of 'asistant', not of one of system, developer, user, assistant, tool, function, ipython"
+            "; data.roles may map other names",
         ),
         (
             [{"from": "bot", "value": "a"}],
-            "message 1 is from 'bot', not from one of human, user, gpt, assistant, system",
+            "message 1 is from 'bot', not from one of human, user, gpt, assistant, system; data.roles may map other "
+            "names",
         ),
+        (
+            [{"from": {"name": "bot"}, "value": "a"}],
+            "message 1 is from {'name': 'bot'}, not from one of human, user, gpt, assistant, system; data.roles may "
+            "map other names",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            "message 1: a part of its content is of type 'image_url', which is not supported: only text is",
+        ),
+        ([{"role": "user", "content": "a", "tool_calls": nested(70)}], "nested more than 64 levels deep"),
         (turns("a"), "no message is of the assistant: there is nothing to learn"),
     ],
 )

@@ -11,6 +11,7 @@ from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.data.examples import Recipe
 from lslm_jax.errors import DataError
 
+REMEDY = "; correct it, or name all by data.labels"
 WORDS = "the old caf\u00e9 in town 42, (whose) \U0001f600 owner's name is Zo\u00eb na\u00efve \ud55c\uad6d".split()
 QUESTION = {
     "id": "q",
@@ -178,7 +179,7 @@ def test_a_label_is_a_name_or_its_number():
     for label in ("Pos", 2, -1, "", True, 0.5):
         with pytest.raises(DataError) as error:
             labels.name(label, numbers, "f:7")
-        assert str(error.value) == f"f:7: unknown label {labels.spell(label)!r}; known are: neg, pos"
+        assert str(error.value) == f"f:7: unknown label {labels.spell(label)!r}; known are: neg, pos{REMEDY}"
 
 
 def test_names_that_are_numbers_are_names_first():
@@ -199,7 +200,7 @@ def test_words_and_tags_are_equally_many():
     assert examples.decode({"words": ["a"], "tags": [0]}, given, "strict", "f")["tags"] == ["O"]
     with pytest.raises(DataError, match=r"^f:1: 2 words, but 1 tags$"):
         examples.decode({"words": ["a", "b"], "tags": ["O"]}, given, "strict", "f:1")
-    with pytest.raises(DataError, match=r"^f:1: unknown label 'B'; known are: O$"):
+    with pytest.raises(DataError, match=r"^f:1: unknown label 'B'; known are: O; correct it"):
         examples.decode({"words": ["a"], "tags": ["B"]}, given, "strict", "f:1")
 
 

@@ -203,7 +203,9 @@ def test_an_unknown_label_is_told_with_its_place_and_the_known_ones(tmp_path):
     valid = write(tmp_path / "b.jsonl", {"text": "x", "label": "a"}, {"text": "y", "label": "d"})
     with pytest.raises(DataError) as error:
         run(classes(files=(train,), valid_files=(valid,)), tmp_path / "out")
-    assert str(error.value) == f"{valid}:2: unknown label 'd'; known are: a, b, c"
+    assert (
+        str(error.value) == f"{valid}:2: unknown label 'd'; known are: a, b, c; correct it, or name all by data.labels"
+    )
 
 
 def test_two_texts_and_a_number(tmp_path):
@@ -331,11 +333,24 @@ def test_held_out_questions_are_kept_with_all_their_answers(tmp_path):
     assert kept(tmp_path / "out", "test")[0]["answers"] == []
 
 
+def test_a_question_that_is_not_as_squad_has_it_is_skipped_on_request(tmp_path):
+    content = squad(("Who?", "It was he.", [("he", 7)]), ("What?", "It was he.", [("It", 0)]))
+    content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] = float("inf")
+    config = questions(files=(write(tmp_path / "a.json", json.dumps(content)),))
+    skipping = dataclasses.replace(config, clean=CleanConfig(bad_records="skip"))
+    assert run(skipping, tmp_path / "out")["dropped"] == {"bad_record": 1}
+    assert read(tmp_path / "out") == [("What?", "It was he.")]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.json", "{", ": not JSON: Expecting property name enclosed in double quotes: "),
-        ("a.json", "[]", ": not as SQuAD has it: a value of the wrong kind (data, paragraphs, context, qas, id, "),
+        (
+            "a.json",
+            '{"data": [[]]}',
+            ": not as SQuAD has it: a value of the wrong kind (data, paragraphs, context, qas, id, ",
+        ),
         ("a.json", '{"data": [{"paragraphs": [{"context": "c"}]}]}', ": not as SQuAD has it: no 'qas' (data, "),
         (
             "a.json",
@@ -349,8 +364,13 @@ def test_held_out_questions_are_kept_with_all_their_answers(tmp_path):
             '{"question": "q", "context": "c", "answers": "x"}',
             ":1: field 'answers' is \"x\", not answers as",
         ),
+        (
+            "a.jsonl",
+            '{"question": "q", "context": "c", "answers": [{"text": "a", "answer_start": 1e999}]}',
+            ":1: answers want text and answer_start, got",
+        ),
         ("a.tsv", "question\tcontext\tanswers\n", ": a table of plain columns cannot hold 'id': use JSONL or Parquet"),
-        ("a.txt", "text", ": data.example=qa is read from .jsonl, .tsv, .csv, .parquet, .json files"),
+        ("a.txt", "text", ": data.example=qa is read from .jsonl, .ndjson, .json, .tsv, .tab, .csv, "),
     ],
 )
 def test_a_file_without_questions_is_told_in_one_line(tmp_path, name, text, message):

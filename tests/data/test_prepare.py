@@ -95,8 +95,10 @@ def test_the_last_line_counts_what_was_kept_and_what_was_not(corpus, tmp_path):
     summary = prepare(corpus, epath.Path(tmp_path / "out"), lines.append, workers=1)
     train, valid = (summary["splits"][split]["documents"] for split in ("train", "valid"))
     assert train + valid == 40
-    kept = f"{train} train, {valid} valid documents, {summary['tokens'] / 1e6:.1f} M tokens"
+    kept = f"{train} documents in train, {valid} documents in valid; {summary['tokens'] / 1e3:.1f}k tokens"
     assert lines[-1] == f"prepare: done: {kept}; dropped: 1 bad_utf8, 1 duplicate, 1 too_short"
+    assert lines[0] == "prepare: train files: 43 as text with one document a file: 00.py, 01.py, 02.py, ..."
+    assert valid == 8, "a fifth, not what chance makes of it"
 
 
 def test_the_manifest_tells_what_was_made_of_what(corpus, tmp_path):
@@ -373,7 +375,7 @@ def test_a_full_disk_is_told_by_file_and_the_next_run_goes_on(corpus, tmp_path):
             DataConfig(files=("{dir}/text.txt",), document="line", valid_fraction=1e-9),
             BYTES,
             InputMissing,
-            "no document falls into data.valid_fraction=1e-09; set a larger one, or 0",
+            "data.valid_fraction=1e-09 cannot be held out of the only document in {dir}/text.txt: add more, or name",
         ),
         (
             DataConfig(files=("{dir}/text.txt",), valid_files=("{dir}/empty.txt",)),

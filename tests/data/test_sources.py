@@ -2,9 +2,12 @@
 
 import csv
 import gzip
+import hashlib
 import io
 import json
+import os
 import pathlib
+import unicodedata
 import unittest.mock
 
 import pytest
@@ -166,8 +169,21 @@ def test_a_fingerprint_tells_what_changed(tmp_path):
         write(tmp_path / f"{i}.txt", str(i))
     source = files(tmp_path, valid_files=(str(tmp_path / "0.txt"),))
     before = sources.fingerprint(source)
-    assert before == [[str(tmp_path / f"{i}.txt"), 1] for i in range(3)]
+    assert [entry[:2] for entry in before] == [[str(tmp_path / f"{i}.txt"), 1] for i in range(3)]
+    assert [entry[3] for entry in before] == [hashlib.sha256(str(i).encode()).hexdigest() for i in range(3)]
     assert sources.changed(source, before, missing_ok=False) is None
+    older = [entry[:2] for entry in before]
+    status = (tmp_path / "1.txt").stat()
+    (tmp_path / "1.txt").write_text("9")
+    os.utime(tmp_path / "1.txt", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    edited = f"{tmp_path / '1.txt'} has the same size but another content"
+    assert sources.changed(source, before, missing_ok=True) == edited
+    assert sources.changed(source, older, missing_ok=True) is None, "earlier versions put sizes alone on record"
+    os.utime(tmp_path / "1.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert sources.changed(source, before, missing_ok=True) is None, "trusted by its time"
+    assert sources.changed(source, before, missing_ok=False) == edited, "a killed preparation trusts no time"
+    (tmp_path / "1.txt").write_text("1")
+    assert sources.changed(source, before, missing_ok=True) is None, "a file that was only touched"
     (tmp_path / "1.txt").write_text("longer")
     assert sources.changed(source, before, missing_ok=True) == f"{tmp_path / '1.txt'} had 1 bytes, now 6"
     (tmp_path / "1.txt").unlink()
@@ -304,3 +320,29 @@ def test_a_share_of_a_single_text_file_is_held_out_by_cutting_off_its_end_after_
     assert (head.content, head.held_out) == (b"one\ntwo\nthree\n", False)
     assert (tail.content, tail.held_out) == (b"four\n", True)
     assert list(sources.sample(source, 100, 0, lambda document: [] if document.held_out else ["kept"])) == ["kept"]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize(
+    "text",
+    ["\u65e5\u672c\u8a9e" * 40, "e\u0301" * 50, "\U0001f468\u200d\U0001f469" * 20, "ab", "long line " * 9 + "\n"],
+)
+def test_a_text_without_lines_is_cut_between_whole_characters(tmp_path, text, fraction):
+    (tmp_path / "book.txt").write_text(text, "utf-8")
+    parts = list(sources.documents(Source(files=(f"{tmp_path}/book.txt",), valid_fraction=fraction), "train"))
+    assert "".join(part.content.decode() for part in parts) == text
+    assert [part.held_out for part in parts] == [False, True]
+    assert not unicodedata.combining(parts[1].content.decode()[0]) and parts[1].content.decode()[0] != "\u200d"
+
+
+def test_of_too_few_books_the_end_of_each_is_held_out(tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.txt").write_text("".join(f"line {j} of {i}\n" for j in range(10_000)))
+    few = list(sources.documents(files(tmp_path, valid_fraction=0.01), "train"))
+    assert [document.held_out for document in few] == [False, True] * 8
+    assert all(document.content.count(b"\n") in range(80, 111) for document in few[1::2])
+    kept = lambda document: [] if document.held_out else [document.content.decode()]
+    drawn = list(sources.sample(files(tmp_path, valid_fraction=0.01), 8 << 14, 0, kept))
+    assert {text.partition("\n")[0][-1] for text in drawn} == set("01234567"), "from each of them"
+    enough = list(sources.documents(files(tmp_path, valid_fraction=0.3), "train"))
+    assert [document.held_out for document in enough] == [None] * 8

@@ -224,6 +224,28 @@ def test_each_is_prepared(data_dir, tmp_path, objective, data, counts, tokenizer
     assert len(list(Shards.open(tmp_path / "valid").examples())) == counts[1]
 
 
+@pytest.mark.parametrize("given", [(), ("bad", "good")])
+def test_class_numbers_are_not_taken_for_names_that_are_numbers(tmp_path, given):
+    """Yelp's classes are named 1 and 2: number 1 is the class named 2. A label of -1 is none."""
+    features = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["1", "2"])}
+    examples = [(str(i), {"text": f"text {i}", "label": (0, 1, 1, -1)[i]}) for i in range(4)]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="stars",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(features),
+        split_datasets={"train": examples},
+        data_dir=str(tmp_path / "tfds"),
+    )
+    stars = DataConfig(
+        source="tfds", tfds="stars:1.0.0", data_dir=str(tmp_path / "tfds"), example="label", labels=given
+    )
+    config = Config(data=stars, task=TaskConfig(objective="classification"), tokenizer=TokenizerConfig(kind="bytes"))
+    summary = prepare(config, epath.Path(tmp_path / "out"), lambda line: None, workers=1)
+    assert summary["dropped"] == {"no_label": 1}
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["labels"] == list(given or ("1", "2"))
+    assert sorted(Shards.open(epath.Path(tmp_path / "out" / "train")).numbers[:, 0]) == [0, 1, 1]
+
+
 def test_conversations_are_read_in_the_form_that_tfds_keeps_lists_of_messages(tmp_path):
     said = [{"role": "user", "content": "2 < 3?"}, {"role": "assistant", "content": "Caf\u00e9"}]
 
