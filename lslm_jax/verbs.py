@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lslm_jax import adopt, atomic, config_loading, distributed, imports, resolving, respond
 from lslm_jax.config import Config
 from lslm_jax.convert import pretrained
-from lslm_jax.convert.export import Exporter, family_of
+from lslm_jax.convert.export import Exporter, family_of, obstacle
 from lslm_jax.convert.export import export as write_pretrained
 from lslm_jax.convert.export import export_adapter as write_adapter
 from lslm_jax.data import chat, detours, pipeline, records, templates, tokenizer
@@ -62,6 +62,8 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
     if config.checkpoint.export_every:
         family_of(config.model, config.task.objective)  # before anything slow: there may be none
+    elif line := obstacle(config.model, config.task.objective):
+        say(line)
     with contextlib.ExitStack() as stack:
         distributed.by_primary("lock", lambda: stack.enter_context(lock.hold(workdir)))
         while True:
@@ -108,7 +110,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         saved = workdir / "checkpoints"
         whole = distributed.by_primary("checkpoints", lambda: manifest.settle(saved, say))
         summary = train_loop(
-            config,
+            _labelled(config, facts),
             workdir,
             mesh,
             data,
@@ -122,6 +124,13 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     if distributed.is_primary():
         atomic.write(workdir / "result.json", json.dumps(summary).encode() + b"\n")
     return summary
+
+
+def _labelled(config: Config, facts: dict[str, Any]) -> Config:
+    """The config with the labels of its data, by whose names a pretrained head is put in order."""
+    if config.task.objective not in ("classification", "tagging"):
+        return config
+    return replace(config, data=replace(config.data, labels=tuple(facts["labels"])))
 
 
 def audit(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
@@ -150,7 +159,7 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         held_out = pipeline.open_eval(*where, flags.split)
         if not held_out:
             raise InputMissing(f"{data_dir} holds no {flags.split} split: set data.{_KEYS[flags.split]}, prepare again")
-        model, step = _load_model(config, flags, mesh)
+        model, step = _load_model(config, flags, mesh, facts["labels"])
         setting = _setting(config, facts, data_dir, mesh, list(held_out.values()))
         report = tasks.make(setting, held_out)(model)
         baseline = tasks.gzip_baseline(setting, held_out)
@@ -201,7 +210,7 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
         if config.task.objective == "qa" and not flags.pretrained and (data_dir / "train").exists():
             starts_N = Shards.open(data_dir / "train").numbers[:, 0]
             setting = setting._replace(answerable=bool((starts_N >= 0).all()))
-        model, step = _load_model(config, flags, mesh)
+        model, step = _load_model(config, flags, mesh, facts["labels"])
         writes = config.task.objective in ("causal", "seq2seq")
         if writes and len(prompts) == 1 and not flags.json:
             for text in respond.stream(setting, model, prompts[0]):
@@ -301,20 +310,28 @@ def _setting(
     return setting._replace(template=templates.of_run(config, facts, data_dir, words))
 
 
-def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh) -> tuple[Any, int]:
-    """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step."""
+def _load_model(config: Config, flags: argparse.Namespace, mesh: Mesh, names: Sequence[str] = ()) -> tuple[Any, int]:
+    """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step.
+
+    Args:
+      config: resolved.
+      flags: of the command line.
+      mesh: where the model will lie.
+      names: of the labels, in the order that a pretrained head is put into.
+    """
     if flags.dtype in quantized.KINDS:
         imports.import_qwix()  # before anything slow: it may be missing
-        model, step = _read_model(config, flags, abstract_model(config, mesh, config.model.activations))
+        model, step = _read_model(config, flags, abstract_model(config, mesh, config.model.activations), names)
         return quantized.quantize(model, flags.dtype), step
-    return _read_model(config, flags, abstract_model(config, mesh, None if flags.verb == "export" else flags.dtype))
+    dtype = None if flags.verb == "export" else flags.dtype
+    return _read_model(config, flags, abstract_model(config, mesh, dtype), names)
 
 
-def _read_model(config: Config, flags: argparse.Namespace, abstract: Any) -> tuple[Any, int]:
+def _read_model(config: Config, flags: argparse.Namespace, abstract: Any, names: Sequence[str] = ()) -> tuple[Any, int]:
     """The weights that the flags name, for the places and in the types of `abstract`, and their step."""
     if flags.pretrained:
         source = pretrained.describe(flags.pretrained)
-        return pretrained.load(source, config.task.objective, abstract).model, 0
+        return pretrained.load(source, config.task.objective, abstract, names=names).model, 0
     directory = resolving.workdir(flags.workdir) / "checkpoints"
     if flags.step is not None:
         step = flags.step

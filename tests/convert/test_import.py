@@ -362,6 +362,7 @@ def shift(header):
 
 
 def index(directory, name):
+    (directory / "model.safetensors").unlink()  # which would count
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
 
 
@@ -386,7 +387,7 @@ HOSTILE = {
     "another width": (lambda d: say(d, hidden_size=64, head_dim=16), 65, "where config.json makes it"),
     "no use": (lambda d: say(d, architectures=["LlamaModel"]), 2, "does not say what its model is for"),
     "code of its own": (lambda d: say(d, model_type="custom", auto_map={"AutoModel": "a.B"}), 2, "not supported"),
-    "no number": (lambda d: say(d, hidden_size={}), 2, "config.json: model.d_model wants a whole number, got {}"),
+    "no number": (lambda d: say(d, hidden_size={}), 2, "config.json: hidden_size={} is not int"),
     "not JSON": (lambda d: (d / "config.json").write_text("{"), 65, "is not JSON"),
 }
 

@@ -10,11 +10,12 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers as package
 from etils import epath
 
 from lslm_jax.config import TokenizerConfig
 from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data import vocabulary
+from lslm_jax.data import tokenizer_json, vocabulary
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 LIBRARY = pathlib.Path(os.__file__).parent
@@ -73,7 +74,7 @@ def test_training_depends_on_the_text_alone(model, trained):
         import os, pathlib, sys
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         from lslm_jax.config import TokenizerConfig
-        from lslm_jax.data import vocabulary
+        from lslm_jax.data import tokenizer_json, vocabulary
         paths = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))[:12]
         texts = [path.read_bytes().decode() for path in paths]
         config = TokenizerConfig(model=sys.argv[1], vocab_size=1024)
@@ -92,12 +93,46 @@ def test_long_documents_and_odd_characters_are_trained_on():
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_vocabulary_too_large_for_the_text_is_refused_with_the_largest_possible(model):
+def test_the_size_of_a_trained_vocabulary_is_an_upper_bound(model):
     texts = ["the cat sat on the mat with another cat that sat"] * 3
-    with pytest.raises(ConfigError, match=r"vocab_size is 5000, but the training text supports at most \d+$") as error:
-        vocabulary.train(iter(texts), TokenizerConfig(model=model, vocab_size=5000))
-    largest = int(str(error.value).split()[-1])
-    assert vocabulary.train(iter(texts), TokenizerConfig(model=model, vocab_size=largest)).vocab_size == largest
+    made = vocabulary.train(iter(texts), TokenizerConfig(model=model, vocab_size=5000))
+    assert 270 < made.vocab_size < 400
+    assert made.decode(made.encode(texts[0])) == texts[0]
+
+
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+@pytest.mark.parametrize(
+    "text", ["我们 今天去公园散步的时候看见了一只猫" * 30, "ACGTACGTTGCA" * 40], ids=["one space", "no space"]
+)
+def test_rare_spaces_are_spaces(model, text):
+    coverage = {"character_coverage": 0.98} if " " in text else {}
+    made = vocabulary.train(iter([text]), TokenizerConfig(model=model, vocab_size=300, **coverage))
+    for other in (text, "A C  G", " x", "a\u2581b "):
+        assert made.decode(made.encode(other)) == other
+    theirs = package.Tokenizer.from_str(json.dumps(tokenizer_json.convert(made, "decoder")))
+    assert theirs.decode(theirs.encode("A C  G", add_special_tokens=False).ids) == "A C  G"
+
+
+def test_user_symbols_are_one_token_and_text():
+    symbols = ("<|turn|>", "def ")
+    texts = ["def add(a, b): return a <|turn|> b"] * 20
+    made = vocabulary.train(iter(texts), TokenizerConfig(vocab_size=320, user_symbols=symbols))
+    for symbol in symbols:
+        assert len(made.encode(symbol)) == 1 and made.decode(made.encode(f"x{symbol}y")) == f"x{symbol}y"
+    converted = tokenizer_json.convert(made, "decoder")
+    theirs = package.Tokenizer.from_str(json.dumps(converted))
+    for text in ("def f <|turn|>", "a<|turn|>b def "):
+        assert theirs.encode(text, add_special_tokens=False).ids == made.encode(text).tolist()
+        assert theirs.decode(theirs.encode(text).ids) == text
+
+
+def test_characters_beyond_the_coverage_are_spelt_in_bytes():
+    texts = ["abcdefgh" * 200 + "é"]
+    kept, left = (
+        vocabulary.train(iter(texts), TokenizerConfig(vocab_size=300, character_coverage=share))
+        for share in (1.0, 0.99)
+    )
+    assert len(kept.encode("é")) == 1 and len(left.encode("é")) == 2 and left.decode(left.encode("é")) == "é"
 
 
 def test_a_vocabulary_too_small_for_the_characters_is_refused():
