@@ -55,6 +55,19 @@ def _write_tied(model: ModelConfig) -> dict[str, Any]:
     return {"tie_word_embeddings": model.tie_embeddings, "scale_decoder_outputs": model.logit_scale}
 
 
+def _same_mlp(gated: bool) -> Setting:
+    """What transformers 5 derives from feed_forward_proj, and writes down, too."""
+    derived = {"dense_act_fn": "gelu_new" if gated else "relu", "is_gated_act": gated}
+
+    def read(theirs: Settings) -> dict[str, Any]:
+        for name, value in derived.items():
+            if theirs.get(name, value) != value:
+                raise ConfigError(f"t5 with {name}={theirs[name]!r} is not supported, only {value!r}")
+        return {}
+
+    return Setting(read, lambda model: {}, tuple(derived))
+
+
 def _t5(*, gated: bool) -> Family:
     projection = "gated-gelu" if gated else "relu"
     return Family(
@@ -88,6 +101,7 @@ def _t5(*, gated: bool) -> Family:
                 lambda model: {"num_decoder_layers": model.num_decoder_layers},
                 ("num_decoder_layers", "num_layers"),
             ),
+            _same_mlp(gated),
             Setting(_read_tied, _write_tied, ("tie_word_embeddings", "scale_decoder_outputs")),
         ),
         fixed={

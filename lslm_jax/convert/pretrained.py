@@ -77,7 +77,8 @@ def describe(directory: epath.Path | str) -> Pretrained:
         if adapters.is_adapter(base):
             raise ConfigError(f"{directory} was trained on {base}, which is an adapter itself: merge that one first")
         source = describe(base)._replace(adapter=adapter)
-        return _untied(source) if adapters.unties(adapter, source.family) else source
+        unties = source.model.tie_embeddings and adapters.unties(adapter, source.family)
+        return _untied(source) if unties else source
     path = directory if _is_gguf(directory) else directory / "config.json"
     if not atomic.exists(path):
         raise InputMissing(f"{directory} holds no config.json: it is not a pretrained model")

@@ -1,6 +1,6 @@
-"""Generator of `lslm_jax/convert/hf_keys.json`: every key that transformers and PEFT accept in a directory's JSON files.
+"""Generator of `lslm_jax/convert/hf_keys.json`: each key that transformers and PEFT accept in a directory's JSON files.
 
-Usage: `python tests/convert/hf_key_table.py lslm_jax/convert/hf_keys.json`, in an environment with transformers and peft.
+Usage, where transformers and peft are installed: `python tests/convert/hf_key_table.py lslm_jax/convert/hf_keys.json`.
 `test_keys_parity.py` regenerates the table and compares it with the one that is checked in.
 """
 

@@ -128,9 +128,9 @@ def theirs_say(directory, case, batch):
 
 
 def ours_say(directory, case, batch):
-    _, model = load(directory, case.objective)
-    with jax.disable_jit():
-        return np.asarray(our_outputs(model, case, jax.tree.map(jnp.asarray, batch))[1])
+    _, model = load(directory, case.objective, scan_layers=True)  # one compiled block
+    on_device = jax.tree.map(jnp.asarray, batch)
+    return np.asarray(jax.jit(lambda model: our_outputs(model, case, on_device)[1])(model))
 
 
 def agree(ours, theirs, case, batch):
@@ -317,23 +317,12 @@ def byte_level(directory):
     import tokenizers as package
 
     made = package.ByteLevelBPETokenizer()
-    made.train_from_iterator(
-        ["the cat sat on the mat and the dog", "Naïve café 1234"] * 20,
-        vocab_size=290,
-        special_tokens=["<|end|>", "<pad>"],
-    )
+    texts = ["the cat sat on the mat and the dog", "Naïve café 1234"] * 20
+    made.train_from_iterator(texts, vocab_size=290, special_tokens=["<|end|>", "<pad>"])
     made.save(str(directory / "tokenizer.json"))
-    return {
-        "tokenizer_class": "GPT2Tokenizer",
-        "eos_token": "<|end|>",
-        "bos_token": "<|end|>",
-        "pad_token": "<pad>",
-    } | {
-        "unk_token": "<|end|>",
-        "add_prefix_space": False,
-        "model_max_length": 64,
-        "clean_up_tokenization_spaces": False,
-    }, {"model_type": "gpt2"}
+    settings = dict.fromkeys(["eos_token", "bos_token", "unk_token"], "<|end|>") | {"pad_token": "<pad>"}
+    settings |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": 64}
+    return settings | {"clean_up_tokenization_spaces": False}, {"model_type": "gpt2"}
 
 
 def word_pieces(directory):
