@@ -249,6 +249,8 @@ class HuggingFace(Tokenizer):
     def _find(self, names: Sequence[str], first: str | int | None) -> int | None:
         if isinstance(first, int):
             return first
+        if first and self._tokenizer.token_to_id(first) is None:
+            raise ConfigError(f"the special token {first!r} is not in the vocabulary")
         ids = (self._tokenizer.token_to_id(name) for name in ([first] if first else []) + list(names))
         return next((id for id in ids if id is not None), None)
 
