@@ -77,7 +77,7 @@ def describe(directory: epath.Path) -> Adapter:
     path = directory / SETTINGS
     given = atomic.read_json(path)
     if given.get("peft_type") != "LORA":
-        raise ConfigError(f"{path}: adapters of type {given.get('peft_type')} (peft_type) are not supported, only LORA")
+        raise ConfigError(f"{path}: peft_type: adapters of type {given.get('peft_type')} are not supported, only LORA")
     table = keys.table()["adapter"]
     for key, value in given.items():
         kinds = _KINDS.get(key) or table["types"].get(key)

@@ -111,7 +111,7 @@ def _read_scaling(inner: Settings, theirs: Settings) -> dict[str, Any]:
                 "rope_high_factor": _number(inner, "high_freq_factor", None),
                 "rope_original_length": int(original),
             }
-    raise ConfigError(f"rotary positions of type {kind} (rope_type) are not supported, only default, linear and llama3")
+    raise ConfigError(f"rope_type: rotary positions of type {kind} are not supported, only default, linear and llama3")
 
 
 def _write_scaling(model: ModelConfig) -> dict[str, Any] | None:
@@ -149,7 +149,7 @@ def two_ropes(
         full = {**(parameters.get("full_attention") or {}), **scaling}
         local = {**(parameters.get("sliding_attention") or {}), **(scaling if scales_both else {})}
         if (kind := local.get("rope_type", local.get("type", "default"))) != "default":
-            raise ConfigError(f"rotary positions of type {kind} in layers with a window are not supported (rope_type)")
+            raise ConfigError(f"rope_type: rotary positions of type {kind} in layers with a window are not supported")
         for inner in (full, local):
             if (share := inner.get("partial_rotary_factor", 1.0)) != 1.0:
                 raise ConfigError(f"partial_rotary_factor={share} is not supported, only 1.0")

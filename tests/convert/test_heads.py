@@ -42,8 +42,9 @@ def test_a_classifier_scores_all_of_its_own_answers(classifier, tmp_path, comman
     answers = [json.loads(line)["label"] for line in asked.splitlines()]
     rows = "".join(f"{json.dumps(text)},{answer}\n" for text, answer in zip(texts, answers, strict=True))
     (tmp_path / "data.csv").write_text("text,label\n" + rows)
+    (tmp_path / "train.csv").write_text("text,label\nof no matter,neutral\n")
     config = {
-        "data": {"files": [f"{tmp_path}/data.csv"], "valid_files": [f"{tmp_path}/data.csv"], "example": "label"}
+        "data": {"files": [f"{tmp_path}/train.csv"], "valid_files": [f"{tmp_path}/data.csv"], "example": "label"}
         | {"packing": "pad", "seq_len": 48},
         "task": {"objective": "classification"},
         "model": {"family": "encoder"},
@@ -126,10 +127,11 @@ def test_classes_that_are_judged_apart_have_a_sigmoid_each(kind, classifier, tmp
 
 
 def test_problem_type_is_exported():
-    model = presets.BERT
-    family = export.family_of(replace(model, **SIZES, num_labels=3, num_kv_heads=2, head_dim=16, d_ff=64), "masked")
+    sizes = SIZES | {"num_labels": 3, "num_kv_heads": 2, "head_dim": 16, "d_ff": 64, "num_decoder_layers": 3}
+    model = replace(presets.BERT, **sizes)
+    family = export.family_of(model, "masked")
     write = lambda **more: export.export_settings(
-        family, replace(model, **SIZES), "classification", "float32", {"bos": 1, "eos": 2, "pad": 0}, LABELS, **more
+        family, model, "classification", "float32", {"bos": 1, "eos": 2, "pad": 0}, LABELS, **more
     )
     assert write()["problem_type"] == "single_label_classification"
     assert write(multi_label=True)["problem_type"] == "multi_label_classification"
@@ -220,4 +222,4 @@ def test_what_keeps_a_model_from_being_exported_is_known_before_training():
     odd = replace(MODELS["classification"][0], num_kv_heads=2, head_dim=16, d_ff=128, num_decoder_layers=3)
     assert export.obstacle(odd, "classification") is None
     line = export.obstacle(replace(odd, pool="mean"), "classification")
-    assert line == "export: no bert is like this model, but with model.pool=first"
+    assert line == "export: no bert is like this model; it would be with model.pool=first"
