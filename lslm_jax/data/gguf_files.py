@@ -42,13 +42,13 @@ def open_file(path: epath.Path) -> tuple[dict[str, Any], list[Any]]:
       ConfigError: the gguf package is missing, or the file is not on a disk.
       DataError: the file is not whole, or not GGUF.
     """
+    if atomic.is_remote(path):
+        raise ConfigError(f"{path} cannot be read from afar: copy the GGUF file to a disk")
+    _check_counts(path)
     try:
         import gguf  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError(f"reading {path} needs the gguf package: pip install gguf") from error
-    if atomic.is_remote(path):
-        raise ConfigError(f"{path} cannot be read from afar: copy the GGUF file to a disk")
-    _check_counts(path)
     try:
         reader = gguf.GGUFReader(path)
         return {name: field.contents() for name, field in reader.fields.items()}, list(reader.tensors)

@@ -3,6 +3,7 @@
 Ids never include special ones unless a caller adds them, and no text can spell one: text is data.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -231,6 +232,9 @@ class HuggingFace(Tokenizer):
         self._tokenizer = tokenizer = tokenizers().Tokenizer.from_str(content.decode())
         self._model = json.loads(content)["model"]
         self._is_byte_level = b'"ByteLevel"' in content
+        unknown = self._model.get("unk_token")
+        if self._model.get("type") == "WordPiece" and unknown not in self._model["vocab"]:
+            raise DataError(f"lacks its unk_token {unknown!r}, which stands for what it cannot spell")
         tokenizer.no_padding()
         tokenizer.no_truncation()
         first = tokenizer.encode("a").ids[:1]
@@ -280,11 +284,13 @@ class HuggingFace(Tokenizer):
         return tokenizer
 
     def encode_framed(self, text: str) -> Spans:
-        encoding = self._framer.encode(text, add_special_tokens=False)
+        with _encoding():
+            encoding = self._framer.encode(text, add_special_tokens=False)
         return _spans((id, *offsets) for id, offsets in zip(encoding.ids, encoding.offsets, strict=True))
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        with _encoding():
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         arrays = [np.array(encoding.ids, np.int32) for encoding in encodings]
         special = list(self._special)
         return [
@@ -304,7 +310,8 @@ class HuggingFace(Tokenizer):
         yield from zip(starts, self._tokenizer.encode_batch(pieces, add_special_tokens=False), strict=False)
 
     def encode_with_offsets(self, text: str) -> Spans:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with _encoding():
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         apart = self._apart(text) if any(id in self._special for id in encoding.ids) else [(0, encoding)]
         return _spans(
             (id, place + begin, place + end)
@@ -327,6 +334,18 @@ class HuggingFace(Tokenizer):
         if suffix and piece.endswith(suffix):
             return piece.removesuffix(suffix) + " "
         return piece.translate(_BYTE_LEVEL) if self._is_byte_level else piece.replace(SPACE_MARK, " ")
+
+
+@contextlib.contextmanager
+def _encoding() -> Iterator[None]:
+    """Reports what the library raises as a DataError: panics, as of a pattern that backtracks without end, too."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"the tokenizer cannot encode a text: {reason}") from error
 
 
 def _separators(tokenizer: Any) -> int:

@@ -126,10 +126,10 @@ def _named(settings: Mapping[str, Any], model: Mapping[str, Any], directory: epa
 
 def _added(settings: Mapping[str, Any], directory: epath.Path) -> list[dict[str, Any]]:
     tokens: dict[int, dict[str, Any]] = {}
-    roles = {_text(value) for key, value in settings.items() if key.endswith("_token")}
+    roles = {str(_text(value)) for key, value in settings.items() if key.endswith("_token")}
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(key) or []
-        roles |= {_text(token) for token in (more.values() if isinstance(more, dict) else more)}
+        roles |= {str(_text(token)) for token in (more.values() if isinstance(more, dict) else more)}
     if "added_tokens_decoder" in settings:
         for id, token in (settings["added_tokens_decoder"] or {}).items():
             if not isinstance(token, dict) or not isinstance(token.get("content"), str):

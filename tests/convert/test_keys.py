@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from etils import epath
 
-from lslm_jax.convert import adapter, generation, keys, pretrained
+from lslm_jax.convert import adapter, generation, gguf, keys, pretrained
 from lslm_jax.convert.family import Family
 from lslm_jax.data.tokenizer import Bytes
 from lslm_jax.errors import ConfigError, DataError, LslmError
@@ -242,3 +242,28 @@ def test_a_hostile_config_is_refused_in_a_line(make, error, message, tmp_path):
     make(tmp_path / "config.json")
     with pytest.raises(error, match=message):
         pretrained.describe(tmp_path)
+
+
+@pytest.mark.parametrize("counts", [(0, 2**31), (2**60, 1), (2**31, 2**31)])
+def test_a_gguf_file_that_announces_more_than_it_holds_is_refused_at_once(counts, tmp_path):
+    path = tmp_path / "model.gguf"
+    numbers = b"".join(number.to_bytes(8, "little") for number in counts)
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + numbers + bytes(36))
+    with pytest.raises(DataError, match=rf"announces {counts[0]} tensors and {counts[1]} entries"):
+        pretrained.describe(path)
+
+
+def test_a_gguf_file_without_a_size_is_refused_by_its_key(tmp_path, monkeypatch):
+    kept = {"block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 64}
+    kept |= {"attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-5}
+    for missing in kept:
+        theirs = {f"llama.{key}": value for key, value in kept.items() if key != missing}
+        theirs |= {"general.architecture": "llama", "tokenizer.ggml.tokens": ["a"]}
+        monkeypatch.setattr(gguf, "open_file", lambda path, theirs=theirs: (theirs, []))
+        with pytest.raises(DataError, match=f"lacks llama.{missing}"):
+            gguf.settings(epath.Path(tmp_path))
+    theirs = {f"llama.{key}": value for key, value in kept.items()} | {"llama.attention.head_count": 0}
+    theirs |= {"general.architecture": "llama", "tokenizer.ggml.tokens": ["a"]}
+    monkeypatch.setattr(gguf, "open_file", lambda path: (theirs, []))
+    with pytest.raises(DataError, match="head_count=0 must be a positive number"):
+        gguf.settings(epath.Path(tmp_path))
