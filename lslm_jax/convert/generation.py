@@ -75,9 +75,7 @@ def _read(given: Settings, config: Settings, words: Tokenizer, *, strict: bool) 
     get = lambda key: known.get(key, defaults.get(key))
     beams = _whole(get("num_beams"), "num_beams", 1)
     _check_lengths(known, config)
-    start, expected = get("decoder_start_token_id"), config.get("decoder_start_token_id")
-    if start is not None and expected is not None and start != expected:
-        raise ConfigError(f"decoder_start_token_id={start} differs from {expected} in config.json")
+    _check_start(known, config)
     ends = _ids(get("eos_token_id"), "eos_token_id")
     if not strict and "eos_token_id" not in given:
         ends = _ids(keys.default(config, "eos_token_id"), "eos_token_id")
@@ -126,6 +124,16 @@ def _searching(ours: GenerateConfig, get: Any, penalty: float) -> GenerateConfig
     if ours.never_ids and not get("renormalize_logits"):
         ours = replace(ours, renormalize=False)
     return replace(ours, early_stopping=_STOPS[stop], length_penalty=float(length))
+
+
+def _check_start(known: Settings, config: Settings) -> None:
+    """The text of an encoder-decoder begins as config.json has it, in training and here."""
+    expected = keys.default(config, "decoder_start_token_id")
+    start = known.get("decoder_start_token_id")
+    if start is None and config.get("is_encoder_decoder"):
+        start = known.get("bos_token_id")  # as in transformers
+    if start is not None and expected is not None and start != expected:
+        raise ConfigError(f"decoder_start_token_id={start} (or bos_token_id) differs from {expected} in config.json")
 
 
 def _require_default(key: str, value: Any, defaults: Settings) -> None:

@@ -132,8 +132,6 @@ def _train(sentences: Iterator[str], config: TokenizerConfig) -> bytes:
 
 def _training_error(message: str, config: TokenizerConfig) -> Exception:
     asked = f"tokenizer.vocab_size is {config.vocab_size}"
-    if found := re.search(r"value <= (\d+)", message):
-        return ConfigError(f"{asked}, but the training text supports at most {found[1]}")
     if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return ConfigError(f"{asked}, but the characters of the training text need at least {found[1]}")
     if "sentences_.empty()" in message:

@@ -26,6 +26,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),  # what peft calls, they are to remove
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
 # One case of each family; how often each is perturbed, in the fast form and in the long one.
 FAMILIES = ["gpt2", "llama3", "mistral", "mixtral", "qwen2-windows", "qwen3", "gemma2", "gemma3", "smollm3", "olmo2"]
 FAMILIES += ["pythia", "bert-classification", "roberta-masked", "distilbert-qa", "modernbert-classification", "t5"]
@@ -222,6 +227,7 @@ def test_a_perturbed_generation_config_writes_what_transformers_writes_or_is_rej
     ids = np.random.default_rng(1).integers(3, 131, 6).tolist()
     for _ in range(times):
         base = GENERATION | rng.choice([{}, {"num_beams": 3}, {"num_beams": 3, "early_stopping": True}])
+        base |= {"decoder_start_token_id": 0} if case.objective == "seq2seq" else {}
         changed, touched = perturbed(rng, base, more)
         path.write_text(json.dumps(changed))
         note = f"{ {key: changed.get(key, 'gone') for key in touched} } of {changed}"
