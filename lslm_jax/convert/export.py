@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from etils import epath
@@ -230,6 +231,7 @@ def family_of(model: ModelConfig, objective: str) -> Family:
     Raises:
       ConfigError: none has; it says what the nearest one lacks.
     """
+    model = replace(model, vocab_size=model.vocab_size or 1)  # before the tokenizer is known
     problems = []
     for family in FAMILIES:
         if objective not in family.classes:
@@ -252,6 +254,7 @@ def obstacle(model: ModelConfig, objective: str) -> str | None:
     try:
         family_of(model, objective)
     except ConfigError as error:
+        model = replace(model, vocab_size=model.vocab_size or 1)
         best: list[str] | None = None
         name = ""
         for family in FAMILIES:
