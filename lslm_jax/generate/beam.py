@@ -114,7 +114,7 @@ def _advance(
     count = state.count + 1
     cache, ids_BWN = _gather((state.cache, state.ids_BWN), parent_BW)
     ids_BWN = jax.lax.dynamic_update_slice_in_dim(ids_BWN, token_BW[:, :, None], state.count, axis=2)
-    ends_BW = jnp.isin(token_BW, jnp.array(eos_ids)) | (count >= limit_B)[:, None]
+    ends_BW = jnp.isin(token_BW, jnp.array(eos_ids, jnp.int32)) | (count >= limit_B)[:, None]
 
     score_BW = jnp.where(ends_BW, penalize(log_prob_BW, count, length_penalty), -jnp.inf)
     length_BW = jnp.where(score_BW > -jnp.inf, count, 0)

@@ -20,6 +20,7 @@ from lslm_jax.errors import ConfigError
 from lslm_jax.generate import beam, lookup, reading, sampling
 from lslm_jax.generate.reading import Memory, Prompts
 from lslm_jax.generate.text import Result, Row
+from lslm_jax.progress import say
 from lslm_jax.sharding import constrain, platform
 
 Ids = Sequence[int] | np.ndarray
@@ -101,6 +102,9 @@ def _rows(
     rows = []
     for number, ids in enumerate(prompts, first):
         ids = list(map(int, ids))
+        if has_source and len(ids) >= config.max_length:
+            read = config.max_length - 1
+            say(f"prompt {number} has {len(ids)} tokens: the first {read} are read (model.max_length)")
         source = [*ids[: config.max_length - 1], tokenizer.eos_id] if has_source else []
         begun = [] if has_source else ids
         prompt = [*([tokenizer.bos_id] if settings.bos or not begun else []), *begun, *suffix]
