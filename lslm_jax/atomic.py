@@ -7,9 +7,11 @@ import json
 import os
 import re
 import secrets
+import shutil
+import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from etils import epath
@@ -182,6 +184,53 @@ def write(path: epath.Path, content: bytes) -> None:
     file.close()
 
 
+@contextlib.contextmanager
+def whole_directory(path: epath.Path, is_ours: Callable[[str], bool], last: str) -> Iterator[epath.Path]:
+    """A directory to write in, whose files become those of `path` once the block ends without an error.
+
+    Files of an older directory are removed if `is_ours` holds for their names, and stay otherwise. What ends the
+    program between these steps leaves a directory without the file `last`, never files of both. In a bucket, which has
+    no renaming, the older files are removed first.
+
+    Raises:
+      SaveError: it cannot be written, or `path` is a file.
+    """
+    if is_remote(path):
+        _remove(path, is_ours, last)
+        yield path
+        return
+    exists = path.exists()
+    with saving(path):
+        if exists and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a directory")
+        beside = path if exists else path.parent
+        beside.mkdir(parents=True, exist_ok=True)
+        part = epath.Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=beside))
+    try:
+        yield part
+        with saving(path):
+            if exists:
+                _remove(path, is_ours, last)
+                for file in sorted(part.iterdir(), key=lambda file: file.name == last):
+                    file.replace(path / file.name)
+                part.rmdir()
+            else:
+                umask = os.umask(0)
+                os.umask(umask)
+                os.chmod(part, 0o777 & ~umask)  # mkdtemp keeps others out
+                part.rename(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _remove(path: epath.Path, is_ours: Callable[[str], bool], first: str) -> None:
+    """Removes files of a directory, beginning with the one without which it is none."""
+    old = [file for file in path.iterdir() if is_ours(file.name) and not file.is_dir()] if path.exists() else []
+    for file in sorted(old, key=lambda file: file.name != first):
+        file.unlink()
+
+
 def fingerprint(path: epath.Path) -> tuple[int, str]:
     """Size in bytes and sha256 of a file, read in pieces."""
     hasher, size = hashlib.sha256(), 0
@@ -203,6 +252,10 @@ def read_json(path: epath.Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise DataError(f"{path} is nested too deeply") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a directory, not a file") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} does not hold a JSON object")
     return value

@@ -246,6 +246,8 @@ class TaskConfig:
         "causal", "masked", "span_corruption", "seq2seq", "classification", "regression", "tagging", "qa"
     ] = "causal"
     """Next token, masked tokens (BERT), spans (T5), target from source; a head's class, number, tags, answer span."""
+    multi_label: bool = False
+    """Whether each class is judged by itself, by a sigmoid. Read from pretrained classifiers; not trained or scored."""
     mask_rate: float = 0.15
     """Share of tokens that are masked, or lie in corrupted spans."""
     whole_words: bool = False
@@ -295,7 +297,11 @@ class TokenizerConfig:
     model: Literal["unigram", "bpe"] = "bpe"
     """Algorithm of a trained vocabulary."""
     vocab_size: int = 8192
-    """Size of a trained vocabulary."""
+    """Size of a trained vocabulary, at most: a small text may support fewer tokens."""
+    character_coverage: float = 0.9995
+    """Share of the characters of the text that a trained vocabulary has tokens for; others are spelt in bytes."""
+    user_symbols: tuple[str, ...] = ()
+    """Strings that are always one token of a trained vocabulary, as markers in the text."""
     byte_fallback: bool = True
     """Whether characters outside the vocabulary are spelt in bytes, so that every text survives the round trip."""
     sample_bytes: int = 100_000_000
@@ -457,13 +463,21 @@ class GenerateConfig:
     beams: int = 1
     """Texts kept side by side in beam search. 1: one, drawn as above."""
     length_penalty: float = 0.6
-    """Beams are ranked by log-probability / ((5 + length) / 6) ** this (Wu et al. 2016)."""
+    """Beams are ranked by log-probability / ((5 + length) / 6) ** this (Wu et al. 2016); see early_stopping."""
+    early_stopping: Literal["exact", "never", "heuristic", "first"] = "exact"
+    """`exact`: no better text can follow. Others: as transformers (never, false, true), by length ** length_penalty."""
+    renormalize: bool = True
+    """Whether probabilities of beams leave out tokens that are never written."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the text besides the vocabulary's own, as the end of a turn in a chat."""
     never_ids: tuple[int, ...] = ()
     """Tokens that are never written, as Marian's padding."""
+    eos: bool = True
+    """Whether the end-of-text token of the tokenizer ends a text; some pretrained models name others only."""
+    forced_eos: bool = False
+    """Whether the last of max_tokens is the end of the text (Marian)."""
     bos: bool = True
     """Whether a decoder reads the token that begins a text before the prompt; some pretrained ones never saw one."""
 

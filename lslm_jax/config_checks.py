@@ -144,7 +144,13 @@ def _out_of_range(config: Config) -> Iterator[str]:
     yield from (f"{key} must be positive, got {value(key)}" for key in _POSITIVE if not value(key) > 0)
     yield from (f"{key} must not be negative, got {value(key)}" for key in _NOT_NEGATIVE if not value(key) >= 0)
     yield from (f"{key} must be in [0, 1), got {value(key)}" for key in _BELOW_ONE if not 0 <= value(key) < 1)
-    for key in ("generate.top_p", "optimizer.final_ratio", "optimizer.warmup_from", "model.rope_fraction"):
+    for key in (
+        "generate.top_p",
+        "optimizer.final_ratio",
+        "optimizer.warmup_from",
+        "model.rope_fraction",
+        "tokenizer.character_coverage",
+    ):
         if not 0 <= value(key) <= 1:
             yield f"{key} must be in [0, 1], got {value(key)}"
 
@@ -291,6 +297,11 @@ def _task_problems(config: Config) -> Iterator[str]:
     if family not in families:
         yield f"task.objective={objective} needs model.family={' or '.join(families)}, not {family}"
     kinds = _EXAMPLES[objective]
+    if config.task.multi_label and objective != "classification":
+        yield f"task.multi_label needs task.objective=classification, not {objective}"
+    sources = {source.source for source in config.data.mixture or (config.data,)}
+    if config.task.multi_label and sources & {"files", "tfds"}:
+        yield "task.multi_label: a head that judges each class by itself answers prompts; it is not trained or scored"
     for source in config.data.mixture or (config.data,):
         where = f"data.mixture source {source.name}:" if isinstance(source, MixtureSource) else "data:"
         if source.source != "synthetic" and source.example not in kinds:
@@ -361,6 +372,8 @@ def generate_problems(generate: GenerateConfig) -> Iterator[str]:
     """What is wrong with settings of generation."""
     if "" in generate.stop:
         yield "generate.stop holds an empty string, which would end every text at once"
+    if generate.forced_eos and generate.lookup:
+        yield "generate.forced_eos does not go with generate.lookup"
     if not 0 <= generate.lookup <= 16:  # each is drawn for in a part of the program of its own
         yield f"generate.lookup must be in [0, 16], got {generate.lookup}"
     neutral = [GenerateConfig(), GenerateConfig(temperature=0.0)]

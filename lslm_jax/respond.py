@@ -231,7 +231,25 @@ def _example(setting: Setting, prompt: Prompt) -> examples.Example:
 
 
 def _tell(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -> Iterator[Answer]:
-    """What a head makes of the prompts, which go the way of held-out examples."""
+    """Predictions of a head for prompts, which go the way of held-out examples; texts and pairs of texts apart."""
+    source = _recipe(setting).source
+    if source.example != "label":
+        yield from _predict(setting, model, prompts)
+        return
+    if source.target_key and not all("target" in prompt for prompt in prompts):
+        raise ConfigError('this model reads pairs of texts: give prompts in a file, each with "prompt" and "target"')
+    answers: dict[int, Answer] = {}
+    for paired in (False, True):
+        numbers = [i for i, prompt in enumerate(prompts) if ("target" in prompt) == paired]
+        data = replace(setting.config.data, target_key=source.target_key or "target" * paired)
+        alike = setting._replace(config=replace(setting.config, data=data)) if not data.mixture else setting
+        found = _predict(alike, model, [prompts[i] for i in numbers]) if numbers else ()
+        answers |= dict(zip(numbers, found, strict=True))
+    yield from (answers[i] for i in range(len(prompts)))
+
+
+def _predict(setting: Setting, model: Any, prompts: Sequence[Prompt]) -> Iterator[Answer]:
+    """Predictions of a head for prompts that all have equally many texts."""
     found = [_example(setting, prompt) for prompt in prompts]
     with tempfile.TemporaryDirectory() as directory:
         part = _as_split(setting, found, epath.Path(directory))
@@ -249,9 +267,16 @@ def _tell(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -
                     yield {"tags": [f"{word}/{name}" for word, name in zip(example["words"], names, strict=False)]}
             case _:
                 for scores_V in rows.scores_NPV[:, 0]:
-                    share_V = np.exp(scores_V - scores_V.max())
-                    shares = dict(zip(setting.labels, (share_V / share_V.sum()).tolist(), strict=True))
+                    shares = dict(zip(setting.labels, _shares(setting, scores_V).tolist(), strict=True))
                     yield {"label": max(shares, key=shares.__getitem__), "probabilities": shares}
+
+
+def _shares(setting: Setting, scores_V: np.ndarray) -> np.ndarray:
+    """Probabilities of classes: together 1, or each by itself."""
+    if setting.config.task.multi_label:
+        return np.exp(-np.logaddexp(0.0, -scores_V))
+    shares_V = np.exp(scores_V - scores_V.max())
+    return shares_V / shares_V.sum()
 
 
 def _as_split(setting: Setting, found: list[examples.Example], directory: epath.Path) -> pipeline.EvalInput:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from lslm_jax import adopt, atomic, config_loading, distributed, imports, resolving, respond
 from lslm_jax.config import Config
 from lslm_jax.convert import pretrained
-from lslm_jax.convert.export import Exporter, family_of
+from lslm_jax.convert.export import Exporter, family_of, obstacle
 from lslm_jax.convert.export import export as write_pretrained
 from lslm_jax.convert.export import export_adapter as write_adapter
 from lslm_jax.data import chat, detours, pipeline, records, templates, tokenizer
@@ -61,6 +61,8 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
     if config.checkpoint.export_every:
         family_of(config.model, config.task.objective)  # before anything slow: there may be none
+    elif line := obstacle(config.model, config.task.objective):
+        say(line)
     with contextlib.ExitStack() as stack:
         distributed.by_primary("lock", lambda: stack.enter_context(lock.hold(workdir)))
         while True:
@@ -118,7 +120,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         hashes = facts["tokenizer"]["sha256"], facts["sha256"]
         made_by = identity.make(config, *hashes, mesh, left_out, facts=facts, row_offset=data.offset)
         summary = train_loop(
-            config,
+            _labelled(config, facts),
             workdir,
             mesh,
             data,
@@ -132,6 +134,13 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     if distributed.is_primary():
         atomic.write(workdir / "result.json", json.dumps(summary).encode() + b"\n")
     return summary
+
+
+def _labelled(config: Config, facts: dict[str, Any]) -> Config:
+    """The config with the labels of its data, by whose names a pretrained head is put in order."""
+    if config.task.objective not in ("classification", "tagging"):
+        return config
+    return replace(config, data=replace(config.data, labels=tuple(facts["labels"])))
 
 
 def audit(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
@@ -322,7 +331,8 @@ def _load_model(
 ) -> tuple[Any, int]:
     """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step.
 
-    `facts` is the data manifest that the command uses with a checkpoint, for `identity.check_inputs`.
+    `facts` is the data manifest that the command uses: compared with that of a checkpoint (`identity.check_inputs`);
+    its labels give the rows of a pretrained head their order.
     """
     if flags.dtype in quantized.KINDS:
         imports.import_qwix()  # before anything slow: it may be missing
@@ -338,7 +348,8 @@ def _read_model(
     """The weights that the flags name, for the places and in the types of `abstract`, and their step."""
     if flags.pretrained:
         source = pretrained.describe(flags.pretrained)
-        return pretrained.load(source, config.task.objective, abstract).model, 0
+        names = facts["labels"] if facts else ()
+        return pretrained.load(source, config.task.objective, abstract, names=names).model, 0
     directory = resolving.workdir(flags.workdir, reads=True) / "checkpoints"
 
     def load(step: int) -> Any:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lslm_jax.convert.family import EXPERT, LAYER, Family, Part, Setting
+from lslm_jax.convert.family import EXPERT, LAYER, Family, Part, Setting, Settings
 from lslm_jax.convert.settings import (
     activation,
     layers_without_rope,
@@ -13,6 +13,7 @@ from lslm_jax.convert.settings import (
     window,
     windows,
 )
+from lslm_jax.errors import ConfigError
 
 _GPT2_LAYER = f"transformer.h.{LAYER}"
 _NEOX_LAYER = f"gpt_neox.layers.{LAYER}"
@@ -44,9 +45,9 @@ GPT2 = Family(
         "d_model": "n_embd",
         "num_layers": "n_layer",
         "num_heads": "n_head",
-        "norm_eps": ("layer_norm_epsilon", 1e-5),
-        "tie_embeddings": ("tie_word_embeddings", True),
-        "dropout": ("resid_pdrop", 0.1),
+        "norm_eps": "layer_norm_epsilon",
+        "tie_embeddings": "tie_word_embeddings",
+        "dropout": "resid_pdrop",
     },
     settings=(activation("activation_function", "gelu_new"), optional("d_ff", "n_inner")),
     fixed={"positions": "learned", "norm": "layernorm", "bias": True},
@@ -79,15 +80,15 @@ GPT_NEOX = Family(
     ignored=("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq"),
     fields={
         "vocab_size": "vocab_size",
-        "max_length": ("max_position_embeddings", 2048),
+        "max_length": "max_position_embeddings",
         "d_model": "hidden_size",
         "num_layers": "num_hidden_layers",
         "num_heads": "num_attention_heads",
         "d_ff": "intermediate_size",
-        "norm_eps": ("layer_norm_eps", 1e-5),
-        "tie_embeddings": ("tie_word_embeddings", False),
-        "parallel": ("use_parallel_residual", True),
-        "dropout": ("hidden_dropout", 0.0),
+        "norm_eps": "layer_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+        "parallel": "use_parallel_residual",
+        "dropout": "hidden_dropout",
     },
     settings=(activation("hidden_act", "gelu"), rope(10_000.0, "rotary_emb_base", ("rotary_pct", 0.25))),
     fixed={"positions": "rotary", "norm": "layernorm", "bias": True},
@@ -134,12 +135,9 @@ def _like_llama(
     *settings: Setting,
     modules: dict[str, str | Part] = _LLAMA_MODULES,
     act: Setting = _SILU,
-    tied: bool = False,
-    length: int = 2048,
-    head_dim: int = 0,
     fixed: dict[str, Any] | None = None,
     demands: dict[str, Any] | None = None,
-    fields: dict[str, str | tuple[str, Any]] | None = None,
+    fields: dict[str, str] | None = None,
 ) -> Family:
     """A family whose names and settings are Llama's, but for what is given."""
     return Family(
@@ -150,18 +148,18 @@ def _like_llama(
         ignored=("*.rotary_emb.inv_freq",),
         fields={
             "vocab_size": "vocab_size",
-            "max_length": ("max_position_embeddings", length),
+            "max_length": "max_position_embeddings",
             "d_model": "hidden_size",
             "num_layers": "num_hidden_layers",
             "num_heads": "num_attention_heads",
             "d_ff": "intermediate_size",
-            "norm_eps": ("rms_norm_eps", 1e-6),
-            "tie_embeddings": ("tie_word_embeddings", tied),
+            "norm_eps": "rms_norm_eps",
+            "tie_embeddings": "tie_word_embeddings",
         }
         | (fields or {}),
         settings=(
             optional("num_kv_heads", "num_key_value_heads"),
-            optional("head_dim", "head_dim", head_dim),
+            optional("head_dim", "head_dim"),
             act,
             *settings,
         ),
@@ -173,19 +171,31 @@ def _like_llama(
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 _GEMMA_SCALES = {"embed_scale": True, "norm_place": "both", "norm_offset": True}
 _QUERY_SCALE = Setting(
-    lambda theirs: {"attention_scale": theirs.get("query_pre_attn_scalar", 256) ** -0.5},
+    lambda theirs: {"attention_scale": _positive(theirs, "query_pre_attn_scalar") ** -0.5},
     lambda model: {"query_pre_attn_scalar": round((model.attention_scale or model.head_dim**-0.5) ** -2)},
+    ("query_pre_attn_scalar",),
 )
 _SOFTCAPS = Setting(
     lambda theirs: {
-        "attention_softcap": float(theirs.get("attn_logit_softcapping") or 0.0),
-        "logit_softcap": float(theirs.get("final_logit_softcapping") or 0.0),
+        "attention_softcap": _positive(theirs, "attn_logit_softcapping"),
+        "logit_softcap": _positive(theirs, "final_logit_softcapping"),
     },
     lambda model: {
         "attn_logit_softcapping": model.attention_softcap or None,
         "final_logit_softcapping": model.logit_softcap or None,
     },
+    ("attn_logit_softcapping", "final_logit_softcapping"),
 )
+
+
+def _positive(theirs: Settings, key: str) -> float:
+    """A positive number, or 0.0 for null."""
+    value = theirs[key]
+    if value is not None and not 0 < value < float("inf"):
+        raise ConfigError(f"{key}={value} must be positive")
+    return float(value or 0.0)
+
+
 _GELU = activation("hidden_activation", "gelu_pytorch_tanh")
 
 LLAMA = _like_llama("llama", "Llama", rope(10_000.0), demands=_NO_BIAS)
@@ -195,28 +205,21 @@ MIXTRAL = _like_llama(
     rope(1_000_000.0),
     window(),
     modules=_MIXTRAL_MODULES,
-    length=131_072,
     demands={"router_jitter_noise": 0.0},
     fields={
-        "num_experts": ("num_local_experts", 8),
-        "experts_per_token": ("num_experts_per_tok", 2),
-        "norm_eps": ("rms_norm_eps", 1e-5),
+        "num_experts": "num_local_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "norm_eps": "rms_norm_eps",
     },
 )
-MISTRAL = _like_llama("mistral", "Mistral", rope(10_000.0), window(), length=131_072, demands={})
-QWEN2 = _like_llama(
-    "qwen2", "Qwen2", rope(10_000.0), used_window(), length=32_768, fixed={"qkv_bias": True}, demands={}
-)
-QWEN3 = _like_llama(
-    "qwen3", "Qwen3", rope(10_000.0), used_window(), length=32_768, head_dim=128, fixed={"qk_norm": "head"}
-)
+MISTRAL = _like_llama("mistral", "Mistral", rope(10_000.0), window(), demands={})
+QWEN2 = _like_llama("qwen2", "Qwen2", rope(10_000.0), used_window(), fixed={"qkv_bias": True}, demands={})
+QWEN3 = _like_llama("qwen3", "Qwen3", rope(10_000.0), used_window(), fixed={"qk_norm": "head"})
 SMOLLM3 = _like_llama(
     "smollm3",
     "SmolLM3",
     rope(2_000_000.0),
     layers_without_rope(),
-    tied=True,
-    length=32_768,
     demands=_NO_BIAS | {"use_sliding_window": False},
 )
 OLMO2 = _like_llama(
@@ -231,9 +234,6 @@ GEMMA2 = _like_llama(
     _SOFTCAPS,
     modules=_GEMMA_MODULES,
     act=_GELU,
-    tied=True,
-    length=8192,
-    head_dim=256,
     fixed=_GEMMA_SCALES,
 )
 GEMMA3 = _like_llama(
@@ -245,9 +245,6 @@ GEMMA3 = _like_llama(
     _SOFTCAPS,
     modules=_GEMMA_MODULES,
     act=_GELU,
-    tied=True,
-    length=131_072,
-    head_dim=256,
     fixed=_GEMMA_SCALES | {"qk_norm": "head"},
     demands={"attention_bias": False, "use_bidirectional_attention": False},
 )

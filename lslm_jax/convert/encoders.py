@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from lslm_jax.convert.family import LAYER, Family, Part, Setting
+from lslm_jax.convert.family import LAYER, Family, Part, Setting, Settings
 from lslm_jax.convert.settings import activation, modern_window, two_ropes
+from lslm_jax.errors import ConfigError
 
 Modules = dict[str, str | Part]
 
@@ -45,15 +46,15 @@ def _classes(name: str) -> dict[str, str]:
     return {objective: f"{name}For{kind}" for objective, kind in kinds.items()}
 
 
-_BERT_FIELDS: dict[str, str | tuple[str, Any]] = {
+_BERT_FIELDS: dict[str, str] = {
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "d_ff": "intermediate_size",
-    "token_types": ("type_vocab_size", 2),
-    "norm_eps": ("layer_norm_eps", 1e-12),
-    "dropout": ("hidden_dropout_prob", 0.1),
+    "token_types": "type_vocab_size",
+    "norm_eps": "layer_norm_eps",
+    "dropout": "hidden_dropout_prob",
 }
 _POST_NORM = {
     "family": "encoder",
@@ -82,13 +83,25 @@ BERT = Family(
         _output("qa_outputs"),
     ),
     ignored=("*.position_ids", "cls.predictions.decoder.*", "cls.seq_relationship.*", "bert.pooler.*"),
-    fields=_BERT_FIELDS | {"max_length": ("max_position_embeddings", 512)},
+    copies={
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    fields=_BERT_FIELDS | {"max_length": "max_position_embeddings"},
     settings=(activation("hidden_act", "gelu"),),
     fixed=_POST_NORM,
     demands=_ABSOLUTE,
 )
 
-_PAD = 1  # RoBERTa counts positions from the one after that of its padding token
+
+def _read_positions(theirs: Settings) -> dict[str, Any]:
+    """RoBERTa counts positions from the one after the number of its padding token."""
+    pad, rows = theirs["pad_token_id"], theirs["max_position_embeddings"]
+    if pad is None or not 0 <= pad < rows - 1:
+        raise ConfigError(f"pad_token_id={pad} must be from 0 to max_position_embeddings - 2 = {rows - 2}")
+    return {"position_offset": pad + 1, "max_length": rows - pad - 1}
+
+
 ROBERTA = Family(
     model_type="roberta",
     classes=_classes("Roberta"),
@@ -105,18 +118,20 @@ ROBERTA = Family(
         _output("qa_outputs"),
     ),
     ignored=("*.position_ids", "lm_head.decoder.*", "roberta.pooler.*"),
+    copies={
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    },
     fields=_BERT_FIELDS,
     settings=(
         activation("hidden_act", "gelu"),
         Setting(
-            lambda theirs: {
-                "position_offset": theirs.get("pad_token_id", _PAD) + 1,
-                "max_length": theirs.get("max_position_embeddings", 512) - theirs.get("pad_token_id", _PAD) - 1,
-            },
+            _read_positions,
             lambda model: {
                 "pad_token_id": model.position_offset - 1,
                 "max_position_embeddings": model.max_length + model.position_offset,
             },
+            ("pad_token_id", "max_position_embeddings"),
         ),
     ),
     fixed=_POST_NORM,
@@ -152,19 +167,28 @@ DISTILBERT = Family(
         _output("qa_outputs"),
     ),
     ignored=("*.position_ids", "vocab_projector.weight"),
+    copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
     fields={
         "vocab_size": "vocab_size",
-        "max_length": ("max_position_embeddings", 512),
+        "max_length": "max_position_embeddings",
         "d_model": "dim",
         "num_layers": "n_layers",
         "num_heads": "n_heads",
         "d_ff": "hidden_dim",
-        "dropout": ("dropout", 0.1),
+        "dropout": "dropout",
     },
     settings=(activation("activation", "gelu"),),
     fixed=_POST_NORM | {"norm_eps": 1e-12, "head_activation": "relu"},
     demands={"tie_word_embeddings": True},
 )
+
+
+def _read_pool(theirs: Settings) -> dict[str, Any]:
+    name = theirs["classifier_pooling"]
+    if name not in ("cls", "mean"):
+        raise ConfigError(f"classifier_pooling={name} is not among cls, mean")
+    return {"pool": "first" if name == "cls" else "mean"}
+
 
 _MODERN_LAYER = f"model.layers.{LAYER}"
 _MODERN_TOP: Modules = {"top.pooler.dense": "head.dense", "top.pooler.norm": "head.norm", **_output("classifier")}
@@ -193,24 +217,26 @@ MODERNBERT = Family(
         _MODERN_TOP,
     ),
     ignored=("decoder.weight",),
+    copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
     fields={
         "vocab_size": "vocab_size",
-        "max_length": ("max_position_embeddings", 8192),
+        "max_length": "max_position_embeddings",
         "d_model": "hidden_size",
         "num_layers": "num_hidden_layers",
         "num_heads": "num_attention_heads",
         "d_ff": "intermediate_size",
-        "norm_eps": ("norm_eps", 1e-5),
-        "dropout": ("mlp_dropout", 0.0),
+        "norm_eps": "norm_eps",
+        "dropout": "mlp_dropout",
     },
     settings=(
         activation("hidden_activation", "gelu"),
         activation("classifier_activation", "gelu", "head_activation"),
         modern_window(),
-        two_ropes("global_rope_theta", 160_000.0, "local_rope_theta", 10_000.0),
+        two_ropes("global_rope_theta", 160_000.0, "local_rope_theta", 10_000.0, scales_both=True),
         Setting(
-            lambda theirs: {"pool": {"cls": "first"}.get(theirs.get("classifier_pooling", "cls"), "mean")},
+            _read_pool,
             lambda model: {"classifier_pooling": {"first": "cls"}.get(model.pool, "mean")},
+            ("classifier_pooling",),
         ),
     ),
     fixed={

@@ -1,19 +1,21 @@
 """A run's model as a Hugging Face directory that transformers loads with nothing else."""
 
+import fnmatch
 import importlib.metadata
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from etils import epath
 
 from lslm_jax import atomic, config_loading, distributed
-from lslm_jax.config import Config, GenerateConfig, ModelConfig
+from lslm_jax.config import Config, ModelConfig
 from lslm_jax.convert import adapter as adapters
-from lslm_jax.convert import hub, peft, safetensors, weights
-from lslm_jax.convert.family import Family
+from lslm_jax.convert import generation, hub, peft, safetensors, weights
+from lslm_jax.convert.family import Family, differences
 from lslm_jax.convert.pretrained import FAMILIES, is_pretrained
 from lslm_jax.convert.safetensors import Source
 from lslm_jax.data import templates, tokenizer_json
@@ -58,13 +60,16 @@ class Exporter:
         self._family = family = family_of(config.model, objective)
         self.model_type = family.model_type
         tokens = {"bos": words.bos_id, "eos": words.eos_id, "pad": words.pad_id}
-        settings = export_settings(family, config.model, objective, dtype, tokens, labels)
+        settings = export_settings(
+            family, config.model, objective, dtype, tokens, labels, multi_label=config.task.multi_label
+        )
         self._settings = _json(settings)
-        self._texts = _vocabulary(words, config.model.family)
+        self._texts = _vocabulary(words, config.model, family.model_type)
         if template is not None:
             self._texts[templates.FILE] = template.text.encode()
         if objective in ("causal", "seq2seq"):
-            self._texts["generation_config.json"] = _json(_generation(config.generate, tokens, config.model.family))
+            written = generation.write(config.generate, tokens, config.model.family)
+            self._texts[generation.FILE] = _json(written)
 
     def sources(self, model: Any) -> dict[str, Source]:
         """The weights as the family has them, each fetched from its devices when its turn comes."""
@@ -111,13 +116,25 @@ def export(directory: epath.Path, model: Any, exporter: Exporter, metrics: Mappi
     Raises:
       SaveError: the directory cannot be written.
     """
+    require_export_directory(directory)
     sources = exporter.sources(model)
     if not distributed.is_primary():
         for source in sources.values():
             source.make()  # every host takes part in fetching, one writes
         return {}
-    files = exporter.write(directory, sources, metrics)
+    with atomic.whole_directory(directory, _is_ours, "config.json") as part:
+        files = exporter.write(part, sources, metrics)
     return {"model_type": exporter.model_type, "files": files, "parameters": num_parameters(sources)}
+
+
+def require_export_directory(directory: epath.Path) -> None:
+    """Refuses a run directory, whose config.json an export would take for its own.
+
+    Raises:
+      ConfigError: it is one.
+    """
+    if atomic.exists(directory / "checkpoints"):
+        raise ConfigError(f"--to={directory} is a run directory: choose another for the export")
 
 
 def num_parameters(sources: Mapping[str, Source]) -> int:
@@ -155,31 +172,25 @@ def _base(begun: str) -> str:
     return os.fspath(base).removeprefix(hub.SCHEME)
 
 
-def _vocabulary(words: Tokenizer, family: str) -> dict[str, bytes]:
-    """The files of a vocabulary, by name."""
+def _vocabulary(words: Tokenizer, model: ModelConfig, model_type: str) -> dict[str, bytes]:
+    """The files of a tokenizer, by name."""
     if isinstance(words, Marian):
         return words.files()
-    content = json.dumps(tokenizer_json.convert(words, family), ensure_ascii=False)
-    return {"tokenizer.json": content.encode(), "tokenizer_config.json": _json(tokenizer_json.roles(words))}
+    return tokenizer_json.files(words, model.family, model_type, model.max_length)
+
+
+_WRITTEN = ("*.safetensors", "model.safetensors.index.json", "config.json", "README.md", "tokenizer*.json", "*.spm")
+_WRITTEN += (generation.FILE, "vocab.*", "merges.txt", "spiece.model", "tokenizer.model", "special_tokens_map.json")
+_WRITTEN += ("added_tokens.json", templates.FILE, "adapter_config.json", "*.tmp")
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file is of an export; others stay where a directory is written anew."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _WRITTEN)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _generation(settings: GenerateConfig, tokens: Mapping[str, int], family: str) -> dict[str, Any]:
-    theirs: dict[str, Any] = {f"{role}_token_id": id for role, id in tokens.items()}
-    theirs["eos_token_id"] = [tokens["eos"], *settings.stop_ids] if settings.stop_ids else tokens["eos"]
-    theirs |= {"max_new_tokens": settings.max_tokens, "num_beams": settings.beams}
-    if family == "encoder_decoder":
-        theirs["decoder_start_token_id"] = tokens["bos"]
-    if settings.never_ids:
-        theirs["bad_words_ids"] = [[id] for id in settings.never_ids]
-    if settings.temperature > 0 and settings.beams == 1:
-        drawing = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-        theirs |= {"do_sample": True} | drawing
-        theirs |= {"min_p": settings.min_p} if settings.min_p else {}
-    return theirs | {"repetition_penalty": settings.repetition_penalty}
 
 
 def _card(config: Config, model_type: str, parameters: int, metrics: Mapping[str, Any]) -> str:
@@ -220,6 +231,7 @@ def family_of(model: ModelConfig, objective: str) -> Family:
     Raises:
       ConfigError: none has; it says what the nearest one lacks.
     """
+    model = replace(model, vocab_size=model.vocab_size or 1)  # before the tokenizer is known
     problems = []
     for family in FAMILIES:
         if objective not in family.classes:
@@ -237,6 +249,31 @@ def family_of(model: ModelConfig, objective: str) -> Family:
     raise ConfigError(f"no family of Hugging Face has such models: {'; '.join(problems)}")
 
 
+def obstacle(model: ModelConfig, objective: str) -> str | None:
+    """A line on the settings by which a model cannot be exported, with those of the nearest family; None if it can."""
+    try:
+        family_of(model, objective)
+    except ConfigError as error:
+        model = replace(model, vocab_size=model.vocab_size or 1)
+        best: list[str] | None = None
+        name = ""
+        for family in FAMILIES:
+            if objective not in family.classes:
+                continue
+            try:
+                near = family.read(family.spell(model))
+            except ConfigError:
+                continue
+            changes = differences(model, near)
+            changes += [f"model.pool={near.pool}"] if objective in _POOLED and near.pool != model.pool else []
+            if best is None or len(changes) < len(best):
+                best, name = changes, family.model_type
+        return (
+            f"export: no {name} is like this model; it would be with {', '.join(best)}" if best else f"export: {error}"
+        )
+    return None
+
+
 def export_settings(
     family: Family,
     model: ModelConfig,
@@ -244,6 +281,8 @@ def export_settings(
     dtype: str,
     tokens: Mapping[str, int | None],
     labels: Sequence[str] = (),
+    *,
+    multi_label: bool = False,
 ) -> dict[str, Any]:
     """The content of config.json.
 
@@ -254,6 +293,7 @@ def export_settings(
       dtype: of the weights.
       tokens: ids of `bos`, `eos` and `pad`.
       labels: of classes or tags.
+      multi_label: whether each class is judged by itself.
     """
     ids = {f"{role}_token_id": id for role, id in tokens.items()}
     settings = ids | family.write(model) | {"architectures": [family.classes[objective]], "torch_dtype": dtype}
@@ -264,4 +304,7 @@ def export_settings(
     if labels:
         settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
         settings["label2id"] = {label: i for i, label in enumerate(labels)}
+    if objective == "classification" and len(labels) > 1:
+        kind = "multi" if multi_label else "single"
+        settings["problem_type"] = f"{kind}_label_classification"
     return settings

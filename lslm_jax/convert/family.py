@@ -11,6 +11,7 @@ import numpy as np
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.config_checks import fill_sizes
+from lslm_jax.convert import keys
 from lslm_jax.errors import ConfigError
 from lslm_jax.models.presets import layer_types
 
@@ -20,6 +21,10 @@ EXPERT = "{e}"  # and this for an expert's
 # Are chosen by whoever runs a model.
 RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "microbatches", "pipeline_rounds", "init")
 RUN_KEYS += ("lora_rank", "lora_alpha", "lora_targets")
+_SIZES = dict.fromkeys(
+    ("vocab_size", "d_model", "num_heads", "d_ff", "head_dim", "token_types", "max_length"), 2**31 - 1
+)
+_SIZES |= dict.fromkeys(("num_layers", "num_decoder_layers", "num_experts"), 10_000)  # each layer costs time to plan
 _OF_A_RUN = {*RUN_KEYS, "dropout", "pool"}  # change how it is trained or run, not what it computes
 
 
@@ -40,10 +45,15 @@ class Part(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """Settings that do not go over one by one: theirs to ours, and ours to theirs."""
+    """Settings that do not go over one by one: theirs to ours, and ours to theirs; `keys` of theirs are read."""
 
     read: Callable[[Settings], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
+    keys: tuple[str, ...] = ()
+
+
+class Unlike(ConfigError):
+    """A directory of another family than the one that it is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +69,8 @@ class Family:
       heads: the same of what only models for one objective have.
       ignored: patterns of names that hold nothing to learn: masks, tables of waves, copies of tied weights.
       stand_ins: by name of a tensor that may be missing, the one that is meant then.
-      fields: settings, ours to theirs, with what theirs is where config.json does not say.
+      copies: by pattern of the names of tied tensors in the file, the tensor that they must equal.
+      fields: settings, ours to theirs; a missing one has the default of the transformers class.
       settings: those that need more.
       fixed: settings of ours that all models of the family share.
       demands: settings of theirs that must be so, or not be there.
@@ -74,25 +85,35 @@ class Family:
     heads: Mapping[str, Mapping[str, str | Part]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     stand_ins: Mapping[str, str] = field(default_factory=dict)
-    fields: Mapping[str, str | tuple[str, Any]]
+    copies: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str]
     settings: tuple[Setting, ...] = ()
     fixed: Mapping[str, Any]
     demands: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[str, ...] = ()
     transposed: bool = True
 
+    @property
+    def keys(self) -> set[str]:
+        """Keys of config.json that `read` uses."""
+        return {*self.fields.values(), *self.demands, *(key for setting in self.settings for key in setting.keys)}
+
     def read(self, theirs: Settings) -> ModelConfig:
         """The model that a config.json describes, sizes filled in.
 
         Raises:
-          ConfigError: it lacks a setting, or has one that our blocks cannot express.
+          Unlike: a setting tells that it is of another family with this model_type.
+          ConfigError: it has a setting that our blocks cannot express, or of the wrong kind.
         """
+        theirs = keys.resolve(self.model_type, theirs, self.keys)
         for name, value in self.demands.items():
             if theirs.get(name, value) != value:
-                raise ConfigError(f"{self.model_type} with {name}={theirs[name]!r} is not supported, only {value!r}")
+                raise Unlike(f"{self.model_type} with {name}={theirs[name]!r} is not supported, only {value!r}")
         ours = dict(self.fixed)
         for name, key in self.fields.items():
-            ours[name] = _get(theirs, *((key,) if isinstance(key, str) else key))
+            if name in _SIZES and not 0 < theirs[key] <= _SIZES[name]:
+                raise ConfigError(f"{key}={theirs[key]} must be from 1 to {_SIZES[name]:,}")
+            ours[name] = theirs[key]
         for setting in self.settings:
             ours |= setting.read(theirs)
         return fill_sizes(ModelConfig(**ours))
@@ -103,26 +124,22 @@ class Family:
         Raises:
           ConfigError: the family has no such models.
         """
-        theirs: dict[str, Any] = {"model_type": self.model_type}
-        theirs |= {key if isinstance(key, str) else key[0]: getattr(model, name) for name, key in self.fields.items()}
-        for setting in self.settings:
-            theirs |= setting.write(model)
-        theirs |= self.demands
+        theirs = self.spell(model)
         if unlike := differences(self.read(theirs), model):
             raise ConfigError(f"{self.model_type} has no {unlike[0]}")
         return theirs
 
+    def spell(self, model: ModelConfig) -> dict[str, Any]:
+        """The config.json of the model of this family that is nearest to one; ConfigError where there is none near."""
+        theirs: dict[str, Any] = {"model_type": self.model_type}
+        theirs |= {key: getattr(model, name) for name, key in self.fields.items()}
+        for setting in self.settings:
+            theirs |= setting.write(model)
+        return theirs | self.demands
+
     def places(self, objective: str) -> dict[str, str | Part]:
         """Names of the body and of the head for an objective, ours to theirs."""
         return {**self.modules, **self.heads.get(objective, {})}
-
-
-def _get(theirs: Settings, name: str, *default: Any) -> Any:
-    if name in theirs:
-        return theirs[name]
-    if not default:
-        raise ConfigError(f"config.json does not say {name}")
-    return default[0]
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
@@ -143,7 +160,9 @@ def _normal(model: ModelConfig) -> ModelConfig:
     elif model.rope_scaling != "llama3":
         stretched = ("rope_low_factor", "rope_high_factor", "rope_original_length")
         unused |= {name: getattr(blank, name) for name in stretched}
-    if model.positions != "relative":
+    if model.positions == "relative":  # which reach as far as memory does
+        unused["max_length"] = blank.max_length
+    else:
         unused |= {name: getattr(blank, name) for name in ("relative_buckets", "relative_distance")}
     if model.family != "encoder":
         unused |= {name: getattr(blank, name) for name in ("head_activation", "head_norm")}

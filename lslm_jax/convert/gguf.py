@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from lslm_jax.data.gguf_files import open_file
-from lslm_jax.errors import ConfigError
+from lslm_jax.errors import ConfigError, DataError
 
 _KEYS = {
     "num_hidden_layers": "block_count",
@@ -23,6 +23,8 @@ _KEYS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
+_REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+_REQUIRED += ("attention.layer_norm_rms_epsilon",)
 _FAMILIES = ("llama", "qwen2", "qwen3")
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -84,13 +86,23 @@ def settings(path: epath.Path) -> dict[str, Any]:
         raise ConfigError(f"{path} holds no vocabulary")
     if "rope_freqs.weight" in names or theirs.get(f"{kind}.rope.scaling.type", "none") != "none":
         raise ConfigError(f"{path}: stretched rotary positions are not read from GGUF: take the model's safetensors")
+    if lacking := [key for key in _REQUIRED if f"{kind}.{key}" not in theirs]:
+        raise DataError(f"{path} lacks {kind}.{lacking[0]}")
     found = {name: theirs[f"{kind}.{key}"] for name, key in _KEYS.items() if f"{kind}.{key}" in theirs}
+    found = {"num_key_value_heads": found["num_attention_heads"], "head_dim": _head_dim(found, path)} | found
     return found | {
         "model_type": kind,
         "architectures": [f"{kind}ForCausalLM"],
         "vocab_size": len(tokens),
         "tie_word_embeddings": "output.weight" not in names,
     }
+
+
+def _head_dim(found: dict[str, Any], path: epath.Path) -> int:
+    heads, width = found["num_attention_heads"], found["hidden_size"]
+    if not isinstance(heads, int) or heads < 1 or not isinstance(width, int):
+        raise DataError(f"{path}: attention.head_count={heads!r} must be a positive number")
+    return width // heads
 
 
 def tensors(path: epath.Path) -> dict[str, Quantised]:

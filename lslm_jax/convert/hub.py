@@ -45,6 +45,8 @@ def _download(address: str) -> epath.Path:
     except ImportError as error:
         raise ConfigError(f"{address} needs huggingface_hub: pip install huggingface_hub") from error
     name, revision = found.groups()
+    if ".." in name or ".." in (revision or ""):
+        raise ConfigError(f"{address} does not name a model: it may not hold '..'")
     try:
         commit = _commit(huggingface_hub, name, revision)
         where = {

@@ -31,14 +31,41 @@ def _t5_stack(stack: str, gated: bool) -> Modules:
     return modules
 
 
+_NO_LIMIT = 1 << 20  # tokens; relative positions reach as far as memory does
+
+
 def _read_decoder_layers(theirs: Settings) -> dict[str, Any]:
-    return {"num_decoder_layers": theirs.get("num_decoder_layers") or theirs.get("num_layers", 0)}
+    layers = theirs["num_decoder_layers"]
+    if layers is not None and not 0 < layers <= 10_000:
+        raise ConfigError(f"num_decoder_layers={layers} must be from 1 to 10,000")
+    return {"num_decoder_layers": layers or theirs["num_layers"]}
 
 
 def _read_tied(theirs: Settings) -> dict[str, Any]:
-    """Where the output layer is the embedding, it reads a smaller hidden state. Newer versions say only the latter."""
-    tied = theirs.get("scale_decoder_outputs", theirs.get("tie_word_embeddings", True))
-    return {"tie_embeddings": tied, "logit_scale": tied}
+    """Where the output layer is the embedding, it reads a smaller hidden state.
+
+    Files of transformers 5 have `tie_word_embeddings` true always, and the truth in `scale_decoder_outputs`.
+    """
+    tied = theirs.get("tie_word_embeddings") is not False
+    scaled = theirs.get("scale_decoder_outputs", tied)
+    return {"tie_embeddings": tied and scaled, "logit_scale": scaled}
+
+
+def _write_tied(model: ModelConfig) -> dict[str, Any]:
+    return {"tie_word_embeddings": model.tie_embeddings, "scale_decoder_outputs": model.logit_scale}
+
+
+def _same_mlp(gated: bool) -> Setting:
+    """What transformers 5 derives from feed_forward_proj, and writes down, too."""
+    derived = {"dense_act_fn": "gelu_new" if gated else "relu", "is_gated_act": gated}
+
+    def read(theirs: Settings) -> dict[str, Any]:
+        for name, value in derived.items():
+            if theirs.get(name, value) != value:
+                raise ConfigError(f"t5 with {name}={theirs[name]!r} is not supported, only {value!r}")
+        return {}
+
+    return Setting(read, lambda model: {}, tuple(derived))
 
 
 def _t5(*, gated: bool) -> Family:
@@ -54,6 +81,7 @@ def _t5(*, gated: bool) -> Family:
             **_t5_stack("decoder", gated),
         },
         ignored=("*.embed_tokens.weight", "*.EncDecAttention.relative_attention_bias.*"),
+        copies={"*.embed_tokens.weight": "shared.weight"},
         stand_ins={"lm_head.weight": "shared.weight"},
         fields={
             "vocab_size": "vocab_size",
@@ -62,19 +90,24 @@ def _t5(*, gated: bool) -> Family:
             "d_ff": "d_ff",
             "num_layers": "num_layers",
             "num_heads": "num_heads",
-            "max_length": ("n_positions", 512),
-            "relative_buckets": ("relative_attention_num_buckets", 32),
-            "relative_distance": ("relative_attention_max_distance", 128),
-            "norm_eps": ("layer_norm_epsilon", 1e-6),
-            "dropout": ("dropout_rate", 0.1),
+            "relative_buckets": "relative_attention_num_buckets",
+            "relative_distance": "relative_attention_max_distance",
+            "norm_eps": "layer_norm_epsilon",
+            "dropout": "dropout_rate",
         },
         settings=(
-            Setting(_read_decoder_layers, lambda model: {"num_decoder_layers": model.num_decoder_layers}),
-            Setting(_read_tied, lambda model: {"tie_word_embeddings": model.tie_embeddings}),
+            Setting(
+                _read_decoder_layers,
+                lambda model: {"num_decoder_layers": model.num_decoder_layers},
+                ("num_decoder_layers", "num_layers"),
+            ),
+            _same_mlp(gated),
+            Setting(_read_tied, _write_tied, ("tie_word_embeddings", "scale_decoder_outputs")),
         ),
         fixed={
             "family": "encoder_decoder",
             "positions": "relative",
+            "max_length": _NO_LIMIT,
             "norm": "rmsnorm",
             "bias": False,
             "attention_scale": 1.0,
@@ -105,11 +138,17 @@ def _marian_stack(stack: str) -> Modules:
     return modules
 
 
+_SAME = {
+    "decoder_attention_heads": "encoder_attention_heads",
+    "decoder_ffn_dim": "encoder_ffn_dim",
+    "decoder_vocab_size": "vocab_size",
+}
+
+
 def _read_marian(theirs: Settings) -> dict[str, Any]:
-    for name in ("attention_heads", "ffn_dim"):
-        sizes = [theirs.get(f"{stack}_{name}") for stack in ("encoder", "decoder")]
-        if sizes[0] != sizes[1]:
-            raise ConfigError(f"marian with encoder_{name}={sizes[0]} and decoder_{name}={sizes[1]} is not supported")
+    for name, other in _SAME.items():
+        if theirs[name] != theirs[other] and not (name == "decoder_vocab_size" and theirs[name] is None):
+            raise ConfigError(f"marian with {name}={theirs[name]} and {other}={theirs[other]} is not supported")
     return {}
 
 
@@ -129,18 +168,22 @@ MARIAN = Family(
     },
     rows=("final_logits_bias",),
     ignored=("model.*.embed_tokens.weight", "model.*.embed_positions.weight", "lm_head.weight"),
+    copies={"model.*.embed_tokens.weight": "model.shared.weight", "lm_head.weight": "model.shared.weight"},
     fields={
         "vocab_size": "vocab_size",
-        "max_length": ("max_position_embeddings", 1024),
+        "max_length": "max_position_embeddings",
         "d_model": "d_model",
         "num_layers": "encoder_layers",
         "num_decoder_layers": "decoder_layers",
         "num_heads": "encoder_attention_heads",
         "d_ff": "encoder_ffn_dim",
-        "embed_scale": ("scale_embedding", False),
-        "dropout": ("dropout", 0.1),
+        "embed_scale": "scale_embedding",
+        "dropout": "dropout",
     },
-    settings=(activation("activation_function", "gelu"), Setting(_read_marian, _write_marian)),
+    settings=(
+        activation("activation_function", "gelu"),
+        Setting(_read_marian, _write_marian, (*_SAME, *_SAME.values())),
+    ),
     fixed={
         "family": "encoder_decoder",
         "positions": "sinusoidal",

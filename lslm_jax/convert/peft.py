@@ -14,6 +14,7 @@ from etils import epath
 
 from lslm_jax import atomic, distributed
 from lslm_jax.config import ModelConfig
+from lslm_jax.convert import adapter as adapters
 from lslm_jax.convert import safetensors, weights
 from lslm_jax.convert.adapter import PREFIX, SETTINGS, TASKS, WEIGHTS, Adapter, tensors
 from lslm_jax.convert.family import LAYER, Family, Layout, Part, layout, num_inputs
@@ -75,7 +76,7 @@ def _read(adapter: Adapter, arrays: Mapping[str, Any], family: Family, objective
     found: dict[str, np.ndarray] = {}
     for name in names:
         a, b = (_tensor(adapter, stored, f"{name}.lora_{letter}.weight") for letter in "AB")
-        rank, scale = len(a), _scale(adapter.settings, name, len(a))
+        rank, scale = len(a), adapters.scale(adapter.settings, name, len(a))
         for use in uses[name]:
             shape = arrays[f"{use.ours}.w"].shape
             inputs, outputs = shape[1 : 1 + num_inputs(use.ours)], shape[1 + num_inputs(use.ours) :]
@@ -93,14 +94,6 @@ def _tensor(adapter: Adapter, stored: Mapping[str, Tensor], name: str) -> np.nda
     if name not in stored or len(stored[name].shape) != 2:
         raise DataError(f"{adapter.directory} has no matrix {name}")
     return stored[name].read().astype(np.float32)
-
-
-def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """What the adapter of a module is multiplied with."""
-    patterns = settings.get("alpha_pattern") or {}
-    own = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
-    alpha = next(own, settings["lora_alpha"])
-    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def _uses(arrays: Mapping[str, Any], family: Family, objective: str) -> dict[str, list[_Use]]:
@@ -151,11 +144,10 @@ def export(
     tops = {name: source.make() for name, source in heads.items()}
     if not distributed.is_primary():
         return []
-    with atomic.saving(directory):
-        directory.mkdir(parents=True, exist_ok=True)
     sources = {PREFIX + name: Source(a.dtype, a.shape, lambda a=a: a) for name, a in (written | tops).items()}
-    safetensors.write_file(directory / WEIGHTS, sources)
-    atomic.write_json(directory / SETTINGS, _settings(ranks, family, config, objective, base, sorted(tops)))
+    with atomic.whole_directory(directory, lambda name: name in (WEIGHTS, SETTINGS), SETTINGS) as part:
+        safetensors.write_file(part / WEIGHTS, sources)
+        atomic.write_json(part / SETTINGS, _settings(ranks, family, config, objective, base, sorted(tops)))
     return [WEIGHTS, SETTINGS]
 
 

@@ -4,20 +4,22 @@ Nothing here needs jax before weights are read: a command that cannot work says 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from lslm_jax import atomic, config_loading
-from lslm_jax.config import Config, GenerateConfig, ModelConfig
+from lslm_jax.config import Config, ModelConfig
 from lslm_jax.convert import adapter as adapters
-from lslm_jax.convert import decoders, encoders, gguf, hub, pairs, safetensors
-from lslm_jax.convert.family import RUN_KEYS, Family
-from lslm_jax.convert.safetensors import Stored
+from lslm_jax.convert import decoders, encoders, generation, gguf, hub, pairs, safetensors
+from lslm_jax.convert.family import RUN_KEYS, Family, Unlike
+from lslm_jax.convert.safetensors import Stored, same_bytes
 from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.errors import ConfigError, InputMissing
+from lslm_jax.errors import ConfigError, InputMissing, LslmError
+from lslm_jax.progress import say
 
 FAMILIES = (
     decoders.GPT2,
@@ -71,7 +73,12 @@ def describe(directory: epath.Path | str) -> Pretrained:
     directory = atomic.place(hub.local(directory))
     if adapters.is_adapter(directory):
         adapter = adapters.describe(directory)
-        return describe(adapters.base_of(adapter))._replace(adapter=adapter)
+        base = atomic.place(hub.local(adapters.base_of(adapter)))
+        if adapters.is_adapter(base):
+            raise ConfigError(f"{directory} was trained on {base}, which is an adapter itself: merge that one first")
+        source = describe(base)._replace(adapter=adapter)
+        unties = source.model.tie_embeddings and adapters.unties(adapter, source.family)
+        return _untied(source) if unties else source
     path = directory if _is_gguf(directory) else directory / "config.json"
     if not atomic.exists(path):
         raise InputMissing(f"{directory} holds no config.json: it is not a pretrained model")
@@ -81,14 +88,44 @@ def describe(directory: epath.Path | str) -> Pretrained:
     if not candidates:
         known = ", ".join(dict.fromkeys(family.model_type for family in FAMILIES))
         raise ConfigError(f"{path}: models of type {kind} are not supported, only {known}")
-    problems = []
+    problems: list[ConfigError] = []
     for family in candidates:
         try:
             with _well_formed():
-                return Pretrained(directory, family, _typed(Config(model=family.read(settings))).model, settings)
+                source = Pretrained(directory, family, _typed(Config(model=family.read(settings))).model, settings)
         except ConfigError as error:
-            problems.append(str(error))
-    raise ConfigError(f"{path}: {problems[-1]}")
+            problems.append(error)
+            continue
+        return _untied(source) if _has_another_head(source) else source
+    # The families of one model_type differ in a setting: where it fits one of them, another setting is at fault.
+    problem = next((error for error in problems if not isinstance(error, Unlike)), problems[-1])
+    raise ConfigError(f"{path}: {problem}") from problem
+
+
+def _untied(source: Pretrained) -> Pretrained:
+    """The same with an output layer of its own."""
+    if source.model.family == "encoder" or source.family.modules.get("head") is None:
+        raise ConfigError(f"{source.directory}: a {source.family.model_type} with an output layer of its own")
+    return source._replace(model=replace(source.model, tie_embeddings=False))
+
+
+def _has_another_head(source: Pretrained) -> bool:
+    """Whether the weights hold an output layer that differs from the embedding it is said to be; it counts then."""
+    head, embed = source.family.modules.get("head"), source.family.modules["embed"]
+    if not source.model.tie_embeddings or not isinstance(head, str) or not isinstance(embed, str):
+        return False
+    try:
+        stored = _stored(source.directory)
+    except LslmError:  # reported when weights are read
+        return False
+    prefix = source.family.prefix
+    embedding = stored.get(embed) or stored.get(embed.removeprefix(prefix))
+    if head not in stored or embedding is None or stored[head].shape != embedding.shape:
+        return False
+    if same_bytes(stored[head], embedding):
+        return False
+    say(f"{source.directory}: tie_word_embeddings is true, but {head} differs from {embed}: both are read")
+    return True
 
 
 def _is_gguf(path: epath.Path) -> bool:
@@ -105,7 +142,7 @@ def _well_formed(where: str = "") -> Iterator[None]:
     """Says of what a stranger's setting of another type raises that it is one."""
     try:
         yield
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{where}a setting is malformed ({type(error).__name__}: {error})") from error
 
 
@@ -119,16 +156,31 @@ def is_pretrained(directory: epath.Path) -> bool:
 
 def tensors(source: Pretrained) -> Mapping[str, Stored]:
     """Where the weights of a directory lie, by their names there; InputMissing or DataError where they do not."""
-    path = source.directory
-    found = gguf.tensors(path) if _is_gguf(path) else safetensors.open_directory(path)
-    return {**found, **adapters.whole_tensors(source.adapter)} if source.adapter else found
+    found = _stored(source.directory)
+    return adapters.applied(source.adapter, found, source.family) if source.adapter else found
 
 
-def load(source: Pretrained, objective: str, abstract: Any, fresh: Any = None) -> Any:
-    """The weights of a directory: `weights.Loaded`, with the errors of `weights.load` and `safetensors`."""
+def _stored(path: epath.Path) -> Mapping[str, Stored]:
+    return gguf.tensors(path) if _is_gguf(path) else safetensors.open_directory(path)
+
+
+def load(source: Pretrained, objective: str, abstract: Any, fresh: Any = None, names: Sequence[str] = ()) -> Any:
+    """The weights of a directory: `weights.Loaded`, with the errors of `weights.load` and `safetensors`.
+
+    Args:
+      source: the directory.
+      objective: task.objective.
+      abstract: as in `weights.load`.
+      fresh: as in `weights.load`.
+      names: of the run's labels, in the order of its head's outputs; the directory's are put into this order.
+    """
     from lslm_jax.convert import peft, weights
 
-    loaded = weights.load(tensors(source), source.family, source.model, objective, abstract, fresh)
+    stored = tensors(source)
+    rows = label_rows(source, objective, names)
+    if rows is not None:
+        stored = weights.with_rows(stored, source.family, objective, rows, len(labels(source, objective)))
+    loaded = weights.load(stored, source.family, source.model, objective, abstract, fresh)
     if source.adapter is None:
         return loaded
     return loaded._replace(model=peft.apply(source.adapter, loaded.model, source.family, objective))
@@ -153,6 +205,8 @@ _OBJECTIVES = {
     "ForConditionalGeneration": "seq2seq",
     "MTModel": "seq2seq",
 }
+_MOST_LABELS = 1 << 20
+_UNNAMED = re.compile(r"LABEL_\d+")  # names that transformers gives
 _EXAMPLES = {"classification": "label", "regression": "label", "tagging": "tags", "qa": "qa", "seq2seq": "pair"}
 
 
@@ -174,11 +228,22 @@ def configure(config: Config, source: Pretrained, *, reads: bool = True, trains:
         model = replace(model, pool=config.model.pool)
     weights = source.adapter.directory if source.adapter else source.directory
     config = replace(config, model=model, train=replace(config.train, init_from=str(weights)))
+    if not trains:
+        config = _with_head(config, source)
     if not reads:
         return config
-    path = vocabulary(source.directory)
+    path = vocabulary(tokenizer_directory(source))
     tokenizer = replace(config.tokenizer, kind=_VOCABULARIES.get(path.name, "huggingface"), path=str(path))
     return replace(config, tokenizer=tokenizer)
+
+
+def _with_head(config: Config, source: Pretrained) -> Config:
+    """The config with the labels of the directory's head, unless it names its own, and the way these are judged."""
+    objective, data = config.task.objective, config.data
+    task = replace(config.task, multi_label=judges_apart(source, objective))
+    names = labels(source, objective)
+    named = names and not data.labels and not data.mixture and not all(map(_UNNAMED.fullmatch, names))
+    return replace(config, task=task, data=replace(data, labels=names) if named else data)
 
 
 def default_config(source: Pretrained, *, reads: bool = True) -> Config:
@@ -202,8 +267,10 @@ def default_config(source: Pretrained, *, reads: bool = True) -> Config:
             labels=labels(source, objective),
             seq_len=min(config.data.seq_len, source.model.max_length),
         )
-        task = replace(config.task, objective=objective)
-        config = replace(config, generate=generation(source.directory)) if reads else config
+        task = replace(config.task, objective=objective, multi_label=judges_apart(source, objective))
+        if reads and objective in ("causal", "seq2seq"):
+            words = tokenizers.load(epath.Path(config.tokenizer.path))
+            config = replace(config, generate=generation.read(source.directory, source.settings, words))
         return _typed(replace(config, data=data, task=task))
 
 
@@ -216,11 +283,57 @@ def labels(source: Pretrained, objective: str) -> tuple[str, ...]:
     """Names of the classes or tags that its head tells apart, in the order of their numbers; () of other heads."""
     if objective not in ("classification", "tagging"):
         return ()
-    with _well_formed(f"{source.directory}: "):
-        named = source.settings.get("id2label")
-        if not named:  # transformers does not write down what its own default is
-            return tuple(f"LABEL_{i}" for i in range(int(source.settings.get("num_labels", 2))))
-        return tuple(str(named[key]) for key in sorted(named, key=int))
+    path = source.directory / "config.json"
+    named, count = source.settings.get("id2label"), source.settings.get("num_labels")
+    if not named:  # transformers does not write down what its own default is
+        count = 2 if count is None else count
+        if type(count) is not int or not 0 < count < _MOST_LABELS:
+            raise ConfigError(f"{path}: num_labels={count!r} must be a positive number")
+        return tuple(f"LABEL_{i}" for i in range(count))
+    try:
+        numbered = {int(key): str(name) for key, name in named.items()}
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: id2label does not map numbers to names") from error
+    if sorted(numbered) != list(range(len(numbered))):
+        raise ConfigError(f"{path}: id2label must number its {len(numbered)} labels from 0 on")
+    names = tuple(numbered[i] for i in range(len(numbered)))
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{path}: id2label names one label twice")
+    other = source.settings.get("label2id")
+    if other and any(numbered.get(id, name) != name for name, id in other.items() if isinstance(id, int)):
+        raise ConfigError(f"{path}: label2id contradicts id2label")
+    return names
+
+
+def label_rows(source: Pretrained, objective: str, names: Sequence[str]) -> list[int] | None:
+    """The rows of the directory's head that stand for these labels, by name; None where they stand so already.
+
+    Where a name is unknown to the head, it was made for other labels, which transformers numbers, too.
+    """
+    own = list(labels(source, objective))
+    if not names or not own or list(names) == own or not set(names) <= set(own):
+        return None
+    return [own.index(name) for name in names]
+
+
+def judges_apart(source: Pretrained, objective: str) -> bool:
+    """Whether its classes are judged each by itself, by a sigmoid, as pipelines of transformers do."""
+    if objective != "classification":
+        return False
+    kind = source.settings.get("problem_type")
+    if kind not in (None, "regression", "single_label_classification", "multi_label_classification"):
+        raise ConfigError(f"{source.directory / 'config.json'}: problem_type={kind!r} is not supported")
+    alone = len(labels(source, objective)) == 1
+    if alone and kind == "single_label_classification":
+        raise ConfigError(f"{source.directory / 'config.json'}: problem_type={kind} needs more than one label")
+    return alone or kind == "multi_label_classification"
+
+
+def tokenizer_directory(source: Pretrained) -> epath.Path:
+    """The directory whose tokenizer is used: an adapter's own comes first."""
+    if source.adapter and any((source.adapter.directory / name).is_file() for name in _VOCABULARIES):
+        return source.adapter.directory
+    return source.directory
 
 
 def task_of(source: Pretrained) -> str:
@@ -254,30 +367,3 @@ def vocabulary(directory: epath.Path) -> epath.Path:
         if (directory / name).is_file():
             return directory / name
     raise InputMissing(f"{directory} holds no vocabulary: none of {', '.join(_VOCABULARIES)}")
-
-
-def generation(directory: epath.Path) -> GenerateConfig:
-    """How its makers let it write: generation_config.json, as far as we do the same."""
-    path = directory / "generation_config.json"
-    theirs = atomic.read_json(path) if path.is_file() else {}
-    words = tokenizers.load(vocabulary(directory))
-    ends = theirs.get("eos_token_id", words.eos_id)
-    ends = [ends] if isinstance(ends, int) else ends or []
-    ours = GenerateConfig(
-        temperature=0.0,
-        beams=max(int(theirs.get("num_beams") or 1), 1),
-        bos=words.adds_bos,
-        stop_ids=tuple(id for id in ends if id != words.eos_id),
-        never_ids=tuple(ids[0] for ids in theirs.get("bad_words_ids") or () if len(ids) == 1),
-    )
-    if theirs.get("do_sample"):
-        ours = replace(
-            ours,
-            temperature=float(theirs.get("temperature") or 1.0),
-            top_k=int(theirs.get("top_k") or 0),
-            top_p=float(theirs.get("top_p") or 1.0),
-            min_p=float(theirs.get("min_p") or 0.0),
-        )
-    if ours.beams == 1:
-        ours = replace(ours, repetition_penalty=float(theirs.get("repetition_penalty") or 1.0))
-    return ours

@@ -85,10 +85,10 @@ def open_directory(directory: epath.Path) -> dict[str, Tensor]:
       InputMissing: there is no such file, only weights in another format perhaps.
       DataError: a header or the index is not what it should be.
     """
+    if (directory / SINGLE).exists():  # counts where there is an index too, as in transformers
+        return read_header(directory / SINGLE)
     if (directory / INDEX).exists():
         return _open_shards(directory)
-    if (directory / SINGLE).exists():
-        return read_header(directory / SINGLE)
     pickled = next((path.name for path in directory.glob("*.bin")), None) if directory.is_dir() else None
     if pickled:
         raise InputMissing(
@@ -156,6 +156,18 @@ def _tensor(path: epath.Path, name: str, entry: Mapping[str, Any], start: int) -
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise DataError(f"{path}: {name} has {end - begin} bytes, not those of {entry['dtype']}{shape}")
     return Tensor(path, dtype, tuple(shape), start + begin)
+
+
+def same_bytes(one: Stored, other: Stored) -> bool:
+    """Whether two arrays are equal; read in parts, so that no more than these are in memory."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return bool(np.array_equal(one.read(), other.read()))
+    size = math.prod(one.shape) * one.dtype.itemsize
+    with one.path.open("rb") as a, other.path.open("rb") as b:
+        a.seek(one.begin), b.seek(other.begin)
+        return all(a.read(min(_CHUNK, size - at)) == b.read(min(_CHUNK, size - at)) for at in range(0, size, _CHUNK))
 
 
 class Source(NamedTuple):

@@ -6,20 +6,22 @@ than one of them, and what lies on its own devices.
 
 import fnmatch
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.convert.family import EXPERT, LAYER, Family, Layout, Part, layout
-from lslm_jax.convert.safetensors import Source, Stored
+from lslm_jax.convert.safetensors import Source, Stored, same_bytes
 from lslm_jax.errors import ConfigError, DataError
 from lslm_jax.trees import flatten, unflatten
 
+_CHUNK = 1 << 22  # values that are checked at once
 _SUFFIXES = {"w": ".weight", "scale": ".weight", "b": ".bias", "bias": ".bias"}
 _HEAD = ("top.", "head", "output_bias")  # how names of what a body may lack begin
 _VOCAB = ("embed", "head", "output_bias")  # have a row a token, and ours rows of padding behind them
@@ -83,6 +85,7 @@ def load(
         raise DataError(
             f"a {family.model_type} like this has no place for {len(strangers)} tensors: {_some(strangers)}"
         )
+    _check_copies(tensors, skipped, family, objective)
     arrays = _read(tensors, uses, wanted, config)
     return Loaded(unflatten(abstract, arrays | adapters | {name: given[name] for name in heads}), heads, skipped)
 
@@ -125,8 +128,70 @@ def _read(
             if use.ours not in arrays and use.at:
                 leaf = wanted[use.ours]
                 arrays[use.ours] = _blank(leaf.shape, leaf.dtype, leaf.sharding, use.ours)
-        _take(tensor.read(), uses[name], wanted, arrays)  # and let go of it before the next is read
+        _take(_finite(name, tensor), uses[name], wanted, arrays)  # and let go of it before the next is read
     return arrays
+
+
+def _finite(name: str, tensor: Stored) -> np.ndarray:
+    """A whole tensor. In a row that no text uses, a bad value would otherwise first be seen when training saves."""
+    array = tensor.read()
+    rows = array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
+    step = max(_CHUNK // max(rows.shape[1], 1), 1)
+    for first in range(0, len(rows), step):
+        if not np.isfinite(rows[first : first + step]).all():
+            bad = first + int(np.argmin(np.isfinite(rows[first : first + step]).all(axis=1)))
+            raise DataError(f"{tensor.path}: {name} holds a value that is not finite, in row {bad}")
+    return array
+
+
+def with_rows(
+    tensors: Mapping[str, Stored], family: Family, objective: str, rows: Sequence[int], count: int
+) -> dict[str, Stored]:
+    """Tensors of which those of a head with `count` outputs hold these rows, in this order."""
+    names = {place for name, place in family.heads.get(objective, {}).items() if name in ("top.head", "top.bias")}
+    return {
+        name: _Rows(tensor, tuple(rows)) if name in names and tensor.shape[:1] == (count,) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+class _Rows(NamedTuple):
+    """Some rows of a stored tensor; reads like one."""
+
+    whole: Stored
+    rows: tuple[int, ...]
+
+    @property
+    def path(self) -> epath.Path:
+        return self.whole.path
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.whole.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.whole.shape[1:])
+
+    @property
+    def begin(self) -> int:
+        return self.whole.begin
+
+    def read(self) -> np.ndarray:
+        """The rows."""
+        return self.whole.read()[list(self.rows)]
+
+
+def _check_copies(tensors: Mapping[str, Stored], skipped: list[str], family: Family, objective: str) -> None:
+    """Copies of tied weights may be left out only where they are copies."""
+    if family.heads and objective != "masked":
+        return  # the copies are of a head that is not read
+    for name in skipped:
+        other = next((of for pattern, of in family.copies.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        if other in tensors and not same_bytes(tensors[name], tensors[other]):
+            raise DataError(
+                f"{tensors[name].path}: {name} differs from {other}, which a {family.model_type} like this reads for it"
+            )
 
 
 def _take(theirs: np.ndarray, uses: list[_Use], wanted: Mapping[str, Any], arrays: dict[str, jax.Array]) -> None:

@@ -12,6 +12,7 @@ from lslm_jax.data.tokenizer_json import BLANKS, DECODERS, added, frame, merges
 from lslm_jax.errors import ConfigError, DataError
 
 _CONTROL, _BYTE = 3, 6  # types of tokens
+_LEAST_BYTES = 13  # of an entry: the length of its name, its type and a value
 _ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
 # How a text is split before pairs of letters are merged; each splits as the models' own tokenizer.json does.
 _WORDS = (
@@ -41,12 +42,13 @@ def open_file(path: epath.Path) -> tuple[dict[str, Any], list[Any]]:
       ConfigError: the gguf package is missing, or the file is not on a disk.
       DataError: the file is not whole, or not GGUF.
     """
+    if atomic.is_remote(path):
+        raise ConfigError(f"{path} cannot be read from afar: copy the GGUF file to a disk")
+    _check_counts(path)
     try:
         import gguf  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError(f"reading {path} needs the gguf package: pip install gguf") from error
-    if atomic.is_remote(path):
-        raise ConfigError(f"{path} cannot be read from afar: copy the GGUF file to a disk")
     try:
         reader = gguf.GGUFReader(path)
         return {name: field.contents() for name, field in reader.fields.items()}, list(reader.tensors)
@@ -55,8 +57,24 @@ def open_file(path: epath.Path) -> tuple[dict[str, Any], list[Any]]:
         raise DataError(f"{path} is not a whole GGUF file: {reason}") from error
 
 
-def vocabulary(path: epath.Path) -> tuple[bytes, dict[str, int]]:
-    """The tokenizer.json of a file's vocabulary, and the ids of bos, eos and pad.
+def _check_counts(path: epath.Path) -> None:
+    """The reader builds a list of as many entries as the header announces, whatever the size of the file.
+
+    Raises:
+      DataError: the header announces more than the file can hold.
+    """
+    size = path.stat().length
+    with path.open("rb") as stream:
+        header = stream.read(24)
+    if len(header) < 24 or header[:4] != b"GGUF":
+        raise DataError(f"{path} is not a whole GGUF file: it has no header")
+    tensors, entries = (int.from_bytes(header[at : at + 8], "little") for at in (8, 16))
+    if (tensors + entries) * _LEAST_BYTES > size:
+        raise DataError(f"{path} is not a whole GGUF file: it announces {tensors} tensors and {entries} entries")
+
+
+def vocabulary(path: epath.Path) -> tuple[bytes, dict[str, int], dict[str, Any]]:
+    """The tokenizer.json of a file's vocabulary, the ids of bos, eos and pad, and a tokenizer_config.json.
 
     Raises:
       ConfigError: it is of a kind, or splits text in a way, that is not known here.
@@ -69,6 +87,9 @@ def vocabulary(path: epath.Path) -> tuple[bytes, dict[str, int]]:
     types = settings.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     ids = {role: settings.get(f"tokenizer.ggml.{name}_token_id") for role, name in _ROLES.items()}
     ids = {role: id for role, id in ids.items() if id is not None}
+    for role, id in ids.items():
+        if not 0 <= id < len(tokens):
+            raise DataError(f"{path}: the id of {role}, {id}, is not below its {len(tokens)} tokens")
     begins = "bos" in ids and settings.get("tokenizer.ggml.add_bos_token", kind == "llama")
     content = {
         "version": "1.0",
@@ -78,7 +99,10 @@ def vocabulary(path: epath.Path) -> tuple[bytes, dict[str, int]]:
         "post_processor": frame({tokens[ids["bos"]]: ids["bos"]}, {}) if begins else None,
     }
     parts = _byte_level(settings) if kind == "gpt2" else _sentences(settings, tokens, types)
-    return json.dumps(content | parts).encode(), ids
+    names = {f"{role}_token": tokens[id] for role, id in ids.items()}
+    template = settings.get("tokenizer.chat_template")
+    kept = {"tokenizer_class": "PreTrainedTokenizerFast"} | names | ({"chat_template": template} if template else {})
+    return json.dumps(content | parts).encode(), ids, kept
 
 
 def _byte_level(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One example a row, read whole: a text, or two, for a class, a number, a tag of each word, or an answer's place.
 
-A row reads bos a eos, or bos a eos b eos with type 0 up to the first eos and type 1 after it.
+A row reads bos a eos, or bos a eos b eos with type 0 up to the first eos and type 1 after it. RoBERTa has two eos
+between the texts, both of type 0.
 """
 
 import numpy as np
@@ -27,7 +28,8 @@ class _Texts(Rows):
         if self.cells < _MIN_LEN:
             objective = f"task.objective={config.task.objective}"
             raise ConfigError(f"data.seq_len={self.cells} is too short for {objective}: use {_MIN_LEN} or more")
-        self._room = self.cells - 1 - texts  # without bos, and an eos after each
+        self._between = special.separators if texts == 2 else 1  # eos behind the first text
+        self._room = self.cells - texts - self._between  # without bos, and an eos after each
 
     def max_segments(self) -> int:
         return 1
@@ -51,6 +53,9 @@ class _Texts(Rows):
             types_BT[(within_BT >= 0) & (within_BT <= length_B[:, None])] = text
             ends_B = ends_B + length_B + 1
             tokens_BT[row_B, ends_B - 1] = self._special.eos_id
+            if text == 0 and self._between == 2:
+                tokens_BT[row_B, ends_B] = self._special.eos_id
+                ends_B = ends_B + 1
         return Batch(
             tokens_BT=tokens_BT,
             targets_BT=None,
@@ -67,7 +72,7 @@ class _Examples(_Texts):
         super().__init__(shards, config, special, texts)
         self.num_rows = shards.num_examples
         lengths = self._cut(np.diff(shards.starts).reshape(-1, shards.fields)[:, :texts])
-        self.num_slots = int(lengths.sum()) + (1 + texts) * self.num_rows
+        self.num_slots = int(lengths.sum()) + (texts + self._between) * self.num_rows
 
     def examples(self, rows: np.ndarray) -> np.ndarray:
         return rows
@@ -155,7 +160,7 @@ class AnswerRows(_Texts):
         self.num_rows = int(self._ends[-1])
         # All windows but the last of each context are full; that one has what is left.
         shown = (counts - 1) * room + contexts - (counts - 1) * stride
-        self.num_slots = int((shown + counts * (question + 3)).sum())
+        self.num_slots = int((shown + counts * (question + 2 + self._between)).sum())
 
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:
         examples, windows = self._locate(rows)
@@ -166,7 +171,7 @@ class AnswerRows(_Texts):
         starts_BF[:, 1] += windows
         first, last = self.shards.numbers[examples].astype(np.int64).T - windows
         inside = (first >= 0) & (last < shown)
-        answer = np.stack([first, last], axis=1) + (question + 2)[:, None]
+        answer = np.stack([first, last], axis=1) + (question + 1 + self._between)[:, None]
         return self._lay(starts_BF, np.stack([question, shown], axis=1))._replace(
             targets_BT=np.where(inside[:, None], answer, 0).astype(np.int32),
             weights_BT=np.ones((len(rows), 2), np.float32),

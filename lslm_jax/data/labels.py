@@ -7,6 +7,9 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
+from lslm_jax import atomic
 from lslm_jax.config import Config, Source
 from lslm_jax.data import sources, tfds
 from lslm_jax.data.columns import BadRecord, RecordError
@@ -63,7 +66,19 @@ def _names(source: Source, config: Config) -> list[str]:
     if not found:
         where = " ".join(source.files) or source.tfds
         raise InputMissing(f"nothing to train on in {where}: there are no labels to tell apart")
-    return in_order(found)
+    known = pretrained_names(config.train.init_from)
+    return known if found <= set(known) else in_order(found)
+
+
+def pretrained_names(directory: str) -> list[str]:
+    """Names of the labels that a Hugging Face directory's head tells apart, in its order; [] where it names none."""
+    path = epath.Path(directory) / "config.json" if directory else None
+    if path is None or "://" in directory or not path.is_file():
+        return []
+    named = atomic.read_json(path).get("id2label")
+    if not isinstance(named, dict) or not all(str(key).isdecimal() for key in named):
+        return []
+    return [str(named[key]) for key in sorted(named, key=int)]
 
 
 def describe(names: Sequence[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from lslm_jax import atomic
-from lslm_jax.config import Config, Source
+from lslm_jax.config import Config, Source, TokenizerConfig
 from lslm_jax.data import sources, templates
 from lslm_jax.data.shard_files import MANIFEST
 from lslm_jax.data.shards import Shards
@@ -90,6 +90,9 @@ def settings(config: Config, named: dict[str, Source]) -> dict[str, Any]:
     found["tokenizer.kind"] = config.tokenizer.kind
     if trains:
         found |= {f"tokenizer.{key}": getattr(config.tokenizer, key) for key in _TRAINED_KEYS}
+        # Older manifests lack these.
+        given = {key: getattr(config.tokenizer, key) for key in ("character_coverage", "user_symbols")}
+        found |= {f"tokenizer.{key}": value for key, value in given.items() if value != getattr(TokenizerConfig(), key)}
     return json.loads(json.dumps(found))
 
 

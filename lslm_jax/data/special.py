@@ -19,6 +19,7 @@ class Special(NamedTuple):
       mask_id: stands for a token to be guessed. None where neither the vocabulary nor the family has one.
       sentinel_ids: stand for spans to be guessed, in the order of their use; () where there are none.
       size: ids that the model needs to know.
+      separators: eos tokens between the two texts of a pair (RoBERTa has 2).
     """
 
     bos_id: int
@@ -26,6 +27,7 @@ class Special(NamedTuple):
     mask_id: int | None
     sentinel_ids: tuple[int, ...]
     size: int
+    separators: int = 1
 
 
 def special_ids(tokenizer: Mapping[str, Any], family: str, limit: int = 0) -> Special:
@@ -47,7 +49,8 @@ def special_ids(tokenizer: Mapping[str, Any], family: str, limit: int = 0) -> Sp
     if family == "encoder_decoder" and not sentinel_ids and (not limit or limit >= size + _NUM_SENTINELS):
         sentinel_ids = tuple(range(size, size + _NUM_SENTINELS))
     ids = (tokenizer["bos_id"], tokenizer["eos_id"], -1 if mask_id is None else mask_id, *sentinel_ids)
-    return Special(tokenizer["bos_id"], tokenizer["eos_id"], mask_id, sentinel_ids, max(size, 1 + max(ids)))
+    special = Special(tokenizer["bos_id"], tokenizer["eos_id"], mask_id, sentinel_ids, max(size, 1 + max(ids)))
+    return special._replace(separators=tokenizer["separators"] if "separators" in tokenizer else 1)
 
 
 def resolve(config: Config, facts: dict[str, Any]) -> tuple[Config, dict[str, Any]]:

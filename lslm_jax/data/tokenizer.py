@@ -3,7 +3,9 @@
 Ids never include special ones unless a caller adds them, and no text can spell one: text is data.
 """
 
+import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -14,8 +16,9 @@ import numpy as np
 from etils import epath
 
 from lslm_jax import atomic
-from lslm_jax.data.tokenizer_base import WELL_KNOWN, Spans, Tokenizer, sentinels, tokenizers
-from lslm_jax.data.tokenizer_files import from_word_pieces, named_tokens
+from lslm_jax.data.tokenizer_base import WELL_KNOWN, Spans, Tokenizer, any_of, joined, sentinels, tokenizers
+from lslm_jax.data.tokenizer_files import Beside, check_class, from_word_pieces, with_added
+from lslm_jax.data.tokenizer_files import read as read_beside
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 _BYTES_FILE = "bytes.json"
@@ -24,6 +27,7 @@ _FORMATS = {".json": "tokenizer.json", ".txt": "vocab.txt of word pieces", ".ggu
 _MARIAN = ("source.spm", "marian.json")  # as others have it, and as `Tokenizer.save` writes it
 _BYTES = {"kind": "bytes", "pad_id": 0, "bos_id": 1, "eos_id": 2, "first_byte": 3}
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space
+_MAX_SIZE = 1 << 24  # ids; a file of a few bytes can name larger ones, for which there is no memory
 _BYTE_LEVEL = str.maketrans("\u0120\u010a\u0109\u010d", " \n\t\r")  # how byte-level BPE (GPT-2) writes blanks
 
 
@@ -70,19 +74,52 @@ class SentencePiece(Tokenizer):
     kind = "sentencepiece"
     _file = "tokenizer.model"
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes, beside: Beside | None = None):
+        """Loads it.
+
+        Args:
+          content: of the .model.
+          beside: the files beside it: roles, and tokens that were added behind the pieces.
+        """
         self._processor = processor = sentencepiece().SentencePieceProcessor(model_proto=content)
+        pieces = processor.id_to_piece(list(range(processor.vocab_size())))  # some files are not UTF-8 there
+        self._added = (
+            {token["content"]: token for token in beside.added if token["content"] not in pieces} if beside else {}
+        )
         own = {"pad": processor.pad_id(), "bos": processor.bos_id(), "eos": processor.eos_id(), "mask": -1}
         ids = {role: self._named(names) if own[role] < 0 else own[role] for role, names in WELL_KNOWN.items()}
+        for role, token in (beside.named if beside else {}).items():
+            found = token if isinstance(token, int) else self._find(token) if token else ids[role]
+            ids[role] = ids[role] if found is None else found
+        last = max((token["id"] for token in self._added.values()), default=-1)
+        sizes = max(processor.vocab_size(), last + 1)
         ids = (ids["pad"], ids["bos"], ids["eos"], ids["mask"])
-        super().__init__(content, processor.vocab_size(), *ids, sentinels(self._find))
-        self._special = {id: self.piece(id) for id in (self.mask_id, *self.sentinel_ids) if id is not None}
+        super().__init__(content, sizes, *ids, sentinels(self._find))
+        if self._added:
+            self.sha256 = hashlib.sha256(content + json.dumps(self._added, sort_keys=True).encode()).hexdigest()
+        self._keep(beside)
+        names = [id for id in (self.mask_id, *self.sentinel_ids) if id is not None]
+        names += [token["id"] for token in self._added.values() if token["special"]]
+        self._special = {id: self.piece(id) for id in names}
+        self._names = {token["id"]: text for text, token in self._added.items()}
         self._mark = self._spell_mark()
+
+    def _keep(self, beside: Beside | None) -> None:
+        if beside is None:
+            return
+        self.settings = beside.settings
+        self.role_ids = {role: id for role, id in beside.named.items() if isinstance(id, int)}
+        if beside.named.get("bos") == "":
+            self.adds_bos, self.prefix_id = False, self.eos_id
+        elif "add_bos_token" in beside.settings:
+            self.adds_bos = bool(beside.settings["add_bos_token"])
 
     def _named(self, names: Sequence[str]) -> int | None:
         return next((id for id in map(self._find, names) if id is not None), None)
 
     def _find(self, name: str) -> int | None:
+        if name in self._added:
+            return self._added[name]["id"]
         id = self._processor.piece_to_id(name)
         return id if self._processor.id_to_piece(id) == name else None
 
@@ -95,21 +132,43 @@ class SentencePiece(Tokenizer):
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[str, int]:
-        control = (id for id in range(self.vocab_size) if self._processor.is_control(id))
+        control = (id for id in range(self._processor.vocab_size()) if self._processor.is_control(id))
         return {self.piece(id): id for id in (*control, *self._special)}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         # One thread: preparing runs one process a core.
         arrays = [np.array(ids, np.int32) for ids in self._processor.encode(texts, num_threads=1)]
         for i, text in enumerate(texts):
-            if (self._mark is not None and SPACE_MARK in text) or self._spells_special(arrays[i]):
+            marked = (self._mark is not None and SPACE_MARK in text) or any(name in text for name in self._added_text)
+            if marked or self._spells_special(arrays[i]):
                 arrays[i] = self.encode_with_offsets(text).ids
         return arrays
+
+    @functools.cached_property
+    def _added_text(self) -> list[str]:
+        """Added tokens that ordinary text spells, the longest first."""
+        plain = [text for text, token in self._added.items() if not token["special"]]
+        return sorted(plain, key=len, reverse=True)
 
     def _spells_special(self, ids: Sequence[int] | np.ndarray) -> bool:
         return bool(self._special) and any(int(id) in self._special for id in ids)
 
     def encode_with_offsets(self, text: str) -> Spans:
+        if not any(name in text for name in self._added_text):
+            return self._encode_plain(text)
+        found, place = [], 0
+        for i, part in enumerate(re.split(f"({any_of(self._added_text)})", text)):
+            if i % 2:
+                spans = Spans(
+                    np.array([self._added[part]["id"]], np.int32), np.zeros(1, np.int64), np.array([len(part)])
+                )
+            else:
+                spans = self._encode_plain(part)
+            found.append(Spans(spans.ids, spans.begins + place, spans.ends + place))
+            place += len(part)
+        return joined(found)
+
+    def _encode_plain(self, text: str) -> Spans:
         spans: list[tuple[int, int, int]] = []
         place = 0
         for i, part in enumerate([text] if self._mark is None else text.split(SPACE_MARK)):
@@ -134,10 +193,20 @@ class SentencePiece(Tokenizer):
         return spans
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._processor.decode([int(id) for id in ids if int(id) not in self._special])
+        kept = [int(id) for id in ids if int(id) not in self._special]
+        if not self._names:
+            return self._processor.decode(kept)
+        parts = []
+        for added, group in itertools.groupby(kept, lambda id: id in self._names):
+            ids = list(group)
+            parts += [self._names[id] for id in ids] if added else [self._processor.decode(ids)]
+        return "".join(parts)
 
     def piece(self, id: int) -> str:
-        return self._processor.id_to_piece(int(id))
+        id = int(id)
+        if id < self._processor.vocab_size():
+            return self._processor.id_to_piece(id)
+        return next((text for text, token in self._added.items() if token["id"] == id), "")
 
     def _spelling(self, piece: str) -> str:
         return piece.replace(SPACE_MARK, " ")
@@ -149,32 +218,43 @@ class HuggingFace(Tokenizer):
     kind = "huggingface"
     _file = "tokenizer.json"
 
-    def __init__(self, content: bytes, named: Mapping[str, str | int]):
+    def __init__(self, content: bytes, named: Mapping[str, str | int], settings: Mapping[str, Any] | None = None):
         """Loads it.
 
         Args:
           content: of tokenizer.json.
           named: special tokens by role (bos, eos, pad, mask), or their ids, where other files tell; well-known names
             stand in, also for "".
+          settings: content of tokenizer_config.json, which is kept.
         """
+        self.settings = dict(settings or {})
+        self.role_ids = {role: id for role, id in named.items() if isinstance(id, int)}
         self._tokenizer = tokenizer = tokenizers().Tokenizer.from_str(content.decode())
         self._model = json.loads(content)["model"]
         self._is_byte_level = b'"ByteLevel"' in content
+        unknown = self._model.get("unk_token")
+        if self._model.get("type") == "WordPiece" and unknown not in self._model["vocab"]:
+            raise DataError(f"lacks its unk_token {unknown!r}, which stands for what it cannot spell")
         tokenizer.no_padding()
         tokenizer.no_truncation()
         first = tokenizer.encode("a").ids[:1]
         tokenizer.encode_special_tokens = True  # that is: as the ordinary text they are in a document
         ids = {role: self._find(names, named.get(role)) for role, names in WELL_KNOWN.items()}
         vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        if vocab_size > _MAX_SIZE:
+            raise DataError(f"has an id of {vocab_size - 1}; ids must be below {_MAX_SIZE:,}")
         ids = (ids["pad"], ids["bos"], ids["eos"], ids["mask"])
         super().__init__(content, vocab_size, *ids, sentinels(tokenizer.token_to_id))
         self.adds_bos = first == [self.bos_id]
+        self.separators = _separators(tokenizer)
         self.prefix_id = self.eos_id if named.get("bos") == "" else self.bos_id
         self._special = self._special_tokens()
 
     def _find(self, names: Sequence[str], first: str | int | None) -> int | None:
         if isinstance(first, int):
             return first
+        if first and self._tokenizer.token_to_id(first) is None:
+            raise ConfigError(f"the special token {first!r} is not in the vocabulary")
         ids = (self._tokenizer.token_to_id(name) for name in ([first] if first else []) + list(names))
         return next((id for id in ids if id is not None), None)
 
@@ -204,11 +284,13 @@ class HuggingFace(Tokenizer):
         return tokenizer
 
     def encode_framed(self, text: str) -> Spans:
-        encoding = self._framer.encode(text, add_special_tokens=False)
+        with _encoding():
+            encoding = self._framer.encode(text, add_special_tokens=False)
         return _spans((id, *offsets) for id, offsets in zip(encoding.ids, encoding.offsets, strict=True))
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        with _encoding():
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         arrays = [np.array(encoding.ids, np.int32) for encoding in encodings]
         special = list(self._special)
         return [
@@ -228,7 +310,8 @@ class HuggingFace(Tokenizer):
         yield from zip(starts, self._tokenizer.encode_batch(pieces, add_special_tokens=False), strict=False)
 
     def encode_with_offsets(self, text: str) -> Spans:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with _encoding():
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         apart = self._apart(text) if any(id in self._special for id in encoding.ids) else [(0, encoding)]
         return _spans(
             (id, place + begin, place + end)
@@ -252,9 +335,24 @@ class HuggingFace(Tokenizer):
             return piece.removesuffix(suffix) + " "
         return piece.translate(_BYTE_LEVEL) if self._is_byte_level else piece.replace(SPACE_MARK, " ")
 
-    def save(self, directory: epath.Path) -> str:
-        atomic.write_json(directory / "tokenizer_config.json", self.roles())
-        return super().save(directory)
+
+@contextlib.contextmanager
+def _encoding() -> Iterator[None]:
+    """Reports what the library raises as a DataError: panics, as of a pattern that backtracks without end, too."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"the tokenizer cannot encode a text: {reason}") from error
+
+
+def _separators(tokenizer: Any) -> int:
+    """Special tokens between the two texts of a pair: 2 in RoBERTa, else 1."""
+    owners = tokenizer.encode("a", "a").sequence_ids
+    between = owners[: owners.index(1)][owners.index(0) :].count(None) if {0, 1} <= set(owners) else 1
+    return min(max(between, 1), 2)
 
 
 def _letters_apart(text: str, tokens: Iterable[str]) -> list[str]:
@@ -293,10 +391,19 @@ def load(path: epath.Path | str) -> Tokenizer:
         return _read(path)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (DataError, InputMissing):
+    except InputMissing:
         raise
-    except Exception as error:  # what the two libraries raise on a bad file is Exception itself, or RuntimeError
+    except DataError as error:
+        raise error if str(path.parent) in str(error) else DataError(f"{path} {error}") from error
+    except BaseException as error:  # what the two libraries raise on a bad file is Exception itself, or RuntimeError
+        if not _is_of_library(error):
+            raise
         raise DataError(f"{path} is not a {_FORMATS.get(path.suffix, 'SentencePiece model')}") from error
+
+
+def _is_of_library(error: BaseException) -> bool:
+    """Whether a library raised it: panics of Rust are no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _read(path: epath.Path) -> Tokenizer:
@@ -304,15 +411,17 @@ def _read(path: epath.Path) -> Tokenizer:
         from lslm_jax.data import marian
 
         return marian.Marian(marian.from_directory(path.parent) if path.name == marian.SOURCE else path.read_bytes())
-    if path.suffix == ".json":
-        return HuggingFace(path.read_bytes(), named_tokens(path.parent))
-    if path.name == _WORD_PIECES:
-        return HuggingFace(from_word_pieces(path, tokenizers()), named_tokens(path.parent))
     if path.suffix == ".gguf":
         from lslm_jax.data import gguf_files
 
         return HuggingFace(*gguf_files.vocabulary(path))
-    return SentencePiece(path.read_bytes())
+    beside = read_beside(path.parent)
+    if path.suffix == ".json" or path.name == _WORD_PIECES:
+        content = path.read_bytes() if path.suffix == ".json" else from_word_pieces(path, tokenizers())
+        if path.suffix == ".json":
+            check_class(beside, json.loads(content), path.parent)
+        return HuggingFace(with_added(content, beside, path), beside.named, beside.settings)
+    return SentencePiece(path.read_bytes(), beside)
 
 
 @functools.cache

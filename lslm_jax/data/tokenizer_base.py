@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from etils import epath
 from lslm_jax import atomic
 from lslm_jax.errors import ConfigError
 
-_FACTS = ("kind", "sha256", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id", "sentinel_ids")
+_FACTS = ("kind", "sha256", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id", "sentinel_ids", "separators")
 WELL_KNOWN = {
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "[CLS]", "<|endoftext|>"),
     "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "[SEP]"),
@@ -50,12 +51,18 @@ class Tokenizer(abc.ABC):
       mask_id: of [MASK] or <mask>; None where the vocabulary has neither.
       sentinel_ids: of <extra_id_0>, <extra_id_1> and so on (T5); () where it has none.
       adds_bos: whether a text that is read begins with bos, by the vocabulary's own rules.
+      separators: eos tokens between the two texts of a pair, 1 or 2 (RoBERTa).
+      settings: tokenizer_config.json of the directory that it came from, or {}.
+      role_ids: ids of roles that other files than tokenizer_config.json give.
       content: of the file that defines it.
       sha256: of that.
     """
 
     kind: Literal["sentencepiece", "bytes", "huggingface", "marian"]
     adds_bos: bool = True
+    separators: int = 1
+    settings: Mapping[str, Any] = MappingProxyType({})
+    role_ids: Mapping[str, int] = MappingProxyType({})
     _file: str
 
     def __init__(
@@ -161,11 +168,15 @@ class Tokenizer(abc.ABC):
         return {role: self.piece(id) for role, id in ids.items() if id is not None}
 
     def save(self, directory: epath.Path) -> str:
-        """Writes the file that `load` reads, and returns its name.
+        """Writes the file that `load` reads, and those beside it, and returns its name.
 
         Raises:
           SaveError: the directory cannot be written.
         """
+        if self.settings or self.kind == "huggingface":
+            atomic.write_json(directory / "tokenizer_config.json", dict(self.settings) or self.roles())
+        if self.role_ids:
+            atomic.write_json(directory / "special_ids.json", dict(self.role_ids))
         atomic.write(directory / self._file, self.content)
         return self._file
 

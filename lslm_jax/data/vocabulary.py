@@ -46,7 +46,10 @@ def choose(config: Config, recipes: Mapping[str, Recipe], log: Callable[[str], N
         raise ConfigError(f"tokenizer.path is empty: kind={settings.kind} needs a {_GIVEN[settings.kind]}")
     size, most = settings.vocab_size, settings.sample_bytes / 1e6
     log(f"prepare: training a vocabulary of {size:,} on {most:,.1f} MB of text at most")
-    return train(_training_texts(config, recipes), settings)
+    made = train(_training_texts(config, recipes), settings)
+    if made.vocab_size < size:
+        log(f"prepare: the text supports {made.vocab_size:,} tokens, fewer than tokenizer.vocab_size={size:,}")
+    return made
 
 
 def _training_texts(config: Config, recipes: Mapping[str, Recipe]) -> Iterator[str]:
@@ -106,7 +109,7 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> SentencePiece:
 
     Args:
       texts: training documents, of any length.
-      config: model, vocab_size, byte_fallback and sample_bytes are read.
+      config: all but kind and path are read.
 
     Returns:
       The tokenizer: pad 0, bos 1, eos 2, unk 3.
@@ -126,7 +129,11 @@ def _train(sentences: Iterator[str], config: TokenizerConfig) -> bytes:
             model_writer=model,
             model_type=config.model,
             vocab_size=config.vocab_size,
+            hard_vocab_limit=False,
             byte_fallback=config.byte_fallback,
+            character_coverage=config.character_coverage,
+            required_chars=SPACE_MARK,  # else rare spaces are spelt as the bytes of their mark, and read back as that
+            user_defined_symbols=[symbol.replace(" ", SPACE_MARK) for symbol in config.user_symbols],
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -147,8 +154,6 @@ def _train(sentences: Iterator[str], config: TokenizerConfig) -> bytes:
 
 def _training_error(message: str, config: TokenizerConfig) -> Exception:
     asked = f"tokenizer.vocab_size is {config.vocab_size}"
-    if found := re.search(r"value <= (\d+)", message):
-        return ConfigError(f"{asked}, but the training text supports at most {found[1]}")
     if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return ConfigError(f"{asked}, but the characters of the training text need at least {found[1]}")
     if "sentences_.empty()" in message:

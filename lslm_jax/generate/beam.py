@@ -61,6 +61,7 @@ def search(
     room: int,
     eos_ids: tuple[int, ...],
     length_penalty: float,
+    early_stopping: str = "exact",
 ) -> Finished:
     """Finds the best `beams` texts of each row.
 
@@ -73,6 +74,8 @@ def search(
       room: N.
       eos_ids: end a text.
       length_penalty: texts are ranked by `penalize`.
+      early_stopping: `exact`, or the search of transformers: `never`, `heuristic` or `first`. Then logits are
+        log-probabilities, and texts are ranked by log-probability / length ** length_penalty.
     """
     widen = lambda a: jnp.repeat(a[:, None], beams, axis=1)
     ids_BWN = jnp.zeros((len(limit_B), beams, room), jnp.int32)
@@ -80,6 +83,14 @@ def search(
     finished = Finished(ids_BWN, jnp.zeros(ids_BWN.shape[:2], jnp.int32), nowhere_BW)
     start = _Search(jnp.int32(0), jax.tree.map(widen, cache), ids_BWN, nowhere_BW.at[:, 0].set(0.0), finished)
     advance = functools.partial(_advance, limit_B=limit_B, eos_ids=eos_ids, length_penalty=length_penalty)
+    if early_stopping != "exact":
+        advance = functools.partial(
+            _advance_as_transformers,
+            limit_B=limit_B,
+            eos_ids=eos_ids,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+        )
 
     def go_on(state: _Search) -> _Search:
         last_BW1 = jax.lax.dynamic_slice_in_dim(state.ids_BWN, state.count - 1, 1, axis=2)
@@ -103,7 +114,7 @@ def _advance(
     count = state.count + 1
     cache, ids_BWN = _gather((state.cache, state.ids_BWN), parent_BW)
     ids_BWN = jax.lax.dynamic_update_slice_in_dim(ids_BWN, token_BW[:, :, None], state.count, axis=2)
-    ends_BW = jnp.isin(token_BW, jnp.array(eos_ids)) | (count >= limit_B)[:, None]
+    ends_BW = jnp.isin(token_BW, jnp.array(eos_ids, jnp.int32)) | (count >= limit_B)[:, None]
 
     score_BW = jnp.where(ends_BW, penalize(log_prob_BW, count, length_penalty), -jnp.inf)
     length_BW = jnp.where(score_BW > -jnp.inf, count, 0)
@@ -117,6 +128,49 @@ def _advance(
     best_B = jnp.maximum(penalize(best_B, count + 1, length_penalty), penalize(best_B, longest_B, length_penalty))
     open_B1 = (best_B > finished.score_BW[:, -1])[:, None]
     return _Search(count, cache, ids_BWN, jnp.where(open_B1, alive_BW, -jnp.inf), finished)
+
+
+def _advance_as_transformers(
+    state: _Search,
+    log_probs_BWV: jax.Array,
+    *,
+    limit_B: jax.Array,
+    eos_ids: tuple[int, ...],
+    length_penalty: float,
+    early_stopping: str,
+) -> _Search:
+    """Draws a token as `GenerationMixin._beam_search` of transformers 5 does.
+
+    Of the best (1 + ends) * W continuations, those among the first W that end go to the pool, and the best W of the
+    others go on. A row is done when its best beam would score less than the worst of a full pool, by an estimate that
+    depends on `early_stopping`.
+    """
+    (B, W), count = state.log_prob_BW.shape, state.count + 1
+    keep = min(max(2, 1 + len(eos_ids)) * W, W * log_probs_BWV.shape[-1])
+    scores_BWV = log_probs_BWV.astype(jnp.float32) + state.log_prob_BW[:, :, None]
+    log_prob_BK, choice_BK = jax.lax.top_k(scores_BWV.reshape(B, -1), keep)
+    parent_BK, token_BK = choice_BK // log_probs_BWV.shape[-1], choice_BK % log_probs_BWV.shape[-1]
+    ids_BKN = jax.lax.dynamic_update_slice_in_dim(
+        _gather(state.ids_BWN, parent_BK), token_BK[:, :, None], state.count, axis=2
+    )
+    ends_BK = jnp.isin(token_BK, jnp.array(eos_ids, jnp.int32)) | (count >= limit_B)[:, None]
+
+    is_open_B1 = (state.log_prob_BW > -jnp.inf).any(axis=1, keepdims=True)
+    enters_BK = ends_BK & (jnp.arange(keep) < W)[None] & (log_prob_BK > -jnp.inf) & is_open_B1
+    score_BK = jnp.where(enters_BK, log_prob_BK / count.astype(jnp.float32) ** length_penalty, -jnp.inf)
+    length_BK = jnp.where(enters_BK, count, 0)
+    finished = _merge(state.finished, Finished(ids_BKN, length_BK, score_BK))
+
+    running_BK = jnp.where(ends_BK | ~is_open_B1, -jnp.inf, log_prob_BK)
+    alive_BW, kept_BW = jax.lax.top_k(running_BK, W)
+    cache = _gather(state.cache, jnp.take_along_axis(parent_BK, kept_BW, axis=1))
+    ids_BWN = _gather(ids_BKN, kept_BW)
+
+    is_full_B = finished.score_BW[:, -1] > -jnp.inf
+    longest_B = limit_B if early_stopping == "never" and length_penalty > 0 else jnp.full_like(limit_B, count)
+    best_B = alive_BW[:, 0] / longest_B.astype(jnp.float32) ** length_penalty
+    is_open_B = ~is_full_B | ((best_B > finished.score_BW[:, -1]) & (early_stopping != "first"))
+    return _Search(count, cache, ids_BWN, jnp.where(is_open_B[:, None], alive_BW, -jnp.inf), finished)
 
 
 def _best_continuations(log_prob_BW: jax.Array, logits_BWV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -20,6 +20,7 @@ from lslm_jax.errors import ConfigError
 from lslm_jax.generate import beam, lookup, reading, sampling
 from lslm_jax.generate.reading import Memory, Prompts
 from lslm_jax.generate.text import Result, Row
+from lslm_jax.progress import say
 from lslm_jax.sharding import constrain, platform
 
 Ids = Sequence[int] | np.ndarray
@@ -101,6 +102,9 @@ def _rows(
     rows = []
     for number, ids in enumerate(prompts, first):
         ids = list(map(int, ids))
+        if has_source and len(ids) >= config.max_length:
+            read = config.max_length - 1
+            say(f"prompt {number} has {len(ids)} tokens: the first {read} are read (model.max_length)")
         source = [*ids[: config.max_length - 1], tokenizer.eos_id] if has_source else []
         begun = [] if has_source else ids
         prompt = [*([tokenizer.bos_id] if settings.bos or not begun else []), *begun, *suffix]
@@ -128,6 +132,8 @@ class _Rules(NamedTuple):
     settings: GenerateConfig
     vocab_size: int
     eos_ids: tuple[int, ...]
+    last_id: int | None = None  # of the last token that the limit leaves room for
+    model_vocab_size: int = 0
 
 
 class _State(NamedTuple):
@@ -157,8 +163,11 @@ def _drive(
     # What does not change the program must not make it compile anew.
     penalty = settings.length_penalty if settings.beams > 1 else 0.0
     drawing = replace(settings, prompts=(), stop=(), max_tokens=1, length_penalty=penalty)
-    eos_ids = (tokenizer.eos_id, *settings.stop_ids)
-    rules = _Rules(drawing, min(tokenizer.vocab_size, model.config.vocab_size), eos_ids)
+    if settings.beams == 1:
+        drawing = replace(drawing, early_stopping="exact", renormalize=True)
+    eos_ids = (*([tokenizer.eos_id] if settings.eos else []), *settings.stop_ids)
+    last = tokenizer.eos_id if settings.forced_eos else None
+    rules = _Rules(drawing, min(tokenizer.vocab_size, model.config.vocab_size), eos_ids, last, model.config.vocab_size)
     # For one row, XLA's GPU compiler makes sums of the products with matrices and writes all products out: the same row
     # twice takes 30 % less time (Llama 1B on an H200).
     twice = len(rows) == 1 and settings.beams == 1 and not settings.lookup and platform() == "gpu"
@@ -238,13 +247,16 @@ def _draw(prompts: Prompts, state: _State, logits_BTV: jax.Array, guesses_BK: ja
     own step, whether it was guessed or not: guesses change how long a text takes, not what it says, unless two tokens
     are as likely to within rounding, which differs between products of one row and of several.
     """
-    rows_B, eos_ids = jnp.arange(len(state.done_B)), jnp.array(rules.eos_ids)
+    rows_B, eos_ids = jnp.arange(len(state.done_B)), jnp.array(rules.eos_ids, jnp.int32)
     keys_B = jax.random.wrap_key_data(prompts.keys_B2)
     ids_BN, done_B, seen_BV = state.ids_BN, state.done_B, state.seen_BV
     step, right = state.step, jnp.bool(True)  # whether all before was guessed: if not, nothing here counts
     for t in range(logits_BTV.shape[1]):
         ids_B = sampling.sample(
-            _tokens_only(logits_BTV[:, t], rules), sampling.step_keys(keys_B, state.step + t), rules.settings, seen_BV
+            _last_only(_tokens_only(logits_BTV[:, t], rules), state.step + t + 1, prompts.limit_B, rules),
+            sampling.step_keys(keys_B, state.step + t),
+            rules.settings,
+            seen_BV,
         )
         ids_BN = jax.lax.dynamic_update_slice_in_dim(ids_BN, ids_B[:, None], state.step + t, axis=1)
         ended_B = jnp.isin(ids_B, eos_ids) | (state.step + t + 1 >= prompts.limit_B)
@@ -262,6 +274,27 @@ def _tokens_only(logits_BV: jax.Array, rules: _Rules) -> jax.Array:
     ids_V = jnp.arange(logits_BV.shape[-1])
     is_token_V = (ids_V < rules.vocab_size) & ~jnp.isin(ids_V, jnp.array(rules.settings.never_ids, jnp.int32))
     return jnp.where(is_token_V[None], logits_BV, -jnp.inf)
+
+
+def _last_only(scores_BV: jax.Array, count: jax.Array, limit_B: jax.Array, rules: _Rules) -> jax.Array:
+    """Scores of the token that is the `count`th of a text; at its limit, of the forced end alone."""
+    if rules.last_id is None:
+        return scores_BV
+    ids_V = jnp.arange(scores_BV.shape[-1])
+    forced_BV = jnp.where((ids_V == rules.last_id)[None], jnp.zeros_like(scores_BV), -jnp.inf)
+    return jnp.where((count >= limit_B)[:, None], forced_BV, scores_BV)
+
+
+def _search_scores(logits_BV: jax.Array, count: jax.Array, limit_B: jax.Array, rules: _Rules) -> jax.Array:
+    """Scores of what the `count`th token may be, as `beam.search` takes them."""
+    masked_BV = _tokens_only(logits_BV, rules)
+    if rules.settings.early_stopping == "exact":
+        return _last_only(masked_BV, count, limit_B, rules)
+    # transformers takes logarithms of probabilities first, over all rows of the output layer, unless told otherwise.
+    is_row_V = jnp.arange(logits_BV.shape[-1]) < rules.model_vocab_size
+    of_all_BV = masked_BV if rules.settings.renormalize else jnp.where(is_row_V[None], logits_BV, -jnp.inf)
+    norm_B1 = jax.nn.logsumexp(of_all_BV.astype(jnp.float32), axis=-1, keepdims=True)
+    return _last_only(masked_BV.astype(jnp.float32) - norm_B1, count, limit_B, rules)
 
 
 def _pinned(state: _State) -> _State:
@@ -286,18 +319,20 @@ def _search(model: Any, prompts: Prompts, rules: _Rules, room: int) -> tuple[jax
     def step(cache: Any, tokens_BW: jax.Array, count: jax.Array) -> tuple[jax.Array, Any]:
         memory = Memory(jax.tree.map(lambda a: a.reshape(B * W, *a.shape[2:]), cache), cross)
         logits_BTV, memory = reading.go_on(model, prompts_of_beams, memory, tokens_BW.reshape(-1, 1), count)
-        found = _tokens_only(logits_BTV[:, 0], rules), memory.cache
+        scores_BV = _search_scores(logits_BTV[:, 0], count + 1, prompts_of_beams.limit_B, rules)
+        found = scores_BV, memory.cache
         return jax.tree.map(lambda a: a.reshape(B, W, *a.shape[1:]), found)
 
     found = beam.search(
         step,
-        _tokens_only(logits_BV, rules),
+        _search_scores(logits_BV, jnp.int32(1), jnp.asarray(prompts.limit_B), rules),
         memory.cache,
         jnp.asarray(prompts.limit_B),
         beams=W,
         room=room,
         eos_ids=rules.eos_ids,
         length_penalty=rules.settings.length_penalty,
+        early_stopping=rules.settings.early_stopping,
     )
     ids_BN, length_B, score_B = (a[:, 0] for a in found)
     # Every host can read what lies whole on every device.

@@ -57,7 +57,7 @@ class Row:
         self.num_tokens = 0
         self.ended = ""  # how, once it has
         self._tokenizer, self._stop = tokenizer, settings.stop
-        self._ends = {tokenizer.eos_id, *settings.stop_ids}
+        self._ends = {*([tokenizer.eos_id] if settings.eos else []), *settings.stop_ids}
         self._text, self._told = "", 0
         self._held = ""  # spelt, but perhaps the beginning of a stop string
         self._context = (

@@ -63,7 +63,7 @@ def _load_pretrained(
 ) -> Any:
     """A model with the weights of a Hugging Face directory; what it lacks of a head stays as it is."""
     source = pretrained.describe(directory)
-    theirs = tokenizers.load(pretrained.vocabulary(source.directory)).sha256
+    theirs = tokenizers.load(pretrained.vocabulary(pretrained.tokenizer_directory(source))).sha256
     if theirs != tokenizer_sha256:
         raise CheckpointRefused(
             f"{directory} has another vocabulary ({theirs[:12]}, now {tokenizer_sha256[:12]}): its embeddings mean "
@@ -71,6 +71,6 @@ def _load_pretrained(
         )
     if unlike := differences(config.model, source.model):
         raise CheckpointRefused(f"{directory} has {unlike[0]}, unlike this run")
-    loaded = pretrained.load(source, config.task.objective, model, model)
+    loaded = pretrained.load(source, config.task.objective, model, model, config.data.labels)
     log(f"started from the weights of {directory}" + f"; fresh: {', '.join(loaded.fresh)}" * bool(loaded.fresh))
     return loaded.model

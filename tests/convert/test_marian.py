@@ -12,7 +12,7 @@ from etils import epath
 
 from lslm_jax.config import Config, DataConfig, ModelConfig, TaskConfig
 from lslm_jax.config_checks import fill_sizes
-from lslm_jax.convert import pretrained
+from lslm_jax.convert import generation, pretrained
 from lslm_jax.convert.export import Exporter, export
 from lslm_jax.data import examples
 from lslm_jax.data import tokenizer as tokenizers
@@ -154,7 +154,8 @@ def test_a_directory_translates_is_tuned_and_given_back(directory, words, tmp_pa
 
 
 def test_padding_is_never_written(directory):
-    assert pretrained.generation(directory).never_ids == (tokenizers.load(directory / "source.spm").pad_id,)
+    words = tokenizers.load(directory / "source.spm")
+    assert generation.read(directory, pretrained.describe(directory).settings, words).never_ids == (words.pad_id,)
 
 
 @pytest.mark.parametrize("name", ["target.spm", "vocab.json"])

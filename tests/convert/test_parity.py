@@ -184,10 +184,11 @@ def make(case):
     return theirs.float().train()
 
 
-def load(directory, objective):
+def load(directory, objective, **settings):
     """A directory of theirs as a model of ours; with the number of labels, which are not the model's alone."""
     source = pretrained.describe(directory)
-    source = source._replace(model=replace(source.model, num_labels=2 if objective == "qa" else LABELS, dropout=0.0))
+    labels = 2 if objective == "qa" else LABELS
+    source = source._replace(model=replace(source.model, num_labels=labels, dropout=0.0, **settings))
     config = Config(model=source.model, task=TaskConfig(objective=objective))
     return source, pretrained.load(source, objective, abstract_model(config, make_mesh(config))).model
 

@@ -116,3 +116,49 @@ def test_what_is_trained_here_peft_reads(name, tmp_path):
     compared(outputs(model, case, batch), theirs, case, batch)
     again = load(out, case, labels_of(case))[1]
     np.testing.assert_allclose(outputs(again, case, batch), outputs(model, case, batch), atol=1e-5)
+
+
+CHANGES = {  # what is trained beside a tied Llama: whole modules, or its embedding by an adapter
+    "head": {"modules_to_save": ["lm_head"]},
+    "embedding": {"modules_to_save": ["embed_tokens"]},
+    "both": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "adapted embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "adapted embedding alone": {"target_modules": ["embed_tokens"]},
+    "rslora of some layers": {"use_rslora": True, "layers_to_transform": [1]},
+}
+
+
+def randomized(theirs):
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return theirs
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # that ties are complicated
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["smollm2", "llama2"])  # tied and not
+def test_embedding_and_output_layer_are_those_of_peft(name, change, tmp_path):
+    case = CASES[name]
+    make(case).save_pretrained(tmp_path / "base")
+    base = type(make(case)).from_pretrained(tmp_path / "base", attn_implementation="eager")
+    settings = {"target_modules": ["q_proj"], "r": 3, "lora_alpha": 7} | CHANGES[change]
+    theirs = randomized(peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings)))
+    theirs.save_pretrained(tmp_path / "adapter")
+    again = type(make(case)).from_pretrained(tmp_path / "base", attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")  # as it will be read
+    source, model = load(tmp_path / "adapter", case, 0)
+    assert source.model.tie_embeddings == (name == "smollm2" and "rslora" in change)
+    compared(outputs(model, case, example(case, source.model)), theirs, case, example(case, source.model))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_begins_by_changing_the_model_is_refused(start, tmp_path):
+    case = CASES["llama2"]
+    make(case).save_pretrained(tmp_path / "base")
+    base = type(make(case)).from_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"], init_lora_weights=start)
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=f"init_lora_weights='{start}' change the model's own weights"):
+        pretrained.describe(tmp_path / "adapter")

@@ -355,12 +355,6 @@ def test_a_full_disk_is_told_by_file_and_the_next_run_goes_on(corpus, tmp_path):
         ),
         (
             DataConfig(files=("{dir}/text.txt",)),
-            TokenizerConfig(),
-            ConfigError,
-            "tokenizer.vocab_size is 8192, but the training text supports at most 2",
-        ),
-        (
-            DataConfig(files=("{dir}/text.txt",)),
             TokenizerConfig(kind="huggingface"),
             ConfigError,
             "tokenizer.path is empty: kind=huggingface needs a tokenizer.json",

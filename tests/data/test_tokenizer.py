@@ -10,11 +10,12 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers as package
 from etils import epath
 
 from lslm_jax.config import TokenizerConfig
 from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data import vocabulary
+from lslm_jax.data import tokenizer_json, vocabulary
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 LIBRARY = pathlib.Path(os.__file__).parent
@@ -73,7 +74,7 @@ def test_training_depends_on_the_text_alone(model, trained):
         import os, pathlib, sys
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         from lslm_jax.config import TokenizerConfig
-        from lslm_jax.data import vocabulary
+        from lslm_jax.data import tokenizer_json, vocabulary
         paths = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))[:12]
         texts = [path.read_bytes().decode() for path in paths]
         config = TokenizerConfig(model=sys.argv[1], vocab_size=1024)
@@ -92,12 +93,46 @@ def test_long_documents_and_odd_characters_are_trained_on():
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_vocabulary_too_large_for_the_text_is_refused_with_the_largest_possible(model):
+def test_the_size_of_a_trained_vocabulary_is_an_upper_bound(model):
     texts = ["the cat sat on the mat with another cat that sat"] * 3
-    with pytest.raises(ConfigError, match=r"vocab_size is 5000, but the training text supports at most \d+$") as error:
-        vocabulary.train(iter(texts), TokenizerConfig(model=model, vocab_size=5000))
-    largest = int(str(error.value).split()[-1])
-    assert vocabulary.train(iter(texts), TokenizerConfig(model=model, vocab_size=largest)).vocab_size == largest
+    made = vocabulary.train(iter(texts), TokenizerConfig(model=model, vocab_size=5000))
+    assert 270 < made.vocab_size < 400
+    assert made.decode(made.encode(texts[0])) == texts[0]
+
+
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+@pytest.mark.parametrize(
+    "text", ["我们 今天去公园散步的时候看见了一只猫" * 30, "ACGTACGTTGCA" * 40], ids=["one space", "no space"]
+)
+def test_rare_spaces_are_spaces(model, text):
+    coverage = {"character_coverage": 0.98} if " " in text else {}
+    made = vocabulary.train(iter([text]), TokenizerConfig(model=model, vocab_size=300, **coverage))
+    for other in (text, "A C  G", " x", "a\u2581b "):
+        assert made.decode(made.encode(other)) == other
+    theirs = package.Tokenizer.from_str(json.dumps(tokenizer_json.convert(made, "decoder")))
+    assert theirs.decode(theirs.encode("A C  G", add_special_tokens=False).ids) == "A C  G"
+
+
+def test_user_symbols_are_one_token_and_text():
+    symbols = ("<|turn|>", "def ")
+    texts = ["def add(a, b): return a <|turn|> b"] * 20
+    made = vocabulary.train(iter(texts), TokenizerConfig(vocab_size=320, user_symbols=symbols))
+    for symbol in symbols:
+        assert len(made.encode(symbol)) == 1 and made.decode(made.encode(f"x{symbol}y")) == f"x{symbol}y"
+    converted = tokenizer_json.convert(made, "decoder")
+    theirs = package.Tokenizer.from_str(json.dumps(converted))
+    for text in ("def f <|turn|>", "a<|turn|>b def "):
+        assert theirs.encode(text, add_special_tokens=False).ids == made.encode(text).tolist()
+        assert theirs.decode(theirs.encode(text).ids) == text
+
+
+def test_characters_beyond_the_coverage_are_spelt_in_bytes():
+    texts = ["abcdefgh" * 200 + "é"]
+    kept, left = (
+        vocabulary.train(iter(texts), TokenizerConfig(vocab_size=300, character_coverage=share))
+        for share in (1.0, 0.99)
+    )
+    assert len(kept.encode("é")) == 1 and len(left.encode("é")) == 2 and left.decode(left.encode("é")) == "é"
 
 
 def test_a_vocabulary_too_small_for_the_characters_is_refused():
@@ -382,3 +417,95 @@ def test_a_sentencepiece_model_may_have_a_mask_and_sentinels_and_no_text_spells_
         check_offsets(tokenizer, text)
         assert not np.isin(tokenizer.encode(text), [cls, sep, mask, first, second]).any()
     assert tokenizer.decode([cls, *tokenizer.encode("a dog"), mask, sep]) == "a dog"
+
+
+PIECES = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+PIECES |= {"max_input_chars_per_word": 100, "vocab": {"[CLS]": 0, "[SEP]": 1, "[UNK]": 2, "a": 3}}
+BACKTRACKS = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+STRANGE = {
+    "no unknown": ({"model": PIECES | {"vocab": {"[CLS]": 0, "[SEP]": 1, "a": 2}}}, "lacks its unk_token '[UNK]'"),
+    "a huge id": ({"model": PIECES | {"vocab": PIECES["vocab"] | {"b": 2**31}}}, "has an id of 2147483648"),
+    "an unknown piece out of range": (
+        {"model": {"type": "Unigram", "unk_id": 7, "vocab": [["<s>", 0.0]]}},
+        "is not a tokenizer.json",
+    ),
+    "a pattern that backtracks": ({"model": PIECES, "pre_tokenizer": BACKTRACKS}, "cannot encode a text: Onig"),
+    "an added token with another id": ({"model": PIECES}, "gives '<x>' the id 99"),
+}
+
+
+@pytest.mark.parametrize(("parts", "message"), STRANGE.values(), ids=STRANGE)
+def test_a_hostile_tokenizer_is_refused_in_a_line(parts, message, tmp_path):
+    empty = dict.fromkeys(["normalizer", "pre_tokenizer", "post_processor", "decoder"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": []} | empty | parts))
+    if "99" in message:
+        added = {"added_tokens_decoder": {"99": {"content": "<x>", "special": True}}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(added))
+    with pytest.raises((DataError, ConfigError)) as error:
+        tokenizers.load(tmp_path / "tokenizer.json").encode("a" * 40 + "!")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_sentencepiece_model_whose_pieces_are_not_utf_8_is_refused(tmp_path):
+    made = vocabulary.train(iter(["the cat sat on the mat"] * 9), TokenizerConfig(vocab_size=300))
+    (tmp_path / "tokenizer.model").write_bytes(made.content.replace("\u2581".encode(), b"\xff\xfe\xff"))
+    with pytest.raises(DataError, match="is not a SentencePiece model"):
+        tokenizers.load(tmp_path / "tokenizer.model")
+
+
+CHAT = {"eos_token": "<|im_end|>", "bos_token": None, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "added_tokens_decoder"])
+def test_tokens_added_behind_a_sentencepiece_model_are_tokens(where, tmp_path):
+    made = vocabulary.train(iter(["user the cat sat on the mat"] * 9), TokenizerConfig(vocab_size=300))
+    size = made.vocab_size
+    ids = {"<|im_start|>": size, "<|im_end|>": size + 1, "<tool>": size + 2}
+    (tmp_path / "tokenizer.model").write_bytes(made.content)
+    settings = dict(CHAT)
+    if where == "added_tokens.json":
+        (tmp_path / where).write_text(json.dumps(ids))
+    else:
+        settings[where] = {str(id): {"content": name, "special": name != "<tool>"} for name, id in ids.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = tokenizers.load(tmp_path / "tokenizer.model")
+    assert (ours.eos_id, ours.vocab_size, ours.adds_bos) == (size + 1, size + 3, False)
+    framed = ours.encode_framed("<|im_start|>user the cat<|im_end|>").ids.tolist()
+    assert framed == [size, *made.encode("user the cat"), size + 1]
+    assert size not in ours.encode("<|im_start|>"), "text is data"
+    assert ours.encode("the<tool>cat").tolist() == [*made.encode("the"), size + 2, *made.encode("cat")]
+    assert ours.decode([size, *made.encode("the"), size + 2, size + 1]) == "the<tool>"
+    (tmp_path / "run").mkdir()
+    again = tokenizers.load(tmp_path / "run" / ours.save(epath.Path(tmp_path / "run")))
+    assert (again.facts(), again.special_tokens) == (ours.facts(), ours.special_tokens)
+    assert ours.sha256 != made.sha256
+
+
+def test_settings_that_contradict_each_other_are_refused(tmp_path):
+    pieces = package.BertWordPieceTokenizer(PIECES["vocab"], lowercase=True)
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"do_lower_case=False, but tokenizer\.json has True"):
+        tokenizers.load(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text('{"sep_token": "[SEP]", "split_special_tokens": true}')
+    with pytest.raises(ConfigError, match="split_special_tokens=True is not supported"):
+        tokenizers.load(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text('{"sep_token": "[SEP]"}')
+    (tmp_path / "special_tokens_map.json").write_text('{"sep_token": "[CLS]"}')
+    with pytest.raises(ConfigError, match="sep_token='\\[CLS\\]' contradicts"):
+        tokenizers.load(tmp_path / "tokenizer.json")
+
+
+def test_a_pair_of_roberta_has_two_separators(tmp_path):
+    made = package.ByteLevelBPETokenizer()
+    made.train_from_iterator(["the cat"] * 9, vocab_size=270, special_tokens=["<s>", "</s>"], show_progress=False)
+    for separators in (1, 2):
+        frame = {"type": "RobertaProcessing", "sep": ["</s>", 1], "cls": ["<s>", 0]}
+        frame |= {"trim_offsets": True, "add_prefix_space": False}
+        if separators == 1:
+            frame = {"type": "BertProcessing", "sep": ["</s>", 1], "cls": ["<s>", 0]}
+        content = json.loads(made.to_str()) | {"post_processor": frame}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        ours = tokenizers.load(tmp_path / "tokenizer.json")
+        assert (ours.separators, ours.facts()["separators"]) == (separators, separators)
