@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lslm_jax"
 ROWS = [
     ["config", "batch", "errors"],
     ["config_loading", "config_mesh", "devices", "progress", "atomic", "imports", "peers"],
-    ["config_checks", "malloc"],
+    ["config_checks", "malloc", "command_flags", "setting_flags"],
     ["sharding", "distributed", "observe", "trees", "compile_cache"],
     ["data", "models"],
     [
@@ -38,7 +38,10 @@ ROWS = [
     ],
     ["evaluate"],
     ["train.identity", "train.checkpoint", "train.begin", "train.exports", "train.spikes", "train.loop", "plan"],
+    ["prompt_files"],
     ["respond", "adopt", "resolving"],
+    ["run_consistency", "run_length"],
+    ["evaluate_command"],
     ["verbs", "verify"],
     ["main", "supervise", "chaos"],
 ]

@@ -64,6 +64,11 @@ class EncodedPairs(_Pairs):
         limits = self._source_len, self._seq_len
         self._deal(np.minimum(self._slots(), limits), limits)
 
+    def example_of_cells(self, rows: np.ndarray) -> np.ndarray:
+        row, example = self._fitting.placed(rows)
+        length = np.minimum(self._slots_of(example)[1], self._seq_len)
+        return lay_out(Pieces(row, example, np.zeros_like(example), length), len(rows), self._seq_len).document_BT
+
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:
         row, example = self._fitting.placed(rows)
         source, target = self._slots_of(example)
@@ -93,6 +98,11 @@ class DecodedPairs(_Pairs):
         slots = self._slots()
         source, target = cut(slots[:, 0], slots[:, 1], self._seq_len)
         self._deal((source + target)[:, None], (self._seq_len,))
+
+    def example_of_cells(self, rows: np.ndarray) -> np.ndarray:
+        row, example = self._fitting.placed(rows)
+        length = np.add(*cut(*self._slots_of(example), self._seq_len))
+        return lay_out(Pieces(row, example, np.zeros_like(example), length), len(rows), self._seq_len).document_BT
 
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:
         row, example = self._fitting.placed(rows)
