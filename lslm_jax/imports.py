@@ -86,7 +86,7 @@ def refuse_missing(error: ModuleNotFoundError) -> NoReturn:
     root = pathlib.Path(__file__).resolve().parents[1]
     own = root / ".venv" / "bin" / "python"
     cure = f"{sys.executable} -m pip install -e {root}"
-    if own.exists() and pathlib.Path(sys.prefix).resolve() != own.parent.parent.resolve():
+    if os.access(own, os.X_OK) and pathlib.Path(sys.prefix).resolve() != own.parent.parent.resolve():
         cure = f"use {own} (or `source {own.parent}/activate`)"
     print(f"lslm: {sys.executable} has no package {name!r}: {cure}", file=sys.stderr)
     raise SystemExit(2)

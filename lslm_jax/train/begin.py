@@ -16,7 +16,7 @@ from lslm_jax.convert import hub, pretrained
 from lslm_jax.convert.family import differences
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, InputMissing
-from lslm_jax.train.checkpoint import Checkpoints, latest_step
+from lslm_jax.train.checkpoint import Checkpoints, latest_step, list_steps
 from lslm_jax.train.manifest import has_manifest
 from lslm_jax.train.state import State, abstract_state, init_state
 
@@ -95,6 +95,7 @@ def find_start(init_from: str) -> Start:
         there = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, there, n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        hint = f"; there are {list_steps(path.parent)}" if path.name.isdigit() and list_steps(path.parent) else hint
         raise InputMissing(f"train.init_from={init_from} does not exist{hint}")
     raise InputMissing(
         f"train.init_from={init_from} is neither a run (checkpoints/), nor a checkpoint of one (RUN/checkpoints/N), "
