@@ -7,6 +7,7 @@ import argparse
 import difflib
 import json
 import keyword
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -63,8 +64,8 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         return None
     settings, rest = setting_flags.split(argv)
     flags = command_flags.parse(rest)
-    if flags.workdir:
-        flags.workdir = str(atomic.place(flags.workdir))
+    if flags.workdir and flags.workdir.startswith("~"):
+        flags.workdir = os.path.expanduser(flags.workdir)
     if flags.verb == "verify":  # which needs no config, nor jax
         from etils import epath
 
