@@ -326,6 +326,8 @@ def _exclusions(flags: argparse.Namespace) -> list[str]:
     """Why flags of one command do not go together: each would be ignored beside the other."""
     names = set(given(flags))
     found = []
+    if flags.verb == "generate" and {"pretrained", "workdir"} <= names:
+        found.append("--pretrained and --workdir exclude each other: each names the model that generates")
     for name, other, why in _PAIRS:
         if {name, other} <= names:
             found.append(f"--{name} and --{other} exclude each other: {why}")

@@ -126,8 +126,12 @@ def write_report(
     for name, text in report.files.items():
         atomic.write(directory / f"{prefix}-{name}", text.encode())
     if report.predictions:
-        paths["predictions"] = directory / f"{prefix}-predictions.jsonl"
-        _write_lines(paths["predictions"], report, what)
+        path = directory / f"{prefix}-predictions.jsonl"
+        try:
+            _write_lines(path, report, what)
+            paths["predictions"] = path
+        except InputMissing as error:  # of data that an older version prepared
+            say(f"no predictions are written: {error}")
     record = results | {"dtype": dtype, "config": settings} | {name: str(path) for name, path in paths.items()}
     atomic.write_json(paths["evaluation"], record)
     return {name: str(path) for name, path in paths.items()}

@@ -32,7 +32,7 @@ parser = command_flags.parser
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and exits with its code; the cause of a failure is one line on stderr."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv:
+    if not argv or argv == ["help"]:
         parser().print_help()
         raise SystemExit(0)
     try:
@@ -101,6 +101,8 @@ def _load(flags: argparse.Namespace, assignments: list[tuple[str, str]]) -> Conf
     if own and flags.verb == "evaluate":
         assignments = setting_flags.take_held_out_files(flags, assignments, own)
     flags.settings = [key for key, _ in assignments]
+    if flags.pretrained and "train.init_from" in flags.settings:
+        raise ConfigError("--pretrained and train.init_from exclude each other: each names the first weights of a run")
     if not flags.pretrained and flags.config and flags.config.endswith(".json"):
         config = config_loading.release_derived(config, flags.settings)
     if flags.chat and not config.data.is_chat:

@@ -76,6 +76,7 @@ def test_the_rejection_names_the_setting_or_command_that_does_it(line, message):
         ("import --check --reference=x", "--check and --reference exclude each other: *"),
         ("evaluate --limit=3", "--limit is for tasks of lm-eval: *"),
         ("plan --search --price=3", "--search and --price exclude each other: *"),
+        ("generate --pretrained=a --workdir=b", "--pretrained and --workdir exclude each other: *"),
         ("evaluate --step=1 --best", "--step and --best exclude each other: *"),
     ],
 )

@@ -52,10 +52,10 @@ class TargetLosses:
 def of_documents(part: EvalInput, tokenizer: Any, losses: TargetLosses) -> Iterator[Line]:
     """Lines of documents: the text, its first `MAX_CHARS` characters if it is longer, and its loss."""
     starts, fields = part.shards.starts, part.shards.fields
-    for i in np.flatnonzero(losses.weight):
+    for i in np.flatnonzero(losses.weight).tolist():
         text = tokenizer.decode(part.shards.take(np.arange(starts[fields * i], starts[fields * i + 1])))
         cut = {"characters": len(text)} if len(text) > MAX_CHARS else {}
-        yield {"example": int(i), "text": text[:MAX_CHARS]} | cut | losses.line(i)
+        yield {"example": i, "text": text[:MAX_CHARS]} | cut | losses.line(i)
 
 
 def of_texts(
@@ -128,10 +128,10 @@ def of_answers(
     """
     count_E = np.bincount(example_N, minlength=len(examples))
     loss_E = np.bincount(example_N, nll_N, minlength=len(examples)) / np.maximum(count_E, 1)
-    for i in np.flatnonzero(count_E):
+    for i in np.flatnonzero(count_E).tolist():
         example, best = examples[i], answers[i]
         yield {
-            "example": int(i),
+            "example": i,
             "id": example["id"],
             "question": example["question"],
             "context": example["context"],
