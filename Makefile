@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 
 demo: $(READY)
 	$(PY) -m lslm_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+	@echo "next: source $(VENV)/bin/activate, then: python -m lslm_jax.main generate --workdir=runs/quickstart" >&2
 
 setup: $(READY)
 

@@ -314,6 +314,8 @@ class TrainConfig:
 
     steps: int = 10_000
     """Optimizer steps."""
+    epochs: float = 0.0
+    """Length of training in passes over the training rows, in place of steps. 0: steps."""
     batch_size: int = 64
     """Rows in one global batch, B."""
     accumulate: int = 1
@@ -335,7 +337,7 @@ class TrainConfig:
     resume_from: int = 0
     """Checkpoint to go back to, once; later ones are set aside. 0: go on from the newest."""
     init_from: str = ""
-    """A run, or a Hugging Face model (directory, hf://ORG/NAME), whose weights a fresh run starts from as they fit."""
+    """A run, RUN/checkpoints/N, or a Hugging Face model (directory, hf://ORG/NAME) whose weights a fresh run takes."""
     watchdog: float = 60.0
     """Seconds without a step, or a sign of life of another process, that end a run (77). 0: wait for ever."""
     reproducible: bool = False

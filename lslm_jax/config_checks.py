@@ -7,19 +7,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from lslm_jax import config_mesh
+from lslm_jax import config_loading, config_mesh
 from lslm_jax.config import ROLES, Config, DataConfig, GenerateConfig, MixtureSource, ModelConfig, Source
 from lslm_jax.config_mesh import multiples
 from lslm_jax.errors import ConfigError
 
 
 def validate(config: Config) -> Config:
-    """Returns the config with derived sizes filled in.
+    """Returns the config with derived sizes filled in and `~` expanded in paths.
 
     Raises:
       ConfigError: the first impossible value or combination. What depends on the number of devices is checked by
         `sharding.make_mesh`, what depends on the vocabulary by `resolve_vocabulary`.
     """
+    config = config_loading.expand_home(config)
     for message in _problems(config):
         raise ConfigError(message)
     return replace(config, model=fill_sizes(config.model))
@@ -92,7 +93,7 @@ _NOT_NEGATIVE = (
     "model.expert_capacity model.microbatches data.source_len train.balance_loss train.router_z_loss train.watchdog "
     "train.spike train.check_copies data.max_documents clean.min_chars clean.max_chars train.loss_chunk train.z_loss "
     "optimizer.warmup_steps optimizer.weight_decay optimizer.clip checkpoint.keep_every checkpoint.export_every "
-    "eval.every eval.batches generate.temperature generate.top_k train.resume_from"
+    "eval.every eval.batches generate.temperature generate.top_k train.resume_from train.epochs"
 ).split()
 _BELOW_ONE = (
     "model.dropout data.valid_fraction task.mask_rate train.label_smoothing train.ema optimizer.b1 optimizer.b2 "
@@ -331,6 +332,8 @@ def _run_problems(config: Config) -> Iterator[str]:
             f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}: "
             f"use {multiples(train.batch_size, train.accumulate)}"
         )
+    if train.epochs and data.source == "synthetic" and not data.mixture:
+        yield f"train.epochs={train.epochs} needs data that end, not data.source=synthetic: set train.steps"
     if train.reproducible and (train.batch_size % 8 or train.accumulate > 1):
         yield (
             f"train.reproducible works through eight parts of a batch: set train.accumulate=1 and "

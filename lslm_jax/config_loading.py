@@ -1,6 +1,7 @@
 """From a config file and `--config.KEY=VALUE` flags to a typed Config, and from a Config to JSON and back."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -8,6 +9,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +33,7 @@ def load(spec: str) -> Config:
       InputMissing: there is no such file.
       ConfigError: the file does not yield a well-typed Config.
     """
+    spec = os.path.expanduser(spec) if spec.startswith("~") else spec
     scheme, bucket, rest = spec.rpartition("://")
     name, _, argument = rest.partition(":") if bucket or not pathlib.Path(spec).exists() else (spec, "", "")
     path = epath.Path(scheme + bucket + name)
@@ -113,11 +116,26 @@ def override(config: Config, assignments: Sequence[tuple[str, str]]) -> Config:
     """Returns the config with each dotted key, as `train.steps`, set to the value that its text spells.
 
     Raises:
-      ConfigError: an unknown key, or a text that is not of the key's type.
+      ConfigError: an unknown key, a text that is not of the key's type, or two lengths of training.
     """
     for key, text in assignments:
         config = _set(config, key, key.split("."), text)
+    keys = [key for key, _ in assignments]
+    if "train.steps" in keys and config.train.epochs:
+        if "train.epochs" in keys:
+            raise ConfigError("train.steps and train.epochs exclude each other: each is the length of training")
+        config = replace(config, train=replace(config.train, epochs=0.0))  # of the file
     return config
+
+
+def with_value(config: Config, key: str, value: Any) -> Config:
+    """The config with one dotted key set to a typed value."""
+
+    def place(node: Any, names: Sequence[str]) -> Any:
+        name, *rest = names
+        return replace(node, **{name: place(getattr(node, name), rest) if rest else value})
+
+    return place(config, key.split("."))
 
 
 def _set(node: Any, key: str, path: list[str], text: str) -> Any:
@@ -144,6 +162,52 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f"; did you mean {whole[0]}?" if whole else "; --config.help lists all"
 
 
+# Sizes of a model that are derived from others where they are not given, and from which.
+_DERIVED = {
+    "num_kv_heads": (("num_heads",), lambda model: model.num_heads),
+    "head_dim": (("d_model", "num_heads"), lambda model: model.d_model // model.num_heads),
+    "d_ff": (("d_model",), lambda model: 4 * model.d_model),
+    "num_decoder_layers": (("num_layers",), lambda model: model.num_layers),
+}
+
+
+def release_derived(config: Config, keys: Sequence[str]) -> Config:
+    """Sets derived sizes of a run's config.json back to 0 where flags change what they are derived from.
+
+    A run writes down all sizes. One that equals what it would be derived as counts as derived: with another
+    `model.d_model`, `model.d_ff` follows. Likewise `model.vocab_size` with another tokenizer and `model.num_labels`
+    with other labels or data. A size that is itself given by a flag keeps that value.
+
+    Args:
+      config: as read from a JSON file; one that leaves sizes open is returned unchanged.
+      keys: dotted keys that flags will set.
+    """
+    model = config.model
+    if not all(getattr(model, name) for name in (*_DERIVED, "vocab_size")):
+        return config
+    released = {
+        name: 0
+        for name, (sources, derive) in _DERIVED.items()
+        if any(f"model.{source}" in keys for source in sources) and getattr(model, name) == derive(model)
+    }
+    if any(key.startswith("tokenizer.") for key in keys):
+        released["vocab_size"] = 0
+    if any(key.startswith(("data.labels", "data.files", "data.tfds", "data.label_key")) for key in keys):
+        released["num_labels"] = 0
+    return replace(config, model=replace(model, **released))
+
+
+def expand_home(config: Config) -> Config:
+    """The config with `~` expanded in the paths of files that it names."""
+    expand = lambda path: os.path.expanduser(path) if path.startswith("~") else path
+    return replace(
+        config,
+        data=replace(config.data, dir=expand(config.data.dir), data_dir=expand(config.data.data_dir)),
+        tokenizer=replace(config.tokenizer, path=expand(config.tokenizer.path)),
+        train=replace(config.train, init_from=expand(config.train.init_from)),
+    )
+
+
 _BOOLS = {"true": True, "false": False, "1": True, "0": False}
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -154,7 +218,7 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         kind = get_args(hint)[0]
         if dataclasses.is_dataclass(kind):
             raise ConfigError(f"{key} cannot be set by a flag: write it in the config file")
-        return tuple(_parse(part.strip(), kind, key) for part in text.split(",") if part.strip())
+        return tuple(_parse(part, kind, key) for part in items(text))
     try:
         if hint is bool:
             return _BOOLS[text.lower()]
@@ -163,6 +227,16 @@ def _parse(text: str, hint: Any, key: str) -> Any:
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{key} wants {_WANTED[hint]}, got {text!r}") from error
     return _typed(_BOOLS.get(text.lower(), text) if True in get_args(hint) else text, hint, key)
+
+
+def items(text: str) -> list[str]:
+    """The items of a list: separated by commas, or a JSON list of texts, in which an item may hold a comma."""
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            found = json.loads(text)
+            if all(isinstance(item, str | int) for item in found):
+                return [str(item) for item in found]
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _typed(value: Any, hint: Any, key: str) -> Any:

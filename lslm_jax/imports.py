@@ -5,9 +5,10 @@ Tensorflow takes seconds, talks, and would take a GPU.
 
 import importlib
 import os
+import pathlib
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 from lslm_jax.errors import ConfigError
 
@@ -71,3 +72,21 @@ def import_qwix() -> Any:
         return importlib.import_module("qwix")
     except ImportError as error:
         raise ConfigError("numbers of eight or four bits need qwix: pip install 'lslm_jax[quantize]'") from error
+
+
+def refuse_missing(error: ModuleNotFoundError) -> NoReturn:
+    """Exits with 2 and one line that names the interpreter, the package that it lacks, and the cure.
+
+    Raises:
+      ModuleNotFoundError: the missing module is one of this project.
+    """
+    name = (error.name or "").partition(".")[0]
+    if name in ("", "lslm_jax"):
+        raise error
+    root = pathlib.Path(__file__).resolve().parents[1]
+    own = root / ".venv" / "bin" / "python"
+    cure = f"{sys.executable} -m pip install -e {root}"
+    if os.access(own, os.X_OK) and pathlib.Path(sys.prefix).resolve() != own.parent.parent.resolve():
+        cure = f"use {own} (or `source {own.parent}/activate`)"
+    print(f"lslm: {sys.executable} has no package {name!r}: {cure}", file=sys.stderr)
+    raise SystemExit(2)

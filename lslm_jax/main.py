@@ -4,95 +4,38 @@ python -m lslm_jax.main [VERB] --config=FILE --workdir=DIR [--config.KEY=VALUE .
 """
 
 import argparse
+import difflib
 import json
 import keyword
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from lslm_jax import atomic, config_checks, config_loading, environment, malloc, peers
-from lslm_jax.config import Config
-from lslm_jax.errors import ConfigError, LslmError
-from lslm_jax.train import preemption
+from lslm_jax import imports
 
-VERBS = {
-    "train": "prepare the data if needed, train or go on training, evaluate, save (the default)",
-    "prepare": "clean text, train the vocabulary, write token shards",
-    "evaluate": "evaluate a checkpoint on the held-out examples",
-    "generate": "continue, translate, classify or answer prompts, as the model was trained to",
-    "export": "write a checkpoint as a Hugging Face directory",
-    "import": "read a pretrained model whole, compare it with its origin, make a run of it",
-    "audit": "prove from the ledger of a run that no row of its data was lost or read twice in an epoch",
-    "verify": "compare the files of a run, or of a copy of one, with their sha256",
-    "plan": "compile the train step for hardware that need not be there; tell what it needs and how fast it can be",
-}
+try:
+    from etils import epath
 
+    from lslm_jax import atomic, command_flags, config_checks, config_loading, environment, malloc, peers, setting_flags
+    from lslm_jax.config import Config
+    from lslm_jax.errors import ConfigError, InputMissing, LslmError
+    from lslm_jax.train import preemption
+except ModuleNotFoundError as missing:  # started by an interpreter that has not the packages of the project
+    imports.refuse_missing(missing)
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help lists all flags")
-
-
-def parser() -> argparse.ArgumentParser:
-    """All flags but the settings themselves, which are `--config.KEY=VALUE`."""
-    about = "Trains, evaluates and runs language models. --config.KEY=VALUE changes a setting; --config.help lists all."
-    verbs = "; ".join(f"{verb}: {what}" for verb, what in VERBS.items())
-    flags = _Parser(prog="lslm", allow_abbrev=False, description=about)
-    flags.add_argument("verb", nargs="?", choices=VERBS, default="train", metavar="VERB", help=verbs)
-    flags.add_argument("--config", metavar="FILE[:ARGUMENT]", help="config file, .py or .json; :smoke shrinks it")
-    flags.add_argument("--workdir", metavar="DIR", help="run directory: data, checkpoints, metrics, samples")
-    flags.add_argument(
-        "--pretrained", metavar="DIR", help="a Hugging Face model (a directory, hf://ORG/NAME) to begin with"
-    )
-    flags.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-    chosen = flags.add_argument_group("evaluate, generate, export").add_mutually_exclusive_group()
-    chosen.add_argument("--step", type=int, metavar="N", help="checkpoint to use (default: the latest)")
-    chosen.add_argument("--best", action="store_true", help="use the checkpoint kept by checkpoint.best")
-    held_out = flags.add_argument_group("evaluate")
-    held_out.add_argument("--split", choices=("valid", "test"), default="valid", help="what was held out, and for what")
-    held_out.add_argument("--harness", metavar="TASKS", help="tasks of lm-eval instead, as hellaswag,arc_easy")
-    held_out.add_argument("--harness_path", metavar="DIR", help="directory of more tasks, as .yaml files of lm-eval")
-    held_out.add_argument("--fewshot", type=int, metavar="N", help="examples before each question of such a task")
-    held_out.add_argument("--limit", type=int, metavar="N", help="at most so many examples of such a task")
-    text = flags.add_argument_group("generate")
-    text.add_argument("--prompt", action="append", metavar="TEXT", help="text, or question; may be repeated")
-    text.add_argument("--context", metavar="FILE", help="text in which the questions are answered")
-    text.add_argument(
-        "--prompts", metavar="FILE", help='a JSON line {"prompt": ...} each; in a chat {"messages": [...]}'
-    )
-    text.add_argument("--chat", action="store_true", help="take prompts for a user's words, and answer them")
-    text.add_argument("--json", action="store_true", help="print one JSON line a prompt")
-    written = flags.add_argument_group("export")
-    written.add_argument("--to", metavar="DIR", help="where to write it")
-    types = ("float32", "bfloat16", "float16", "int8", "int4")
-    written.add_argument("--adapter", action="store_true", help="write what LoRA trained alone, in PEFT's format")
-    written.add_argument(
-        "--dtype",
-        choices=types,
-        help="of the weights: in the files, or (int8, int4 too) held by evaluate, generate",
-    )
-    taken = flags.add_argument_group("import")
-    taken.add_argument("--check", action="store_true", help="compare it with transformers, layer by layer")
-    taken.add_argument("--reference", metavar="FILE", help="compare it with what this safetensors file says")
-    taken.add_argument("--tolerance", type=float, default=1e-3, metavar="X", help="of logits, and of hidden states")
-    planned = flags.add_argument_group("plan")
-    planned.add_argument("--topology", metavar="NAME", help="v5p:4x4x4, 2xv5p:4x4x4, h200:8, h200:4x8, cpu:8, ...")
-    planned.add_argument("--memory", type=int, metavar="BYTES", help="of a device that a program may take")
-    planned.add_argument("--price", type=float, metavar="USD", help="of a device for an hour")
-    planned.add_argument("--search", action="store_true", help="try meshes, remat and parts of a batch; rank what fits")
-    planned.add_argument("--picture", metavar="FILE.html", help="draw which axis splits what, and a device's memory")
-    several = flags.add_argument_group("many processes, where no scheduler tells")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, and a free port there")
-    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    several.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
-    return flags
+VERBS = command_flags.COMMANDS
+parser = command_flags.parser
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and exits with its code; the cause of a failure is one line on stderr."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv == ["help"]:
+        parser().print_help()
+        raise SystemExit(0)
     try:
         result = _run(argv)
     except LslmError as error:
@@ -104,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:  # before or after the training loop, which catches it and saves
         print("lslm: interrupted", file=sys.stderr)
         peers.end(130, "interrupted")
+    except ModuleNotFoundError as error:
+        imports.refuse_missing(error)
     except Exception as error:
         peers.explain(error)
         traceback.print_exc()
@@ -118,8 +63,10 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         for entry in config_loading.describe():
             print(f"{entry.key} ({entry.type}; {entry.default})\n    {entry.doc}")
         return None
-    settings = [flag for flag in argv if flag.startswith("--config.")]
-    flags = parser().parse_args([flag for flag in argv if flag not in settings])
+    settings, rest = setting_flags.split(argv)
+    flags = command_flags.parse(rest)
+    if flags.workdir and flags.workdir.startswith("~"):
+        flags.workdir = os.path.expanduser(flags.workdir)
     if flags.workdir:
         atomic.place(flags.workdir)  # rejects an unknown scheme
     environment.raise_open_file_limit()
@@ -128,8 +75,9 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
 
         from lslm_jax.verify import verify
 
+        setting_flags.require_none(settings, "verify")
         return verify(epath.Path(_named(flags.workdir)))
-    config = _load(flags, settings)
+    config = _load(flags, setting_flags.assignments(settings))
 
     if flags.verb == "plan":
         from lslm_jax.plan import topology
@@ -152,19 +100,33 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
     return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
 
 
-def _load(flags: argparse.Namespace, settings: Sequence[str]) -> Config:
-    assignments = []
-    for setting in settings:
-        key, equals, text = setting.removeprefix("--config.").partition("=")
-        if not equals:
-            raise ConfigError(f"{setting} has no value: write {setting}=VALUE")
-        assignments.append((key, text))
+def _load(flags: argparse.Namespace, assignments: list[tuple[str, str]]) -> Config:
+    """The config of a command: a file's or the run's own, with the settings of the command line, checked."""
     config = _base(flags)
+    own = None
+    if flags.verb in setting_flags.READERS and not flags.pretrained:
+        own = _own_config(flags.workdir) or config
+    if own and flags.verb == "evaluate":
+        assignments = setting_flags.take_held_out_files(flags, assignments, own)
+    flags.settings = [key for key, _ in assignments]
+    if flags.pretrained and "train.init_from" in flags.settings:
+        raise ConfigError("--pretrained and train.init_from exclude each other: each names the first weights of a run")
+    if not flags.pretrained and flags.config and flags.config.endswith(".json"):
+        config = config_loading.release_derived(config, flags.settings)
     if flags.chat and not config.data.is_chat:
         if config.task.objective != "causal" or config.data.mixture:
             raise ConfigError("--chat needs a model that continues texts")
         config = replace(config, data=replace(config.data, example="chat"))
-    return config_checks.validate(config_loading.override(config, assignments))
+    config = config_checks.validate(config_loading.override(config, assignments))
+    if own:
+        setting_flags.check_effect(flags, config, config_checks.validate(own))
+    return config
+
+
+def _own_config(workdir: str) -> Config | None:
+    """The config that a run was started with; None where it has none."""
+    path = f"{workdir}/config.json"
+    return config_loading.load(path) if atomic.exists(epath.Path(path)) else None
 
 
 def _base(flags: argparse.Namespace) -> Config:
@@ -183,6 +145,8 @@ def _base(flags: argparse.Namespace) -> Config:
             return pretrained.default_config(source, reads=reads)
     if needs_run:
         _named(flags.workdir)
+    if not flags.pretrained and (flags.verb in setting_flags.READERS or (planned and not flags.config)):
+        _require_run(flags.workdir)
     if not flags.config:
         if flags.verb in ("train", "prepare") or flags.pretrained or not flags.workdir:
             raise ConfigError("--config=FILE is missing, as --config=configs/quickstart.py")
@@ -191,6 +155,19 @@ def _base(flags: argparse.Namespace) -> Config:
     if not flags.pretrained:
         return config
     return pretrained.configure(config, source, reads=reads, trains=flags.verb in ("train", "plan"))
+
+
+def _require_run(workdir: str | None) -> None:
+    """Raises an InputMissing where a command that reads a run names a directory that does not exist."""
+    if not workdir:
+        return
+    path = epath.Path(workdir)
+    if atomic.is_remote(path) or path.is_dir():
+        return
+    there = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1)
+    hint = f"did you mean {path.parent / near[0]}?" if near else "--workdir names the directory of a trained run"
+    raise InputMissing(f"there is no run {workdir}: {hint}")
 
 
 def _named(workdir: str | None) -> str:

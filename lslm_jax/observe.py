@@ -4,9 +4,11 @@ Nothing here changes what a run computes.
 """
 
 import hashlib
+import importlib
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -21,6 +23,7 @@ from lslm_jax.config import LogConfig
 from lslm_jax.imports import import_metric_writers, import_tensorflow
 from lslm_jax.progress import say
 
+LOSSES = ("train/loss", "eval/loss")  # tags that TensorBoard shows in one chart
 FLUSH_SECONDS = 5.0  # after which TensorBoard is shown what is new
 # Between two points of a curve in TensorBoard, which shows a thousand at most: tensorflow takes 1 ms of a core for each
 # scalar, which small steps would wait for. metrics.jsonl has all.
@@ -80,10 +83,12 @@ class TensorBoard:
         if self._off:
             return
         try:
-            if self._purge_from is not None:
-                _write_purge(self._directory, self._purge_from)
-                self._purge_from = None
-            self._writer = self._writer or import_metric_writers().SummaryWriter(self._directory)
+            if self._writer is None:
+                if self._purge_from is not None:
+                    _write_purge(self._directory, self._purge_from)
+                    self._purge_from = None
+                self._writer = import_metric_writers().SummaryWriter(self._directory)
+                _write_layout(self._directory)
             for method, step, values in calls:
                 getattr(self._writer, method)(step, values)
             if time.monotonic() - self._flushed > FLUSH_SECONDS:  # every time would take more of a core than all else
@@ -109,6 +114,33 @@ def _write_purge(directory: str, step: int) -> None:
         writer.write(event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
         for _ in range(2):  # TensorBoard takes the first start of all for no restart
             writer.write(event(wall_time=time.time(), step=step, session_log=start).SerializeToString())
+
+
+def _write_layout(directory: str) -> None:
+    """Writes the layout of TensorBoard's CUSTOM SCALARS page: training and validation loss in one chart."""
+    tf = import_tensorflow()
+    plugin = importlib.import_module("tensorboard.plugins.custom_scalar.summary")
+    layouts = importlib.import_module("tensorboard.plugins.custom_scalar.layout_pb2")
+    lines = layouts.MultilineChartContent(tag=[f"^{tag}$" for tag in LOSSES])
+    chart = layouts.Chart(title="loss", multiline=lines)
+    layout = layouts.Layout(category=[layouts.Category(title="training and validation", chart=[chart])])
+    with tf.summary.create_file_writer(directory).as_default() as writer:
+        tf.summary.experimental.write_raw_pb(plugin.pb(layout).SerializeToString(), step=0)
+        writer.flush()
+
+
+def _tags(values: Mapping[str, float], group: str) -> dict[str, float]:
+    """Values by their TensorBoard tags: GROUP/NAME, or eval/NAME as it is; characters that tags cannot hold are _."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        name = name if name.startswith("eval/") or "/" in name else f"{group}/{name}"
+        tag = safe = re.sub(r"[^\w./-]+", "_", name)
+        number = 1
+        while tag in found:  # two classes whose names differ in such characters only
+            number += 1
+            tag = f"{safe}_{number}"
+        found[tag] = value
+    return found
 
 
 class Metrics:
@@ -158,7 +190,7 @@ class Metrics:
         self._file.add(text)
         self._account(text.encode() + b"\n", step)
         if self._tensorboard:
-            self._tensorboard.scalars(step, scalars | clock, often=timing is not None)
+            self._tensorboard.scalars(step, _tags(scalars, "train") | _tags(clock, "perf"), often=timing is not None)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Shows a text in TensorBoard: a sample, the config, the table of parameters."""

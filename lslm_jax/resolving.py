@@ -83,16 +83,24 @@ def by_data(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any
     Raises:
       InputMissing: nothing is prepared.
     """
+    return special.resolve(config, read_manifest(config, data_dir))
+
+
+def read_manifest(config: Config, data_dir: epath.Path) -> dict[str, Any]:
+    """The manifest of prepared data, with the sha256 of their content; of synthetic data what stands for it.
+
+    Raises:
+      InputMissing: nothing is prepared.
+    """
     if config.data.source == "synthetic" and not config.data.mixture:
-        facts = synthetic.facts(config)
-    else:
-        path = data_dir / "manifest.json"
-        if not path.exists():
-            raise InputMissing(f"{data_dir} holds no prepared data (no manifest.json): run prepare or train first")
-        facts = atomic.read_json(path)
-        facts["sha256"] = records.content_sha256(facts)
+        return synthetic.facts(config)
+    path = data_dir / "manifest.json"
+    if not path.exists():
+        raise InputMissing(f"{data_dir} holds no prepared data (no manifest.json): run prepare or train first")
+    facts = atomic.read_json(path)
+    facts["sha256"] = records.content_sha256(facts)
     facts.setdefault("labels", [])  # written by earlier versions
-    return special.resolve(config, facts)
+    return facts
 
 
 def by_tokenizer(config: Config) -> tuple[Config, dict[str, Any]]:

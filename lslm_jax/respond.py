@@ -1,7 +1,6 @@
 """What `generate` does with prompts: continues, translates, classifies or answers them, as the model was trained to."""
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,11 +10,12 @@ import jax
 import numpy as np
 from etils import epath
 
+from lslm_jax import prompt_files
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.data import chat, examples, pipeline
 from lslm_jax.data.shards import Shards, ShardWriter
-from lslm_jax.errors import ConfigError, DataError, InputMissing
+from lslm_jax.errors import ConfigError
 from lslm_jax.evaluate import heads
 from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.generate import decode
@@ -26,6 +26,7 @@ Answer = dict[str, Any]
 
 MASK = "[MASK]"
 _LIKELIEST = 5  # tokens that are shown for a masked one
+_SHOWN = ("text", "score", "fills", "answer", "begin", "end", "value", "tags", "label", "probabilities")
 
 
 # Prompts.
@@ -43,12 +44,12 @@ def read_prompts(config: Config, flags: argparse.Namespace) -> list[Prompt]:
     if not (flags.prompt or flags.prompts):
         raise ConfigError("generate needs --prompt=TEXT or --prompts=FILE")
     prompts: list[Prompt] = [{"prompt": text} for text in flags.prompt or []]
-    if not all(_is_text(prompt["prompt"]) for prompt in prompts):
+    if not all(prompt_files.is_text(prompt["prompt"]) for prompt in prompts):
         raise ConfigError("--prompt is not UTF-8")
     if flags.prompts:
-        prompts += _read_file(epath.Path(flags.prompts))
+        prompts += prompt_files.read(flags.prompts)
     if flags.context:
-        context = _read(epath.Path(flags.context), "context").decode(errors="replace")
+        context = prompt_files.read_bytes(flags.context, "context").decode(errors="replace")
         prompts = [{"context": context} | prompt for prompt in prompts]
     if not config.data.is_chat and any("messages" in prompt for prompt in prompts):
         raise ConfigError("this model continues texts: messages are for one that chats (--chat)")
@@ -58,48 +59,6 @@ def read_prompts(config: Config, flags: argparse.Namespace) -> list[Prompt]:
     if not asks and any("context" in prompt for prompt in prompts):
         raise ConfigError("this model does not answer questions: leave out the context")
     return prompts
-
-
-def _read(path: epath.Path, what: str) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputMissing(f"cannot read {what} file {path}: {error.strerror or error}") from error
-    if not content.strip():
-        raise InputMissing(f"{what} file {path} is empty")
-    return content
-
-
-def _read_file(path: epath.Path) -> Iterator[Prompt]:
-    for number, line in enumerate(_read(path, "prompts").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-            if "messages" in fields and "prompt" not in fields:
-                yield _talk(fields, f"{path}:{number}")
-                continue
-            prompt = {key: fields[key] for key in ("prompt", "context", "target") if key in fields}
-            prompt["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{path}:{number} is not a JSON object with a "prompt"') from error
-        for key, text in prompt.items():
-            if not _is_text(text):
-                raise DataError(f'{path}:{number}: "{key}" is not text: {json.dumps(text)}')
-        yield prompt
-
-
-def _talk(fields: dict[str, Any], origin: str) -> Prompt:
-    """A conversation that the model is to go on with."""
-    messages = chat.messages_of(fields["messages"], origin)
-    if messages[-1]["role"] == "assistant":
-        raise DataError(f"{origin}: the last message is the assistant's: there is nothing to answer")
-    return {"messages": messages} | ({"tools": fields["tools"]} if "tools" in fields else {})
-
-
-def _is_text(prompt: Any) -> bool:
-    """Whether it is a string that UTF-8 can spell, which has no half surrogate pairs."""
-    return isinstance(prompt, str) and not any("\ud800" <= char <= "\udfff" for char in prompt)
 
 
 # Answers.
@@ -126,17 +85,23 @@ def answer(setting: Setting, model: Any, prompts: Sequence[Prompt]) -> Iterator[
     for first in range(0, len(prompts), size):
         part = prompts[first : first + size]
         for prompt, found in zip(part, respond(setting, model, part, first), strict=True):
-            yield {key: prompt[key] for key in ("prompt", "messages") if key in prompt} | found
+            yield _with_extra({key: prompt[key] for key in ("prompt", "messages") if key in prompt} | found, prompt)
+
+
+def _with_extra(found: Answer, prompt: Prompt) -> Answer:
+    """An answer with the other fields of its prompt; one whose name the answer has itself is kept as `input_NAME`."""
+    extra = {key: value for key, value in prompt.items() if key not in ("prompt", "messages", "tools", "context")}
+    return {f"input_{key}" if key in (*found, "step") else key: value for key, value in extra.items()} | found
 
 
 def spell(setting: Setting, answer: Answer) -> str:
     """An answer as a person reads it; after a continuation's prompt, but of a chat alone."""
     if setting.config.data.is_chat:
         return f"{answer['text']}\n"
-    prompt, rest = answer["prompt"], {name: value for name, value in answer.items() if name != "prompt"}
+    prompt, rest = answer["prompt"], {name: value for name, value in answer.items() if name in _SHOWN}
     if setting.config.task.objective == "causal":
         return f"{prompt}{rest['text']}\n"
-    shown = [f"{name}: {_short(value)}" for name, value in rest.items() if name not in ("ended", "tokens")]
+    shown = [f"{name}: {_short(value)}" for name, value in rest.items()]
     return f"{prompt}\n  " + "\n  ".join(shown)
 
 
@@ -179,7 +144,7 @@ def _ids(setting: Setting, prompts: Sequence[Prompt]) -> tuple[list[np.ndarray],
     """What the model reads of each prompt, and what its decoder reads after it."""
     config = setting.config
     if setting.template is not None:
-        talks = [prompt if "messages" in prompt else _question(prompt) for prompt in prompts]
+        talks = [_conversation(prompt) for prompt in prompts]
         origins = ["the prompt"] if len(talks) == 1 else [f"prompt {number}" for number in range(len(talks))]
         asked = zip(talks, origins, strict=True)
         return [chat.prompt(talk, setting.template, setting.words, origin) for talk, origin in asked], ()
@@ -192,7 +157,10 @@ def _ids(setting: Setting, prompts: Sequence[Prompt]) -> tuple[list[np.ndarray],
     return setting.words.encode_batch(texts), (setting.words.bos_id,) if between else ()
 
 
-def _question(prompt: Prompt) -> Prompt:
+def _conversation(prompt: Prompt) -> Prompt:
+    """What a chat template reads of a prompt: its messages and tools, or the prompt as a user's message."""
+    if "messages" in prompt:
+        return {key: prompt[key] for key in ("messages", "tools") if key in prompt}
     return {"messages": [{"role": "user", "content": prompt["prompt"]}]}
 
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,18 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import adopt, atomic, config_loading, distributed, imports, resolving, respond
+from lslm_jax import (
+    adopt,
+    atomic,
+    config_loading,
+    distributed,
+    evaluate_command,
+    imports,
+    resolving,
+    respond,
+    run_consistency,
+    run_length,
+)
 from lslm_jax.config import Config
 from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of, obstacle
@@ -20,26 +32,30 @@ from lslm_jax.convert.export import export_adapter as write_adapter
 from lslm_jax.data import chat, detours, pipeline, records, templates, tokenizer
 from lslm_jax.data.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
-from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
+from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import harness, tasks
-from lslm_jax.evaluate.evaluator import Report, Setting, choose_backend
+from lslm_jax.evaluate.evaluator import Setting, choose_backend
+from lslm_jax.evaluate_command import HeldOut, open_for_evaluation
 from lslm_jax.models import quantized
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import json_values
 from lslm_jax.plan.verb import plan as plan
 from lslm_jax.progress import say
+from lslm_jax.run_consistency import Run
 from lslm_jax.sharding import local_rows, make_mesh, use
 from lslm_jax.train import checkpoint, identity, ledger, lock, manifest, metadata, reproducible, rewind, spikes
+from lslm_jax.train.begin import find_start
 from lslm_jax.train.exports import Exports
 from lslm_jax.train.loop import train as train_loop
 from lslm_jax.train.state import abstract_model
 
-_KEYS = {"valid": "valid_files, _fraction or _split", "test": "test_files or _split"}  # that hold examples out
+_TOLERANCE = 1e-3  # of logits and hidden states, where a model is compared with its origin
 
 
 def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`prepare`: raw text to shards; returns what `data.prepare` counts."""
-    return _prepare(config, resolving.data_dir(config, resolving.workdir(flags.workdir)))
+    data_dir = resolving.data_dir(config, resolving.workdir(flags.workdir))
+    return _prepare(config, data_dir) | run_length.of_prepared(config, data_dir)
 
 
 def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:
@@ -54,11 +70,14 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     workdir = resolving.workdir(flags.workdir)
     finished = distributed.by_primary("result", lambda: resolving.read_result(workdir))
     goes_back = distributed.by_primary("back", lambda: rewind.is_pending(workdir, config.train.resume_from))
-    if finished["step"] >= config.train.steps and not goes_back:
-        distributed.by_primary("settings", lambda: _compare_with_finished(config, workdir))
-        say(f"{workdir} is complete: all {config.train.steps} steps are done (raise train.steps to go on)")
+    asked = run_length.resolve_prepared(config, resolving.data_dir(config, workdir))
+    if asked and finished["step"] >= asked.train.steps and not goes_back:
+        distributed.by_primary("settings", lambda: _compare_with_finished(asked, workdir, finished))
+        say(f"{workdir} is complete: all {asked.train.steps} steps are done (raise train.steps to go on)")
         return finished
 
+    if config.train.init_from and not checkpoint.list_steps(workdir / "checkpoints"):
+        find_start(config.train.init_from)  # before anything slow: there may be none
     if config.checkpoint.export_every:
         family_of(config.model, config.task.objective)  # before anything slow: there may be none
     elif line := obstacle(config.model, config.task.objective):
@@ -73,16 +92,15 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
                 say(distributed.by_primary("spike", go_round))
 
 
-def _compare_with_finished(config: Config, workdir: epath.Path) -> None:
-    """Nobody is to take for done what was never trained: settings of a complete run are compared as those of others.
+def _compare_with_finished(config: Config, workdir: epath.Path, finished: dict[str, Any]) -> None:
+    """Compares settings, tokenizer and data with those of a complete run; its result is that of no others.
 
     Raises:
-      CheckpointRefused: a setting that the weights or the order of the data depend on is another one.
+      CheckpointRefused, ConfigError, DataError: as `run_consistency.check_finished`.
     """
-    with contextlib.suppress(InputMissing, FileNotFoundError):  # of a run that is done, what is left may be little
-        config, _ = resolving.by_data(config, resolving.data_dir(config, workdir))
-        made_with = atomic.read_json(workdir / "config.json")
-        identity.check_settings(workdir, made_with, config_loading.to_dict(config), say)
+    changed = run_consistency.check_finished(config, workdir, finished, resolving.data_dir(config, workdir))
+    if changed:
+        say(f"settings changed since {workdir}: {', '.join(changed)}")
 
 
 def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -96,11 +114,14 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         distributed.on_each("verify", lambda: records.verify(data_dir), records.place(data_dir))
     config, facts = resolving.by_data(config, data_dir)
     identity.check_data(facts)
-    if distributed.is_primary():
-        atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
     with use(mesh, config.mesh):
         where = config, data_dir, config.model.vocab_size, local_rows(mesh, config.train.batch_size)
         data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
+        config = run_length.resolve(config, data)
+        if distributed.is_primary():
+            atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
+        if length := run_length.describe(config, data):
+            say(length)
         for remark in data.remarks():
             say(remark)
         if config.checkpoint.best and not held_out:
@@ -147,46 +168,36 @@ def audit(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`audit`: what a run read, over all its starts, compared with what seed and data say."""
     workdir = resolving.workdir(flags.workdir, reads=True)
     data_dir = resolving.data_dir(config, workdir)
+    run_consistency.check_files(workdir, config)
     config, _ = resolving.by_data(config, data_dir)
     data = pipeline.open_train(config, data_dir, config.model.vocab_size)
     return ledger.audit(workdir, data, config.train.batch_size)
 
 
 def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
-    """`evaluate`: a checkpoint's metrics on all held-out examples; what it wrote goes to WORKDIR/samples."""
+    """`evaluate`: a checkpoint's metrics on all held-out examples, or on files; writes WORKDIR/evaluations."""
     if flags.harness is not None:
         return _evaluate_by_harness(config, flags)
-    if unused := [name for name in ("harness_path", "fewshot", "limit") if getattr(flags, name) is not None]:
-        raise ConfigError(f"--{unused[0]} is for tasks of lm-eval: add --harness=TASKS")
     mesh = make_mesh(config)
-    workdir = resolving.workdir(flags.workdir, reads=not flags.pretrained)
+    run = _open_untrained(config, flags) if flags.pretrained else open_for_evaluation(config, flags)
+    config = run.config
+    with use(mesh, config.mesh), evaluate_command.held_out(run, flags, mesh) as what:
+        model, step = _load_model(config, flags, mesh, run.step, run.facts)
+        setting = _setting(config, run.facts, run.data_dir, mesh, list(what.data.values()))
+        report, results = evaluate_command.evaluate(setting, what, model)
+        results = {"step": step} | evaluate_command.data_of(run, what) | results
+        dtype = flags.dtype or config.model.dtype
+        return results | evaluate_command.write_report(run.workdir, config, step, what, report, results, dtype)
+
+
+def _open_untrained(config: Config, flags: argparse.Namespace) -> Run:
+    """A pretrained model with data of one's own, prepared in WORKDIR, as a run that stands at step 0."""
+    workdir = resolving.workdir(flags.workdir)
+    config = evaluate_command.with_all_batches(config, flags)
     data_dir = resolving.data_dir(config, workdir)
-    if flags.pretrained:
-        _prepare(config, data_dir)
+    _prepare(config, data_dir)
     config, facts = resolving.by_data(config, data_dir)
-    with use(mesh, config.mesh):
-        where = config, data_dir, config.model.vocab_size, local_rows(mesh, config.train.batch_size)
-        held_out = pipeline.open_eval(*where, flags.split)
-        if not held_out:
-            raise InputMissing(f"{data_dir} holds no {flags.split} split: set data.{_KEYS[flags.split]}, prepare again")
-        model, step = _load_model(config, flags, mesh, facts)
-        setting = _setting(config, facts, data_dir, mesh, list(held_out.values()))
-        report = tasks.make(setting, held_out)(model)
-        baseline = tasks.gzip_baseline(setting, held_out)
-    _write_samples(workdir, f"{step}-{flags.split}", report)
-    results = {f"eval/{name}": value for name, value in (report.metrics | report.facts).items()}
-    return json_values({"step": step, **results, **baseline})
-
-
-def _write_samples(workdir: epath.Path, prefix: str, report: Report) -> None:
-    for name, text in report.files.items() if distributed.is_primary() else ():
-        path = workdir / "samples" / f"{prefix}-{name}"
-        try:
-            with atomic.saving(path):
-                path.parent.mkdir(exist_ok=True)
-            atomic.write(path, text.encode())
-        except SaveError as error:  # of a run that is only read, on a disk that may be read-only
-            say(f"{error}; the metrics do not depend on it")
+    return Run(workdir, data_dir, config, facts, 0)
 
 
 def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +205,7 @@ def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str,
     asked = harness.asked(flags.harness, flags.harness_path, flags.fewshot, flags.limit)
     harness.check(config)
     mesh = _mesh_without_batch(config)
-    config, facts, data_dir = _model_alone(config, flags)
+    config, facts, data_dir, at = _model_alone(config, flags)
     kernel = "xla" if config.model.attention == "xla" else "auto"  # not all lengths suit the one that training uses
     config = replace(config, model=replace(config.model, attention=kernel))
     with use(mesh, config.mesh):
@@ -205,19 +216,22 @@ def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str,
             data = replace(config.data, seq_len=length, mask_documents=False)
             return choose_backend(replace(config, data=data), mesh, ())
 
-        model, step = _load_model(config, flags, mesh, facts)
+        model, step = _load_model(config, flags, mesh, at, facts)
         report = harness.evaluate(setting, model, asked, backend_of)
-    if flags.workdir:
-        _write_samples(resolving.workdir(flags.workdir, reads=True), str(step), report)
     results = {f"harness/{name}": value for name, value in (report.metrics | report.facts).items()}
-    return json_values({"step": step, **results})
+    results = json_values({"step": step, **results})
+    if not flags.workdir:
+        return results
+    what = HeldOut("lm_eval", {"tasks": list(asked.tasks), "fewshot": asked.fewshot, "limit": asked.limit}, {}, [], "")
+    workdir, dtype = atomic.place(flags.workdir), flags.dtype or config.model.dtype
+    return results | evaluate_command.write_report(workdir, config, step, what, report, results, dtype)
 
 
 def generate(config: Config, flags: argparse.Namespace) -> None:
     """`generate`: does with each prompt what the model was trained for; the text of a single one is streamed."""
     prompts = respond.read_prompts(config, flags)
     mesh = _mesh_without_batch(config)
-    config, facts, data_dir = _model_alone(config, flags)
+    config, facts, data_dir, at = _model_alone(config, flags)
     with use(mesh, config.mesh):
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
@@ -225,7 +239,7 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
         if config.task.objective == "qa" and not flags.pretrained and (data_dir / "train").exists():
             starts_N = Shards.open(data_dir / "train").numbers[:, 0]
             setting = setting._replace(answerable=bool((starts_N >= 0).all()))
-        model, step = _load_model(config, flags, mesh, facts)
+        model, step = _load_model(config, flags, mesh, at, facts)
         writes = config.task.objective in ("causal", "seq2seq")
         if writes and len(prompts) == 1 and not flags.json:
             for text in respond.stream(setting, model, prompts[0]):
@@ -233,7 +247,17 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
             print()
             return
         for found in respond.answer(setting, model, prompts):
-            print(json.dumps(json_values(found | {"step": step})) if flags.json else respond.spell(setting, found))
+            print(_json_line(found | {"step": step}) if flags.json else respond.spell(setting, found))
+
+
+def _json_line(values: dict[str, Any]) -> str:
+    """JSON for a person and for programs: letters as they are, unless stdout cannot spell one."""
+    text = json.dumps(json_values(values), ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:  # another encoding, or half a surrogate pair that a field holds
+        return json.dumps(json_values(values))
+    return text
 
 
 def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
@@ -243,13 +267,11 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     if flags.dtype in quantized.KINDS:
         raise ConfigError(f"export writes no {flags.dtype}: --dtype=float32, bfloat16 or float16")
     mesh = _mesh_without_batch(config)
-    workdir = resolving.workdir(flags.workdir, reads=True)
-    data_dir = resolving.data_dir(config, workdir)
-    config, facts = resolving.by_data(config, data_dir)
+    workdir, data_dir, config, facts, at = run_consistency.open_run(config, flags)
     with use(mesh, config.mesh):
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
-        model, step = _load_model(config, flags, mesh, facts)
+        model, step = _load_model(config, flags, mesh, at, facts)
         metrics = resolving.read_result(workdir)
         measured = metrics if metrics.get("step") == step else {}
         to = atomic.place(flags.to)
@@ -273,8 +295,9 @@ def import_(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     Raises:
       DataError: it says something else than its origin; the JSON that tells how much is printed all the same.
     """
-    if not flags.tolerance > 0:
-        raise ConfigError(f"--tolerance must be positive, got {flags.tolerance}")
+    tolerance = _TOLERANCE if flags.tolerance is None else flags.tolerance
+    if not tolerance > 0:
+        raise ConfigError(f"--tolerance must be positive, got {tolerance}")
     mesh, source = _mesh_without_batch(config), pretrained.describe(flags.pretrained)
     workdir = resolving.workdir(flags.workdir) if flags.workdir else None
     if workdir:
@@ -284,12 +307,12 @@ def import_(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     with use(mesh, config.mesh):
         loaded, summary = adopt.read(source, config, mesh)
         if flags.check or flags.reference:
-            found = adopt.compare(loaded, source, config, flags.reference, flags.tolerance)
+            found = adopt.compare(loaded, source, config, flags.reference, tolerance)
             say(found.table())
             summary["check"] = json_values(found._asdict()) | {"layers": json_values(found.layers)}
-            if not found.holds(flags.tolerance):
+            if not found.holds(tolerance):
                 print(json.dumps(json_values(summary)))
-                raise DataError(adopt.verdict(source, found, flags.tolerance))
+                raise DataError(adopt.verdict(source, found, tolerance))
         if workdir:
             adopt.write(workdir, loaded.model, config, facts, mesh)
     return json_values(summary)
@@ -305,12 +328,12 @@ def _require_words(setting: Setting, data_dir: epath.Path) -> None:
         raise InputMissing(f"{data_dir} holds no tokenizer: this run was trained on synthetic data")
 
 
-def _model_alone(config: Config, flags: argparse.Namespace) -> tuple[Config, dict[str, Any], epath.Path]:
-    """A run's, or a pretrained model's, config and facts, for commands that read no examples; where its files are."""
+def _model_alone(config: Config, flags: argparse.Namespace) -> tuple[Config, dict[str, Any], epath.Path, int]:
+    """Config, facts, directory of the tokenizer and step of a run or a pretrained model that reads no examples."""
     if flags.pretrained:
-        return *resolving.by_tokenizer(config), epath.Path(config.tokenizer.path).parent
-    data_dir = resolving.data_dir(config, resolving.workdir(flags.workdir, reads=True))
-    return *resolving.by_data(config, data_dir), data_dir
+        return *resolving.by_tokenizer(config), epath.Path(config.tokenizer.path).parent, 0
+    run = run_consistency.open_run(config, flags)
+    return run.config, run.facts, run.data_dir, run.step
 
 
 def _setting(
@@ -327,43 +350,34 @@ def _setting(
 
 
 def _load_model(
-    config: Config, flags: argparse.Namespace, mesh: Mesh, facts: dict[str, Any] | None = None
+    config: Config, flags: argparse.Namespace, mesh: Mesh, step: int, facts: dict[str, Any]
 ) -> tuple[Any, int]:
-    """The weights of the checkpoint, or of the pretrained model, that the flags name, and its step.
+    """The weights of the checkpoint of a step, or of the pretrained model that the flags name, and the step.
 
-    `facts` is the data manifest that the command uses: compared with that of a checkpoint (`identity.check_inputs`);
-    its labels give the rows of a pretrained head their order.
+    `facts` is the data manifest of the command: it is compared with that of the checkpoint (`identity.check_inputs`),
+    and its labels give the rows of a pretrained head their order.
     """
     if flags.dtype in quantized.KINDS:
         imports.import_qwix()  # before anything slow: it may be missing
-        model, step = _read_model(config, flags, abstract_model(config, mesh, config.model.activations), facts)
+        model, step = _read_model(config, flags, abstract_model(config, mesh, config.model.activations), step, facts)
         return quantized.quantize(model, flags.dtype), step
     dtype = None if flags.verb == "export" else flags.dtype
-    return _read_model(config, flags, abstract_model(config, mesh, dtype), facts)
+    return _read_model(config, flags, abstract_model(config, mesh, dtype), step, facts)
 
 
 def _read_model(
-    config: Config, flags: argparse.Namespace, abstract: Any, facts: dict[str, Any] | None
+    config: Config, flags: argparse.Namespace, abstract: Any, step: int, facts: dict[str, Any]
 ) -> tuple[Any, int]:
     """The weights that the flags name, for the places and in the types of `abstract`, and their step."""
     if flags.pretrained:
         source = pretrained.describe(flags.pretrained)
-        names = facts["labels"] if facts else ()
-        return pretrained.load(source, config.task.objective, abstract, names=names).model, 0
-    directory = resolving.workdir(flags.workdir, reads=True) / "checkpoints"
+        return pretrained.load(source, config.task.objective, abstract, names=facts["labels"]).model, step
+    directory = atomic.place(flags.workdir) / "checkpoints"
 
     def load(step: int) -> Any:
         identity.check_inputs(directory / str(step), config, facts)
         return checkpoint.load_model(directory, abstract, step)
 
-    if flags.step is not None:
-        step = flags.step
-        if step not in (steps := checkpoint.list_steps(directory)):
-            raise InputMissing(f"no checkpoint of step {step} in {directory}; there are {steps}")
-    elif flags.best:
-        if not config.checkpoint.best:
-            raise ConfigError("--best needs checkpoint.best, the metric to go by")
-        step = checkpoint.best_step(directory, config.checkpoint.best)
-    else:
+    if flags.step is None and not flags.best:  # a training run may delete the latest one meanwhile
         return checkpoint.load_latest(directory, load)
     return load(step), step

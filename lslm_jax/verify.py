@@ -4,7 +4,7 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic, config_loading, resolving
+from lslm_jax import atomic, config_loading, resolving, run_consistency
 from lslm_jax.config import Config
 from lslm_jax.data import records
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
@@ -31,7 +31,8 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
     found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
     checkpoints = sorted(found, key=lambda path: int(path.name))
     own = workdir / "config.json"
-    data_dir = resolving.data_dir(config_loading.load(str(own)) if own.exists() else Config(), workdir)
+    config = config_loading.load(str(own)) if own.exists() else Config()
+    data_dir = resolving.data_dir(config, workdir)
     if not checkpoints and not (data_dir / "manifest.json").exists():
         raise InputMissing(f"{workdir} holds neither checkpoints nor data")
     damaged = []
@@ -54,6 +55,7 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
         damaged.append(str(error))
     if damaged:
         raise CheckpointRefused("; ".join(damaged))
+    run_consistency.check_files(workdir, config)
     return {"checkpoints": [int(path.name) for path in checkpoints], "data_bytes": size}
 
 

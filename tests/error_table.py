@@ -148,7 +148,13 @@ SETTINGS = [
     ),
     Case("No value", 2, "--config.train.steps has no value: write --config.train.steps=VALUE", "--config.train.steps"),
     Case("A number out of range", 2, "train.steps must be positive, got 0", "--config.train.steps=0"),
-    Case("An unknown flag", 2, "unrecognized arguments: --confg=x; --help lists all flags", "--confg=x"),
+    Case("An unknown flag", 2, "unknown flag --confg; did you mean --config?", "--confg=x"),
+    Case(
+        "A flag of another command",
+        2,
+        "--dtype is a flag of `evaluate`, `generate` and `export`, not of `train`: set --config.model.dtype",
+        "--dtype=bfloat16",
+    ),
     Case(
         "Heads that the mesh cannot split",
         2,
@@ -446,7 +452,7 @@ ELSEWHERE = [
     Elsewhere(
         "A setting that may change: the run says so, and goes on",
         0,
-        "settings changed since *: optimizer.learning_rate * -> 0.5",
+        "settings changed since *: log.every * -> *",
         "test_journey.py",
     ),
     Elsewhere(

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lslm_jax"
 ROWS = [
     ["config", "batch", "errors"],
     ["config_loading", "config_mesh", "devices", "progress", "atomic", "imports", "peers", "environment"],
-    ["config_checks", "malloc"],
+    ["config_checks", "malloc", "command_flags", "setting_flags"],
     ["sharding", "distributed", "observe", "trees", "compile_cache"],
     ["data", "models"],
     [
@@ -49,7 +49,10 @@ ROWS = [
         "train.loop",
         "plan",
     ],
+    ["prompt_files"],
     ["respond", "adopt", "resolving"],
+    ["run_consistency", "run_length"],
+    ["evaluate_command"],
     ["verbs", "verify"],
     ["main", "supervise", "chaos"],
 ]

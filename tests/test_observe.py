@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -116,6 +117,7 @@ def test_a_record_that_cannot_be_written_is_told_in_one_line(tmp_path):
 @needs_tensorflow
 def test_tensorboard_shows_scalars_and_texts_and_says_nothing(tmp_path, capfd, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
     from tensorboard.util.tensor_util import make_ndarray
 
     monkeypatch.setattr(observe, "SPACING_SECONDS", 3600)  # however long tensorflow's import stops this thread
@@ -131,12 +133,24 @@ def test_tensorboard_shows_scalars_and_texts_and_says_nothing(tmp_path, capfd, m
         tag: [(event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(tag)]
         for tag in events.Tags()["tensors"]
     }
+    layout = layout_pb2.Layout.FromString(found.pop("custom_scalars__config__")[0][1])
+    (chart,) = layout.category[0].chart  # training and validation loss in one
+    assert [[bool(re.match(tag, name)) for tag in chart.multiline.tag] for name in observe.LOSSES] == [
+        [True, False],
+        [False, True],
+    ]
     assert found == {
         "config": [(0, b"    seed: 0\n    model: x\n")],
-        "loss": [(1, 1.0), (4, 0.25)],  # of steps that follow each other so fast, the first and the last
-        "mfu": [(1, 0.5), (4, 0.5)],
+        "train/loss": [(1, 1.0), (4, 0.25)],  # of steps that follow each other so fast, the first and the last
+        "perf/mfu": [(1, 0.5), (4, 0.5)],
         "eval/loss": [(step, 2.0) for step in range(1, 5)],
     }
+
+
+def test_tags_of_tensorboard_are_grouped_and_class_names_made_safe():
+    values = {"loss": 1, "eval/f1/so so": 2, "eval/f1/so?so": 3, "eval/f1/naïve.1": 4}
+    expected = {"train/loss": 1, "eval/f1/so_so": 2, "eval/f1/so_so_2": 3, "eval/f1/naïve.1": 4}
+    assert observe._tags(values, "train") == expected
 
 
 @needs_tensorflow

@@ -59,6 +59,15 @@ class ChatRows(Rows):
         row, example = self._placed(rows)
         return example[np.searchsorted(row, np.arange(len(rows)))]
 
+    @property
+    def num_examples(self) -> int:
+        return len(self._shown)
+
+    def example_of_cells(self, rows: np.ndarray) -> np.ndarray:
+        row, example = self._placed(rows)
+        length = np.minimum(self._slots(example), self._seq_len)
+        return lay_out(Pieces(row, example, np.zeros_like(example), length), len(rows), self._seq_len).document_BT
+
     def num_bytes(self, rows: np.ndarray) -> int:
         """Bytes of the answers; of one that is cut, the share of its tokens that is left."""
         _, example = self._placed(rows)

@@ -70,6 +70,11 @@ class EncodedPairs(_Pairs):
         cuts = {"sources": int(self._num_cut[0]), "targets": int(self._num_cut[1])}
         return self._cut_remark(cuts, f"data.source_len={self._source_len} or data.seq_len={self._seq_len}")
 
+    def example_of_cells(self, rows: np.ndarray) -> np.ndarray:
+        row, example = self._fitting.placed(rows)
+        length = np.minimum(self._slots_of(example)[1], self._seq_len)
+        return lay_out(Pieces(row, example, np.zeros_like(example), length), len(rows), self._seq_len).document_BT
+
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:
         row, example = self._fitting.placed(rows)
         source, target = self._slots_of(example)
@@ -100,6 +105,11 @@ class DecodedPairs(_Pairs):
         source, target = cut(slots[:, 0], slots[:, 1], self._seq_len)
         self._num_cut = int((source < slots[:, 0]).sum()), int((target < slots[:, 1]).sum())
         self._deal((source + target)[:, None], (self._seq_len,))
+
+    def example_of_cells(self, rows: np.ndarray) -> np.ndarray:
+        row, example = self._fitting.placed(rows)
+        length = np.add(*cut(*self._slots_of(example), self._seq_len))
+        return lay_out(Pieces(row, example, np.zeros_like(example), length), len(rows), self._seq_len).document_BT
 
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:
         row, example = self._fitting.placed(rows)

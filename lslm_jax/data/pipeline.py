@@ -144,6 +144,19 @@ class EvalInput:
         """The example behind each row of the global batch, the first where a row shows several; -1 in filling rows."""
         return self._of_rows(step, self._source.examples)
 
+    def example_of_cells(self, step: int) -> np.ndarray:
+        """The example that each target cell of the global batch belongs to, [B, T]; -1 in padding and filling rows."""
+        numbers = step * self._batch_size + np.arange(self._batch_size)
+        found = self._source.example_of_cells(numbers[numbers < self.num_rows])
+        return np.pad(found, ((0, self._batch_size - len(found)), (0, 0)), constant_values=-1)
+
+    def num_examples(self) -> int:
+        """Examples that are evaluated, whole or in part; all of them unless `eval.batches` is set."""
+        if self.num_rows == self._source.num_rows:
+            return self._source.num_examples
+        found = np.unique(np.concatenate([self.example_of_cells(step).reshape(-1) for step in range(self.num_batches)]))
+        return int((found >= 0).sum())
+
     def windows(self, step: int) -> np.ndarray:
         """The first token of the context that each row of the global batch shows; -1 in filling rows."""
         return self._of_rows(step, self._source.windows)

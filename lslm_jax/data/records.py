@@ -177,6 +177,20 @@ def check(
 ) -> None:
     """Compares settings and inputs with those on record; where all is finished, inputs may be gone."""
     remedy = f"choose another data.dir, or remove {directory}"
+    check_settings(record, config, named, directory, remedy)
+    for name, source in named.items():
+        if what := sources.changed(source, record["inputs"][name], missing_ok=finished):
+            raise DataError(f"the input has changed since {directory} was prepared: {what}; {remedy}")
+
+
+def check_settings(
+    record: dict[str, Any], config: Config, named: dict[str, Source], directory: epath.Path, remedy: str
+) -> None:
+    """Compares settings, tokenizer and chat template with those on record, but not the inputs.
+
+    Raises:
+      ConfigError: one of them is another; the message ends with `remedy`.
+    """
     before, now = record["settings"], settings(config, named)
     for key in before | now:
         if (old := before.get(key)) != (new := now.get(key)):
@@ -187,6 +201,3 @@ def check(
     template = template_sha256(config)
     if template and template != record["chat"]["sha256"]:
         raise ConfigError(f"{directory} was prepared with another chat template: {remedy}")
-    for name, source in named.items():
-        if what := sources.changed(source, record["inputs"][name], missing_ok=finished):
-            raise DataError(f"the input has changed since {directory} was prepared: {what}; {remedy}")

@@ -50,6 +50,15 @@ class Rows(abc.ABC):
     def examples(self, rows: np.ndarray) -> np.ndarray:
         """The example that each row shows, the first where it shows several; int64 [B]."""
 
+    @property
+    def num_examples(self) -> int:
+        """Examples that the rows show."""
+        return self.shards.num_examples
+
+    def example_of_cells(self, rows: np.ndarray) -> np.ndarray:
+        """The example that each target cell of the rows belongs to, int64 [B, T]; -1 in padding."""
+        return self.examples(rows)[:, None]
+
     def windows(self, rows: np.ndarray) -> np.ndarray:
         """The first token of the context that each row shows, int64 [B]: 0 but where rows are windows over it."""
         return np.zeros_like(rows)
@@ -97,6 +106,9 @@ class DocumentRows(Rows):
     def examples(self, rows: np.ndarray) -> np.ndarray:
         pieces = self.packer.pieces(rows)
         return pieces.document[np.searchsorted(pieces.row, np.arange(len(rows)))]
+
+    def example_of_cells(self, rows: np.ndarray) -> np.ndarray:
+        return self.packer.layout(rows).document_BT
 
     def num_bytes(self, rows: np.ndarray) -> int:
         """Bytes of text that these rows predict.

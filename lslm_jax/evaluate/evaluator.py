@@ -24,11 +24,13 @@ class Report(NamedTuple):
       metrics: numbers by name.
       files: texts by file name, for people and for other programs: translations, answers, tables.
       facts: what else belongs on the record, as the signature of a metric.
+      predictions: makes a JSON line per example, in input order; None where there are none.
     """
 
     metrics: dict[str, float]
     files: dict[str, str]
     facts: dict[str, Any]
+    predictions: Callable[[], Iterator[dict[str, Any]]] | None = None
 
 
 class Setting(NamedTuple):
@@ -97,4 +99,12 @@ def joined(reports: dict[str, Report]) -> Report:
         {name_of(name, k): v for name, report in reports.items() for k, v in report.metrics.items()},
         {file_of(name, k): v for name, report in reports.items() for k, v in report.files.items()},
         {name_of(name, k): v for name, report in reports.items() for k, v in report.facts.items()},
+        (lambda: _predictions(reports)) if any(report.predictions for report in reports.values()) else None,
     )
+
+
+def _predictions(reports: dict[str, Report]) -> Iterator[dict[str, Any]]:
+    """The lines of all sources, each with the name of its source unless it is the only one."""
+    for name, report in reports.items():
+        for line in report.predictions() if report.predictions else ():
+            yield ({"source_name": name} if name else {}) | line

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.data.pipeline import EvalInput
-from lslm_jax.evaluate import classification, report, runner, squad
+from lslm_jax.evaluate import classification, predictions, report, runner, squad
 from lslm_jax.evaluate.evaluator import Report, Setting, batches
 from lslm_jax.models.attention import Backend
 from lslm_jax.train.step import make_predict_step
@@ -28,12 +28,16 @@ class Rows(NamedTuple):
       targets_NP: as in Batch, and so the others.
       weights_NP: how much each target counts.
       types_NT: of two texts, which one a token belongs to.
+      segments_NT: 0 in padding.
+      nll_N: loss of each row, the mean over its targets; float64.
     """
 
     scores_NPV: np.ndarray
     targets_NP: np.ndarray
     weights_NP: np.ndarray
     types_NT: np.ndarray
+    segments_NT: np.ndarray | None = None
+    nll_N: np.ndarray | None = None
 
 
 @functools.cache
@@ -43,7 +47,8 @@ def predictor(config: Config, backend: Backend, mesh: Mesh) -> Any:
 
     def step(model: Any, batch: Batch) -> tuple[Any, Rows]:
         sums, scores_BPV = predict(model, batch)
-        return sums, Rows(scores_BPV, batch.targets_BT, batch.weights_BT, batch.types_BT)  # type: ignore[arg-type]
+        parts: Any = (batch.targets_BT, batch.weights_BT, batch.types_BT, batch.segments_BT)
+        return sums, Rows(scores_BPV, *parts)  # type: ignore[arg-type]
 
     return jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -54,11 +59,28 @@ def read(setting: Setting, part: EvalInput, model: Any) -> tuple[Any, Rows]:
     sums, rows = zip(
         *runner.run(step, model, batches(part), setting.mesh, setting.config.train.batch_size), strict=True
     )
+    rows = [one._replace(nll_N=_losses(setting.config, one)) for one in rows]
     real_N = _of_rows(part, part.examples) >= 0
     found = jax.tree.map(lambda array: array[real_N], runner.joined(rows))
     if setting.labels:  # model.num_labels may leave room for more
         found = found._replace(scores_NPV=found.scores_NPV[..., : len(setting.labels)])
     return runner.added(sums), found
+
+
+def _losses(config: Config, rows: Rows) -> np.ndarray:
+    """The loss of each row, float64 [N]: the mean over its targets."""
+    match config.task.objective:
+        case "regression":
+            nll_NP = np.square(rows.scores_NPV[..., 0].astype(np.float64) - rows.targets_NP)
+        case "qa":
+            scores_N2T = np.swapaxes(rows.scores_NPV, 1, 2)
+            if rows.segments_NT is not None:
+                padding_NT = (rows.segments_NT == 0) & (rows.segments_NT > 0).any(axis=1, keepdims=True)
+                scores_N2T = np.where(padding_NT[:, None], -np.inf, scores_N2T)
+            nll_NP = predictions.token_nll(scores_N2T, rows.targets_NP)
+        case _:
+            nll_NP = predictions.token_nll(rows.scores_NPV, rows.targets_NP, config.model.logit_softcap)
+    return np.where(rows.weights_NP > 0, nll_NP, 0.0).sum(axis=1) / np.maximum(rows.weights_NP.sum(axis=1), 1.0)
 
 
 def _of_rows(part: EvalInput, tell: Any) -> np.ndarray:
@@ -81,7 +103,15 @@ def classify(setting: Setting, part: EvalInput, rows: Rows) -> Report:
     """Accuracy, precision, recall, F1 and correlation of classes."""
     gold_N, predicted_N = rows.targets_NP[:, 0], rows.scores_NPV[:, 0].argmax(-1)
     found = classification.classification(gold_N, predicted_N, setting.labels)
-    return class_report(gold_N, predicted_N, setting.labels, found)
+    lines = lambda: predictions.of_classes(
+        list(part.shards.examples()), rows.scores_NPV[:, 0], _nll(rows), setting.labels
+    )
+    return class_report(gold_N, predicted_N, setting.labels, found)._replace(predictions=lines)
+
+
+def _nll(rows: Rows) -> np.ndarray:
+    assert rows.nll_N is not None  # `read` filled it
+    return rows.nll_N
 
 
 def class_report(gold_N: np.ndarray, predicted_N: np.ndarray, labels: list[str], found: dict[str, float]) -> Report:
@@ -93,7 +123,9 @@ def class_report(gold_N: np.ndarray, predicted_N: np.ndarray, labels: list[str],
 
 def regress(setting: Setting, part: EvalInput, rows: Rows) -> Report:
     """Correlations and squared error of numbers."""
-    return Report(classification.regression(rows.targets_NP[:, 0], rows.scores_NPV[:, 0, 0]), {}, {})
+    values_N = rows.scores_NPV[:, 0, 0]
+    lines = lambda: predictions.of_numbers(list(part.shards.examples()), values_N, _nll(rows))
+    return Report(classification.regression(rows.targets_NP[:, 0], values_N), {}, {}, lines)
 
 
 def tag(setting: Setting, part: EvalInput, rows: Rows) -> Report:
@@ -103,7 +135,8 @@ def tag(setting: Setting, part: EvalInput, rows: Rows) -> Report:
     """
     tags = tags_of_words(rows)
     gold, predicted = _with_cut_words(part, tags)
-    return Report(classification.tagging(gold, predicted, setting.labels), {}, {})
+    lines = lambda: predictions.of_tags(list(part.shards.examples()), tags, _nll(rows), setting.labels)
+    return Report(classification.tagging(gold, predicted, setting.labels), {}, {}, lines)
 
 
 def _with_cut_words(part: EvalInput, tags: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -129,8 +162,9 @@ def answer(setting: Setting, part: EvalInput, rows: Rows) -> Report:
     seen = np.unique(example_of_rows(part))  # all, unless eval.batches is set
     given = [[one["text"] for one in examples[i]["answers"]] for i in seen]
     found = squad.squad([answers[i].text for i in seen], given)
-    predictions = report.squad_predictions([examples[i]["id"] for i in seen], [answers[i].text for i in seen])
-    return Report(found, {"answers.json": predictions}, {})
+    written = report.squad_predictions([examples[i]["id"] for i in seen], [answers[i].text for i in seen])
+    lines = lambda: predictions.of_answers(examples, answers, example_of_rows(part), _nll(rows))
+    return Report(found, {"answers.json": written}, {}, lines)
 
 
 def find_answers(

@@ -1,7 +1,7 @@
 """Runs a step over a finite set of batches, a few of them under way at a time, and puts together what it returns."""
 
 import collections
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,18 @@ def run(
     mesh: Mesh,
     batch_size: int | None = None,
 ) -> list[Any]:
-    """What `step(model, batch)` returns for each batch, on the host.
+    """What `step(model, batch)` returns for each batch, on the host; see `stream`."""
+    return list(stream(step, model, batches, mesh, batch_size))
+
+
+def stream(
+    step: Callable[[Any, Batch], Any],
+    model: Any,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    batch_size: int | None = None,
+) -> Iterator[Any]:
+    """Yields what `step(model, batch)` returns for each batch, in order, on the host.
 
     Args:
       step: jitted; what it returns lies whole on every device.
@@ -32,12 +43,12 @@ def run(
       mesh: where the batches go.
       batch_size: rows of a global batch. None: all of them are here.
     """
-    found, under_way = [], collections.deque()
+    under_way = collections.deque()
     for batch in batches:
         if len(under_way) == _UNDER_WAY:
-            found.append(jax.device_get(under_way.popleft()))
+            yield jax.device_get(under_way.popleft())
         under_way.append(step(model, to_global(batch, mesh, batch_size)))
-    return found + jax.device_get(list(under_way))
+    yield from jax.device_get(list(under_way))
 
 
 def added(parts: Sequence[Any]) -> Any:

@@ -10,23 +10,27 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lslm_jax.batch import Batch
 from lslm_jax.data.pipeline import EvalInput
-from lslm_jax.evaluate import heads, metrics, runner, texts
+from lslm_jax.evaluate import heads, metrics, predictions, runner, texts
 from lslm_jax.evaluate.evaluator import Evaluator, Report, Setting, batches, joined
-from lslm_jax.train.step import make_eval_step
+from lslm_jax.train.step import make_eval_step, make_target_loss_step
 
 _GZIP_LIMIT = 1 << 26  # bytes of held-out text above which the comparison with gzip is left out: it takes seconds
 
 
-def make(setting: Setting, data: Mapping[str, EvalInput]) -> Evaluator:
+def make(setting: Setting, data: Mapping[str, EvalInput], *, by_example: bool = False) -> Evaluator:
     """The evaluator of the config's objective over held-out data, given by the names of their sources.
+
+    Reports hold the number of `examples`; `by_example` adds the loss of each one to `predictions` where targets are
+    tokens.
 
     Its metrics begin with the loss, in nats a target, and what follows from it: of tokens, perplexity and the accuracy
     of the likeliest. A causal model's perplexity also as bits per byte of the original text; a masked one's is called
     pseudo-perplexity, as its tokens see each other.
     """
     objective = setting.config.task.objective
-    measure = _measure(setting)
+    measure = _measure(setting, by_example)
     num_bytes = {name: part.num_bytes() for name, part in data.items()} if objective == "causal" else {}
 
     def evaluate(model: Any) -> Report:
@@ -39,23 +43,51 @@ def make(setting: Setting, data: Mapping[str, EvalInput]) -> Evaluator:
             found |= {f"{name}/{what}": value for what, value in each.items()}
         found |= _losses(objective, runner.added(list(sums.values())), sum(num_bytes.values()))
         report = joined(reports)
-        return report._replace(metrics=found | report.metrics)
+        counts = {name: part.num_examples() for name, part in data.items()}
+        facts = {"examples": sum(counts.values())}
+        facts |= {f"{name}/examples": count for name, count in counts.items()} if len(counts) > 1 else {}
+        return report._replace(metrics=found | report.metrics, facts=facts | report.facts)
 
     return evaluate
 
 
-def _measure(setting: Setting) -> Callable[[str, EvalInput, Any], tuple[Any, Report]]:
+def _measure(setting: Setting, by_example: bool) -> Callable[[str, EvalInput, Any], tuple[Any, Report]]:
     """The sums of a source's losses, and what else there is to say: of what a head tells, or of texts written."""
     objective = setting.config.task.objective
     if objective in heads.EVALUATORS:
         return lambda name, part, model: heads.evaluate(setting, part, model)
     whole = NamedSharding(setting.mesh, PartitionSpec())
+    if by_example and objective != "span_corruption":  # whose rows are cut from the text anywhere
+        return _measure_by_example(setting, whole)
     step = jax.jit(make_eval_step(setting.config, setting.backend), out_shardings=whole)
 
     def measure(name: str, part: EvalInput, model: Any) -> tuple[Any, Report]:
         sums = runner.added(runner.run(step, model, batches(part), setting.mesh, setting.config.train.batch_size))
         written = texts.evaluate(setting, name, part, model) if objective == "seq2seq" else Report({}, {}, {})
         return sums, written
+
+    return measure
+
+
+def _measure_by_example(setting: Setting, whole: NamedSharding) -> Callable[[str, EvalInput, Any], tuple[Any, Report]]:
+    """`_measure` for targets that are tokens, with the loss of each example in the predictions."""
+    losses_of_targets = make_target_loss_step(setting.config, setting.backend)
+
+    def with_weights(model: Any, batch: Batch) -> tuple[Any, ...]:
+        return *losses_of_targets(model, batch), batch.weights_BT, batch.places_BP
+
+    step = jax.jit(with_weights, out_shardings=whole)
+
+    def measure(name: str, part: EvalInput, model: Any) -> tuple[Any, Report]:
+        losses, sums = predictions.TargetLosses(part), []
+        found = runner.stream(step, model, batches(part), setting.mesh, setting.config.train.batch_size)
+        for number, (more, *of_targets) in enumerate(found):
+            sums.append(more)
+            losses.add(number, *of_targets)
+        if setting.config.task.objective == "seq2seq":
+            return runner.added(sums), texts.evaluate(setting, name, part, model, losses)
+        lines = lambda: predictions.of_documents(part, setting.words, losses)
+        return runner.added(sums), Report({}, {}, {}, lines if setting.words is not None else None)
 
     return measure
 

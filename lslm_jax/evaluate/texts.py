@@ -8,13 +8,18 @@ import numpy as np
 
 from lslm_jax import progress
 from lslm_jax.data.pipeline import EvalInput
-from lslm_jax.evaluate import classification, heads, report, squad, translation
+from lslm_jax.evaluate import classification, heads, predictions, report, squad, translation
 from lslm_jax.evaluate.evaluator import Report, Setting
 from lslm_jax.generate import decode
 
 
-def evaluate(setting: Setting, name: str, part: EvalInput, model: Any) -> Report:
-    """Writes the target of each held-out example of a source and scores it as the kind of example asks."""
+def evaluate(
+    setting: Setting, name: str, part: EvalInput, model: Any, losses: predictions.TargetLosses | None = None
+) -> Report:
+    """Writes the target of each held-out example of a source and scores it as the kind of example asks.
+
+    `losses` of the right targets go into the lines of predictions.
+    """
     examples = list(part.shards.examples())
     if setting.config.eval.batches:
         examples = examples[: setting.config.eval.batches * setting.config.train.batch_size]
@@ -24,11 +29,12 @@ def evaluate(setting: Setting, name: str, part: EvalInput, model: Any) -> Report
     written = write(setting, model, sources)
     match setting.source(name).example:
         case "label":
-            return _classes(setting, examples, written)
+            found = _classes(setting, examples, written)
         case "qa":
-            return _answers(examples, written)
+            found = _answers(examples, written)
         case _:
-            return _translations(examples, written)
+            found = _translations(examples, written)
+    return found._replace(predictions=lambda: predictions.of_texts(examples, written, losses))
 
 
 def _warn_of_cuts(setting: Setting, sources: Sequence[np.ndarray]) -> None:

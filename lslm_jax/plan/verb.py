@@ -22,6 +22,8 @@ def plan(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
       ConfigError: it does not fit into memory; the JSON that says by how much is printed all the same.
     """
     picture.check(flags.picture)
+    if config.train.epochs:
+        raise ConfigError("plan reads no data and cannot count epochs: set --config.train.steps=N")
     place = None if flags.topology is None else topology.parse(flags.topology)
     config = resolve(config)
     if flags.search:

@@ -1,7 +1,8 @@
 """How a run begins: where it stood, from weights that were trained before, or from random ones."""
 
+import difflib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
+from lslm_jax import atomic
 from lslm_jax.config import Config
 from lslm_jax.convert import hub, pretrained
 from lslm_jax.convert.family import differences
 from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.errors import CheckpointRefused, DataError
-from lslm_jax.train.checkpoint import Checkpoints
+from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
+from lslm_jax.train.checkpoint import Checkpoints, latest_step, list_steps
+from lslm_jax.train.manifest import has_manifest
 from lslm_jax.train.state import State, abstract_state, init_state, not_finite
 from lslm_jax.trees import flatten
 
@@ -46,16 +49,62 @@ def begin(
         return state
     state = init_state(config, optimizer, mesh)
     if config.train.init_from:
-        source = hub.local(config.train.init_from)
-        if pretrained.is_pretrained(source):
-            model = _load_pretrained(source, config, checkpoints.identity["tokenizer_sha256"], state.model, log)
+        start = find_start(config.train.init_from)
+        if start.is_pretrained:
+            model = _load_pretrained(start.path, config, checkpoints.identity["tokenizer_sha256"], state.model, log)
         else:
-            model = checkpoints.load_fitting(source / "checkpoints", state.model, log)
+            model = checkpoints.load_fitting(start.path, state.model, log, start.step)
         if bad := not_finite(flatten(model)):
-            raise DataError(f"{source}: {bad[0]} holds values that are not finite ({len(bad)} arrays do)")
+            raise DataError(f"{start.path}: {bad[0]} holds values that are not finite ({len(bad)} arrays do)")
         ema = None if state.ema is None else jax.tree.map(jnp.copy, model)
         state = state._replace(model=model, ema=ema)
     return state
+
+
+class Start(NamedTuple):
+    """Weights that a fresh run starts from.
+
+    Attributes:
+      path: a Hugging Face model, or the `checkpoints` directory of a run.
+      is_pretrained: which of the two.
+      step: of the checkpoint; None for the latest.
+    """
+
+    path: epath.Path
+    is_pretrained: bool
+    step: int | None = None
+
+
+def find_start(init_from: str) -> Start:
+    """The weights that `train.init_from` names: a Hugging Face model, a run, or its RUN/checkpoints/N.
+
+    Raises:
+      InputMissing: there is no such directory, or it holds neither.
+      CheckpointRefused: the run has no checkpoint.
+      ConfigError: the model is of a kind that is not supported.
+    """
+    path = atomic.place(hub.local(init_from))
+    if atomic.exists(path / "checkpoints"):
+        latest_step(path / "checkpoints")
+        return Start(path / "checkpoints", False)
+    if atomic.exists(path) and pretrained.is_pretrained(path):
+        pretrained.describe(path)
+        return Start(path, True)
+    if path.name.isdigit() and has_manifest(path):
+        return Start(path.parent, False, int(path.name))
+    if path.name == "checkpoints" and atomic.exists(path):
+        latest_step(path)
+        return Start(path, False)
+    if not atomic.exists(path):
+        there = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, there, n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        hint = f"; there are {list_steps(path.parent)}" if path.name.isdigit() and list_steps(path.parent) else hint
+        raise InputMissing(f"train.init_from={init_from} does not exist{hint}")
+    raise InputMissing(
+        f"train.init_from={init_from} is neither a run (checkpoints/), nor a checkpoint of one (RUN/checkpoints/N), "
+        "nor a Hugging Face model (config.json with model_type)"
+    )
 
 
 def _load_pretrained(

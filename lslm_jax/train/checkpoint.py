@@ -148,18 +148,19 @@ class Checkpoints:
             restored["ema"] = jax.tree.map(jnp.copy, restored["model"])
         return State(**{"ema": None, **restored, **counters})
 
-    def load_fitting(self, source: epath.Path, model: Any, log: Callable[[str], None]) -> Any:
-        """A model with the latest weights of another run where it has the same parameters; tells which those are.
+    def load_fitting(self, source: epath.Path, model: Any, log: Callable[[str], None], step: int | None = None) -> Any:
+        """A model with the weights of another run where it has the same parameters; tells which those are.
 
         Args:
           source: the `checkpoints` directory of that run.
           model: fresh; what the other run lacks stays as it is.
           log: told what was taken, what is fresh, and what was left behind.
+          step: of the checkpoint to read; None for the latest.
 
         Raises:
           CheckpointRefused: the other run had another tokenizer, or its body another shape.
         """
-        directory = atomic.place(source) / str(latest_step(source))
+        directory = atomic.place(source) / str(latest_step(source) if step is None else step)
         part = "ema" if (directory / "ema").is_dir() else "model"
         _check(directory, part, "metrics")
         found: Any = ocp.metadata(directory, part)

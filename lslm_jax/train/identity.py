@@ -254,9 +254,8 @@ def check_settings(
       CheckpointRefused: a setting that the arrays or the order of the data depend on is another one.
     """
     changed = []
-    # A setting that the version which saved it did not have is one that it left at what is the default now.
-    for key, old, new in _differences(_filled(saved, config_loading.to_dict(Config())), mine):
-        if _below(key, FIXED) and not _below(key, FREE):
+    for key, old, new in changes(saved, mine):
+        if is_fixed(key):
             raise CheckpointRefused(f"{directory} was made with {key}={old}, the config says {new}")
         changed.append(f"{key} {old} -> {new}")
     if changed:
@@ -269,6 +268,19 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def changes(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that differ from saved ones, both as JSON values: dotted key, old and new value.
+
+    A setting that the version which saved them did not have counts as its default of now.
+    """
+    return _differences(_filled(saved, config_loading.to_dict(Config())), mine)
+
+
+def is_fixed(key: str) -> bool:
+    """Whether a checkpoint's arrays, or its place in the data, depend on a setting."""
+    return _below(key, FIXED) and not _below(key, FREE)
 
 
 def _below(key: str, prefixes: tuple[str, ...]) -> bool:

@@ -217,8 +217,8 @@ def _flops(config: Config, batch: Batch) -> float:
 
 def _introduce(config: Config, state: State, mesh: Mesh, backend: Backend, record: Metrics, progress: Progress) -> None:
     """Tells what is about to be trained, and on what."""
-    record.text(int(state.step), "config", config_loading.to_json(config))
-    record.text(int(state.step), "parameters", parameter_table(state.model))
+    record.text(int(state.step), "setup/config", config_loading.to_json(config))
+    record.text(int(state.step), "setup/parameters", parameter_table(state.model))
     trained, frozen = divide(config, state.model)
     some = f", {num_parameters(trained):,} of them trained," * bool(num_parameters(frozen))
     progress.message(

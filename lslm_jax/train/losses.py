@@ -110,7 +110,7 @@ def _forward(settings, x_BTD, w_VD, b_V, targets_BT, weights_BT):
 
     def body(carry, chunk):
         sums, dw_NVD, db_NV = carry
-        more, d_NSV = _score(settings, w, b, *chunk)
+        more, d_NSV, _ = _score(settings, w, b, *chunk)
         dx_NSD = jnp.einsum("nsv,vd->nsd", d_NSV, w)
         dw_NVD += jnp.einsum("nsv,nsd->nvd", d_NSV, chunk[0], preferred_element_type=jnp.float32)
         if db_NV is not None:
@@ -173,7 +173,10 @@ def _together(a_CNS, B, T):
 
 
 def _score(settings, w_VD, b_V, x_NSD, targets_NS, weights_NS):
-    """The sums of one chunk, and the gradient of its objective with respect to the logits, in the compute type."""
+    """The sums of one chunk, the gradient of its objective with respect to the logits, and the NLL of each target.
+
+    The gradient is in the compute type.
+    """
     cap, smooth, z = settings.softcap, settings.label_smoothing, settings.z_loss
     capped_NSV, ids_V, real_V = _scores(settings, w_VD, b_V, x_NSD)
     logits_NSV = jnp.where(real_V, capped_NSV, -jnp.inf)
@@ -197,7 +200,7 @@ def _score(settings, w_VD, b_V, x_NSD, targets_NS, weights_NS):
     d_NSV = (d_NSV * weights_NS[..., None]).astype(x_NSD.dtype)
 
     totals = (objective_NS, nll_NS, target_NS >= top_NS, jnp.ones_like(nll_NS))
-    return Sums(*(jnp.sum(weights_NS * a) for a in totals)), d_NSV
+    return Sums(*(jnp.sum(weights_NS * a) for a in totals)), d_NSV, nll_NS
 
 
 def _scores(settings, w_VD, b_V, x_NSD):
@@ -233,6 +236,30 @@ def log_probabilities(
     _, found = jax.lax.scan(body, None, _chunks(settings, x_BTD, targets_BT))
     nats_BT, likeliest_BT = (_together(a_CNS, *targets_BT.shape) for a_CNS in found)
     return nats_BT, likeliest_BT
+
+
+def cross_entropy_by_target(
+    x_BTD: jax.Array,
+    w_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    settings: Settings,
+    b_V: jax.Array | None = None,
+) -> tuple[Sums, jax.Array]:
+    """The sums of `cross_entropy`, and the negative log-likelihood of each target they add up, [B, T], in nats.
+
+    The arguments are those of `cross_entropy`; nothing has a gradient.
+    """
+    w, b = _output_layer(x_BTD, w_VD, b_V)
+
+    def body(sums, chunk):
+        more, _, nll_NS = _score(settings, w, b, *chunk)
+        return jax.tree.map(jnp.add, sums, more), nll_NS
+
+    zero = jnp.zeros((), jnp.float32)
+    chunks = _chunks(settings, x_BTD, targets_BT, weights_BT)
+    sums, nll_CNS = jax.lax.scan(body, Sums(zero, zero, zero, zero), chunks)
+    return sums, _together(nll_CNS, *targets_BT.shape)
 
 
 def squared_error(

@@ -219,6 +219,21 @@ def make_eval_step(config: Config, backend: Backend) -> Callable[[Any, Batch], S
     return eval_step
 
 
+def make_target_loss_step(config: Config, backend: Backend) -> Callable[[Any, Batch], tuple[Sums, jax.Array]]:
+    """The step (model, batch) -> the sums of `make_eval_step`, and the NLL of each target, [B, P] float32, in nats.
+
+    For objectives whose targets are tokens.
+    """
+    settings = _evaluation_settings(config)
+
+    def target_loss_step(model: Any, batch: Batch) -> tuple[Sums, jax.Array]:
+        w_VD, b_V = model.output()
+        x_BPD = model.features(batch, backend=backend)
+        return losses.cross_entropy_by_target(x_BPD, w_VD, batch.targets_BT, batch.weights_BT, settings, b_V)
+
+    return target_loss_step
+
+
 def make_predict_step(config: Config, backend: Backend) -> Callable[[Any, Batch], tuple[Sums, jax.Array]]:
     """The step (model, batch) -> the sums of `make_eval_step`, and the scores they come from: [B, P, V], float32.
 

@@ -128,7 +128,8 @@ def test_each_document_is_answered_as_by_the_model_class_for_transformers(name, 
     asked += ["--harness=our_*", "--config.train.batch_size=5"]  # which eight devices do not divide
     found = json.loads(command(*asked).splitlines()[-1])
     for task, expected in samples.items():
-        lines = (tmp_path / "samples" / f"0-harness-{task}.jsonl").read_text().splitlines()
+        (path,) = (tmp_path / "evaluations").glob(f"0-lm_eval-*-harness-{task}.jsonl")
+        lines = path.read_text().splitlines()
         ours = [json.loads(line) for line in lines]
         assert len(ours) == len(expected) > 5
         for one, other in zip(ours, expected, strict=True):

@@ -1,0 +1,315 @@
+"""The check that a run, its checkpoint, its prepared data, its tokenizer and the settings of a command belong together.
+
+Every command that reads a run opens it here. A checkpoint stores the config, the sha256 of the tokenizer and that of
+the prepared data that it was trained with; what a command is about to use is compared with all three.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from lslm_jax import atomic, config_loading, resolving, setting_flags
+from lslm_jax.config import Config
+from lslm_jax.data import records, special
+from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.errors import CheckpointRefused, ConfigError, DataError, InputMissing
+from lslm_jax.train import checkpoint, identity
+
+_METADATA = "_CHECKPOINT_METADATA"  # the file in which Orbax keeps what it was given with a checkpoint
+_SHOWN = 12  # characters of a sha256 in messages
+# Settings by which a complete run's metrics do not change.
+_WITHOUT_EFFECT = (
+    *(key for key in setting_flags.COMPUTE if key not in ("model.dtype", "model.max_length")),
+    "model.remat",
+    "mesh",
+    "log",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.keep_every",
+    "data.dir",
+    "data.verify",
+    "data.data_dir",
+    "data.shard_tokens",
+    "train.accumulate",
+    "train.loss_chunk",
+    "train.watchdog",
+    "train.check_copies",
+    "optimizer.offload",
+    "eval.every",
+    "train.epochs",  # which train.steps was made of
+)
+
+
+class Run(NamedTuple):
+    """A run that a command reads.
+
+    Attributes:
+      workdir: the run directory.
+      data_dir: directory of the prepared data, with the tokenizer.
+      config: resolved, with the settings of the command line.
+      facts: the manifest of the prepared data, with `special`.
+      step: of the checkpoint to use.
+    """
+
+    workdir: epath.Path
+    data_dir: epath.Path
+    config: Config
+    facts: dict[str, Any]
+    step: int
+
+
+def open_run(config: Config, flags: argparse.Namespace) -> Run:
+    """Opens a run to evaluate it, to generate with it or to export it, after comparing all that must agree.
+
+    Nothing is written, and the directory need not be writable.
+
+    Args:
+      config: of the command, unresolved.
+      flags: `workdir`, `step`, `best` and `files` are read, and `settings`, the keys that the command line sets.
+
+    Raises:
+      InputMissing: there is no such run, checkpoint or data.
+      CheckpointRefused: the checkpoint was made with another tokenizer, other data, labels, chat template or model.
+      ConfigError: the data were prepared with other settings.
+    """
+    workdir = atomic.place(flags.workdir)
+    step = find_step(config, workdir / "checkpoints", flags.step, flags.best)
+    data_dir = resolving.data_dir(config, workdir)
+    facts = resolving.read_manifest(config, data_dir)
+    saved = read_metadata(workdir / "checkpoints" / str(step))
+    check_tokenizer(saved, facts, data_dir, workdir / "checkpoints" / str(step))
+    resolved, facts = special.resolve(config, facts)
+    check_model(saved, resolved, workdir / "checkpoints" / str(step))
+    check_data(saved, config, facts, data_dir, workdir, step)
+    if not flags.files:
+        _check_prepared(config, facts, data_dir, workdir, flags)
+    return Run(workdir, data_dir, resolved, facts, step)
+
+
+def find_step(config: Config, directory: epath.Path, step: int | None, best: bool) -> int:
+    """The step of the checkpoint that flags name: that step, the best one, or the latest.
+
+    Raises:
+      InputMissing: there is no checkpoint of that step.
+      CheckpointRefused: there is none at all, or none was saved with the metric of checkpoint.best.
+      ConfigError: checkpoint.best is empty.
+    """
+    if step is not None:
+        if step not in (steps := checkpoint.list_steps(directory)):
+            raise InputMissing(f"no checkpoint of step {step} in {directory}; there are {steps}")
+        return step
+    if not best:
+        return checkpoint.latest_step(directory)
+    if not config.checkpoint.best:
+        raise ConfigError("--best needs checkpoint.best, the metric to go by")
+    return checkpoint.best_step(directory, config.checkpoint.best)
+
+
+def read_metadata(directory: epath.Path) -> dict[str, Any]:
+    """What a checkpoint was made with: `config`, `tokenizer_sha256`, `data_sha256` and more.
+
+    Raises:
+      CheckpointRefused: it does not store them.
+    """
+    path = directory / _METADATA
+    try:
+        saved = atomic.read_json(path).get("custom_metadata") if path.exists() else None
+    except DataError as error:
+        raise CheckpointRefused(str(error)) from error
+    if not isinstance(saved, dict) or not {"config", "tokenizer_sha256", "data_sha256"} <= saved.keys():
+        raise CheckpointRefused(f"{directory} does not store what made it")
+    return saved
+
+
+def check_tokenizer(
+    saved: Mapping[str, Any], facts: Mapping[str, Any], data_dir: epath.Path, directory: epath.Path
+) -> None:
+    """Compares the tokenizer of prepared data, the file itself, with the one that a checkpoint was trained with.
+
+    Raises:
+      CheckpointRefused: it is another one.
+    """
+    entry = facts["tokenizer"]
+    found = [entry["sha256"]]
+    if entry.get("file"):
+        found.append(tokenizers.load(data_dir / entry["file"]).sha256)
+    for sha256 in found:
+        if sha256 != saved["tokenizer_sha256"]:
+            raise CheckpointRefused(
+                f"{directory} was trained with another tokenizer ({saved['tokenizer_sha256'][:_SHOWN]}) than the one "
+                f"in {data_dir} ({sha256[:_SHOWN]}): use the data directory of the run"
+            )
+
+
+def check_model(saved: Mapping[str, Any], config: Config, directory: epath.Path) -> None:
+    """Compares the settings that weights, or their meaning, depend on.
+
+    Raises:
+      CheckpointRefused: one differs from that of the checkpoint.
+    """
+    for key, old, new in identity.changes(saved["config"], config_loading.to_dict(config)):
+        if not setting_flags.is_below(key, ("model", "task.objective")):
+            continue
+        if not setting_flags.is_below(key, (*setting_flags.COMPUTE, "model.remat", "model.dropout")):
+            raise CheckpointRefused(f"{directory} was made with {key}={old}, the config says {new}")
+
+
+def check_data(
+    saved: Mapping[str, Any],
+    config: Config,
+    facts: Mapping[str, Any],
+    data_dir: epath.Path,
+    workdir: epath.Path,
+    step: int | None = None,
+) -> None:
+    """Compares prepared data with those that a checkpoint was trained on.
+
+    Data in the directory of the run must be the very same. Other data, which `data.dir` names on the command line, must
+    have the same labels and the same chat template.
+
+    Raises:
+      CheckpointRefused: they are not.
+    """
+    directory = workdir / "checkpoints" / str(step) if step is not None else workdir
+    own_dir = _own_data_dir(workdir)
+    if own_dir is None or data_dir == own_dir:
+        if facts["sha256"] != saved["data_sha256"]:
+            raise CheckpointRefused(
+                f"{directory} was trained on other data ({saved['data_sha256'][:_SHOWN]}) than those in {data_dir} "
+                f"({facts['sha256'][:_SHOWN]}): put the former back; `evaluate --files=FILE` scores other examples"
+            )
+        return
+    if not (own_dir / "manifest.json").exists() or facts["sha256"] == saved["data_sha256"]:
+        return
+    own = resolving.read_manifest(config, own_dir)
+    template = lambda manifest: manifest["chat"]["sha256"] if "chat" in manifest else None
+    for what, mine, theirs in (
+        ("labels", own["labels"], facts["labels"]),
+        ("chat template", template(own), template(facts)),
+    ):
+        if mine != theirs:
+            raise CheckpointRefused(f"{directory} was trained with the {what} in {own_dir}; {data_dir} has others")
+
+
+def _own_data_dir(workdir: epath.Path) -> epath.Path | None:
+    """The data directory that a run was trained on; None where the run has no config.json."""
+    path = workdir / "config.json"
+    return resolving.data_dir(config_loading.load(str(path)), workdir) if path.exists() else None
+
+
+def _check_prepared(
+    config: Config, facts: dict[str, Any], data_dir: epath.Path, workdir: epath.Path, flags: argparse.Namespace
+) -> None:
+    """Compares the settings of the command with those that the run's own data were prepared with.
+
+    Raises:
+      ConfigError: another value than the one that the data have, which the command would ignore.
+    """
+    if config.data.source in ("synthetic", "shards") and not config.data.mixture:
+        return
+    if data_dir != _own_data_dir(workdir) or "settings" not in facts or flags.chat:
+        return
+    own = config_loading.load(f"{workdir}/config.json")
+    # Some of them are effective as they are: the prefix of a prompt, say.
+    for key in flags.settings:
+        if key.startswith("data.") and setting_flags.is_below(key, setting_flags.EFFECTIVE[flags.verb]):
+            config = config_loading.with_value(config, key, setting_flags.value_of(own, key))
+    remedy = "leave it out" if flags.verb != "evaluate" else "to evaluate on other examples use --files=FILE"
+    records.check_settings(facts, config, records.named_sources(config), data_dir, remedy)
+
+
+def check_finished(config: Config, workdir: epath.Path, finished: Mapping[str, Any], data_dir: epath.Path) -> list[str]:
+    """Compares what `train` is asked for with a complete run, whose result must not be taken for another one's.
+
+    Args:
+      config: of the command, unresolved.
+      workdir: of the complete run.
+      finished: its result.
+      data_dir: that the command names.
+
+    Returns:
+      Changed settings by which the result does not change, as text.
+
+    Raises:
+      CheckpointRefused: a setting, the tokenizer or the data differ, so that the result would be another one.
+      ConfigError, DataError: the data directory was prepared with other settings, or its input has changed.
+    """
+    path = workdir / "config.json"
+    if not path.exists():  # of a run that is complete, little may be left
+        return []
+    made_with = atomic.read_json(path)
+    own_dir = resolving.data_dir(config_loading.load(str(path)), workdir)
+    prepared = config.data.source == "synthetic" and not config.data.mixture
+    if (data_dir / "manifest.json").exists():
+        prepared = True
+        if config.data.source != "shards" or config.data.mixture:
+            record = records.read(data_dir / "manifest.json")
+            assert record is not None
+            records.check(record, config, records.named_sources(config), data_dir, finished=True)
+    elif data_dir != own_dir:
+        raise CheckpointRefused(
+            f"{workdir} is complete and was trained on the data in {own_dir}, not {data_dir}: use another --workdir"
+        )
+    if prepared:
+        facts = resolving.read_manifest(config, data_dir)
+        for directory in _checkpoints(workdir)[-1:]:
+            saved = read_metadata(directory)
+            check_tokenizer(saved, facts, data_dir, directory)
+            if saved["data_sha256"] != facts["sha256"]:
+                raise CheckpointRefused(
+                    f"{workdir} is complete and was trained on other data ({saved['data_sha256'][:_SHOWN]}, now "
+                    f"{facts['sha256'][:_SHOWN]}): use another --workdir, or put the former back"
+                )
+        config, _ = special.resolve(config, facts)
+    harmless = _WITHOUT_EFFECT + ("tokenizer.path",) * prepared  # its content was compared
+    return _harmless_changes(config, made_with, workdir, finished, harmless)
+
+
+def _harmless_changes(
+    config: Config,
+    made_with: Mapping[str, Any],
+    workdir: epath.Path,
+    finished: Mapping[str, Any],
+    harmless: Sequence[str],
+) -> list[str]:
+    """Changed settings that leave the result as it is; a CheckpointRefused where one does not."""
+    found, now = [], config_loading.to_dict(config)
+    derived = [key for key in ("model.vocab_size", "model.num_labels") if not setting_flags.value_of(config, key)]
+    changes = [change for change in identity.changes(made_with, now) if change[0] not in derived]
+    for key, old, new in changes:
+        if key == "train.steps" and finished["step"] == new:
+            continue
+        if identity.is_fixed(key):
+            raise CheckpointRefused(f"{workdir} was made with {key}={old}, the config says {new}")
+        if not setting_flags.is_below(key, harmless):
+            raise CheckpointRefused(
+                f"{workdir} is complete and was made with {key}={json.dumps(old)}, the config says {json.dumps(new)}: "
+                "use another --workdir, or raise train.steps to train on"
+            )
+        found.append(f"{key} {old} -> {new}")
+    return found
+
+
+def _checkpoints(workdir: epath.Path) -> list[epath.Path]:
+    """The directories of all checkpoints of a run, by step."""
+    found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    return sorted((path for path in found if (path / _METADATA).exists()), key=lambda path: int(path.name))
+
+
+def check_files(workdir: epath.Path, config: Config) -> None:
+    """Compares tokenizer and data of a run, or of a copy of one, with all its checkpoints; for `verify` and `audit`.
+
+    Raises:
+      CheckpointRefused: one was made with another tokenizer or other data.
+    """
+    data_dir = resolving.data_dir(config, workdir)
+    if not (data_dir / "manifest.json").exists():
+        return
+    facts = resolving.read_manifest(config, data_dir)
+    for directory in _checkpoints(workdir):
+        saved = read_metadata(directory)
+        check_tokenizer(saved, facts, data_dir, directory)
+        check_data(saved, config, facts, data_dir, workdir, int(directory.name))

@@ -1,0 +1,249 @@
+"""Every flag belongs to some commands and is rejected by all others; misspelled flags and commands name the nearest."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lslm_jax import command_flags, config_checks, config_loading, setting_flags
+from lslm_jax.command_flags import COMMANDS, FLAGS, parse
+from lslm_jax.config import Config, DataConfig
+from lslm_jax.config_loading import describe, with_value
+from lslm_jax.errors import ConfigError
+from lslm_jax.main import main
+
+ALL = [flag for flags in FLAGS.values() for flag in flags]
+OTHERS = [(command, flag.name) for command in COMMANDS for flag in ALL if command not in flag.commands]
+OWN = [(command, flag.name) for command in COMMANDS for flag in ALL if command in flag.commands]
+CONFIG = config_checks.validate(Config(data=DataConfig(files=("a.txt",))))
+
+
+def written(name: str) -> str:
+    """A flag with a value of its type."""
+    options = next(flag.options for flag in ALL if flag.name == name)
+    if options.get("action") == "store_true":
+        return f"--{name}"
+    if "choices" in options:
+        return f"--{name}={options['choices'][0]}"
+    return f"--{name}=0" if "type" in options else f"--{name}=x"
+
+
+def companions(name: str) -> list[str]:
+    """Another flag without which this one has no effect."""
+    needed = [needs[0] for flag, needs, _ in command_flags._NEEDS if flag == name]
+    return [written(other) for other in needed]
+
+
+@pytest.mark.parametrize(("command", "name"), OTHERS)
+def test_a_flag_of_another_command_is_rejected_by_name(command, name):
+    with pytest.raises(ConfigError, match=rf"^--{name} is a flag of .*, not of `{command}`"):
+        parse([command, written(name)])
+
+
+@pytest.mark.parametrize(("command", "name"), OWN)
+def test_a_flag_of_the_command_is_accepted(command, name):
+    assert name in command_flags.given(parse([command, written(name), *companions(name)]))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train --dtype=bfloat16", "--config.model.dtype"),
+        ("--step=4", "train.init_from=RUN/checkpoints/N"),
+        ("train --best", "--config.checkpoint.best"),
+        ("train --split=test", "data.test_files"),
+        ("train --to=x", "--config.checkpoint.export_every"),
+        ("train --check", "import --pretrained=DIR --check"),
+        ("generate --files=x", "--prompts=FILE"),
+        ("evaluate --prompt=x", "--files=FILE"),
+    ],
+)
+def test_the_rejection_names_the_setting_or_command_that_does_it(line, message):
+    with pytest.raises(ConfigError) as error:
+        parse(line.split())
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("evaluate --files=a --split=test", "--split and --files exclude each other: *"),
+        ("evaluate --harness=a --split=test", "--split and --harness exclude each other: *"),
+        ("evaluate --harness=a --files=b", "--files and --harness exclude each other: *"),
+        ("generate --pretrained=a --step=3", "--step and --pretrained exclude each other: *"),
+        ("export --adapter --dtype=bfloat16", "--adapter and --dtype exclude each other: *"),
+        ("import --tolerance=1", "--tolerance is for a comparison: *"),
+        ("import --check --reference=x", "--check and --reference exclude each other: *"),
+        ("evaluate --limit=3", "--limit is for tasks of lm-eval: *"),
+        ("plan --search --price=3", "--search and --price exclude each other: *"),
+        ("generate --pretrained=a --workdir=b", "--pretrained and --workdir exclude each other: *"),
+        ("evaluate --step=1 --best", "--step and --best exclude each other: *"),
+    ],
+)
+def test_a_flag_that_another_one_would_make_ineffective_is_rejected(line, message):
+    with pytest.raises(ConfigError) as error:
+        parse(line.split())
+    assert str(error.value).startswith(message.removesuffix("*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("generate --promt=x", "unknown flag --promt; did you mean --prompt?"),
+        ("generate --promts x", "unknown flag --promts; did you mean --prompts?"),
+        ("--workdri=x", "unknown flag --workdri; did you mean --workdir?"),
+        ("evaluate --file=x", "unknown flag --file; did you mean --files?"),
+        ("train --zzzzzz", "unknown flag --zzzzzz; `lslm train --help` lists all flags"),
+        ("generat --workdir=x", "unknown command generat; did you mean generate?"),
+        ("evalute", "unknown command evalute; did you mean evaluate?"),
+        ("xyzxyz", f"unknown command xyzxyz: the commands are {', '.join(COMMANDS)}"),
+        ("generate hello", "unexpected argument 'hello' after generate: text with blanks needs quotes"),
+    ],
+)
+def test_a_misspelled_flag_or_command_names_the_nearest(line, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"lslm: {message}\n"
+
+
+def test_without_arguments_there_is_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    output = capsys.readouterr()
+    assert stop.value.code == 0 and output.err == ""
+    assert "usage: lslm" in output.out and all(command in output.out for command in COMMANDS)
+
+
+# Settings that a command takes from its run.
+
+
+def another(value, hint: str):
+    """Another value of the same type as this one."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, tuple):
+        return (*value, "x")
+    return next((choice for choice in hint.split(" | ") if choice != str(value)), "x") if " | " in hint else f"{value}x"
+
+
+@pytest.mark.parametrize("command", setting_flags.READERS)
+def test_every_setting_has_an_effect_on_a_reading_command_or_is_rejected(command):
+    accepted, rejected = set(), set()
+    for entry in describe():
+        if entry.key == "data.mixture":
+            continue
+        value = another(setting_flags.value_of(CONFIG, entry.key), entry.type)
+        flags = parse([command, "--workdir=run"])
+        flags.settings = [entry.key]
+        try:
+            setting_flags.check_effect(flags, with_value(CONFIG, entry.key, value), CONFIG)
+            accepted.add(entry.key)
+        except ConfigError as error:
+            assert str(error).startswith(f"--config.{entry.key} has no effect on {command}: ")
+            rejected.add(entry.key)
+        setting_flags.check_effect(flags, CONFIG, CONFIG)  # the value that the run has is no mistake
+    assert {
+        "train.steps",
+        "optimizer.learning_rate",
+        "log.every",
+        "tokenizer.vocab_size",
+        "clean.min_chars",
+    } <= rejected
+    if command != "audit":  # compared with the checkpoint
+        assert {"model.d_model", "model.norm_eps", "task.objective"} <= accepted
+        assert {"data.files", "data.valid_fraction", "model.dropout"} <= rejected
+    read = {"evaluate": "eval.batches", "generate": "generate.top_k", "export": "generate.stop", "audit": "seed"}[
+        command
+    ]
+    assert read in accepted
+
+
+def test_files_to_evaluate_on_may_have_other_columns_and_other_cleaning():
+    flags = parse(["evaluate", "--workdir=run", "--files=a.csv"])
+    for key, value in (("data.text_key", "review"), ("clean.min_chars", 7), ("data.document", "line")):
+        flags.settings = [key]
+        setting_flags.check_effect(flags, with_value(CONFIG, key, value), CONFIG)
+    flags.settings = ["data.valid_fraction"]
+    with pytest.raises(ConfigError, match="to evaluate on other examples use --files=FILE"):
+        setting_flags.check_effect(flags, with_value(CONFIG, "data.valid_fraction", 0.5), CONFIG)
+
+
+# Derived sizes, lists and paths.
+
+
+@pytest.mark.parametrize(
+    ("given", "flag", "expected"),
+    [
+        ({}, "model.d_model=64", {"d_model": 64, "head_dim": 16, "d_ff": 256, "num_kv_heads": 4, "vocab_size": 300}),
+        ({}, "model.num_heads=8", {"num_heads": 8, "head_dim": 4, "num_kv_heads": 8, "d_ff": 128}),
+        ({}, "model.num_layers=3", {"num_layers": 3, "num_decoder_layers": 3, "d_ff": 128}),
+        ({}, "tokenizer.vocab_size=500", {"vocab_size": 0, "d_ff": 128}),
+        ({}, "model.vocab_size=512", {"vocab_size": 512}),
+        ({"d_ff": 96}, "model.d_model=64", {"d_model": 64, "head_dim": 16, "d_ff": 96}),
+        ({"num_kv_heads": 2}, "model.num_heads=8", {"num_heads": 8, "num_kv_heads": 2, "head_dim": 4}),
+        ({}, "train.steps=3", {"d_ff": 128, "head_dim": 8, "vocab_size": 300}),
+    ],
+)
+def test_sizes_of_a_run_follow_those_that_they_are_derived_from(given, flag, expected):
+    model = {"num_layers": 1, "d_model": 32, "num_heads": 4, "vocab_size": 300} | given
+    run = config_checks.validate(config_loading.from_dict({"model": model, "data": {"files": ["a.txt"]}}))
+    key, _, text = flag.partition("=")
+    found = config_loading.override(config_loading.release_derived(run, [key]), [(key, text)])
+    found = config_checks.validate(found).model
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+def test_sizes_that_a_config_file_leaves_open_stay_open():
+    config = config_loading.from_dict({"model": {"d_ff": 3072}})
+    assert config_loading.release_derived(config, ["model.d_model"]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('["Hello, world"]', ("Hello, world",)),
+        ('["a,b.txt", "c.txt"]', ("a,b.txt", "c.txt")),
+        ("a.txt,b.txt", ("a.txt", "b.txt")),
+        ("[ab]*.txt", ("[ab]*.txt",)),
+        ("[]", ()),
+    ],
+)
+def test_an_item_of_a_list_may_hold_a_comma_in_json(text, value):
+    assert config_loading.override(Config(), [("data.files", text)]).data.files == value
+    assert config_loading.override(Config(), [("generate.prompts", text)]).generate.prompts == value
+
+
+def test_the_home_directory_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = {"tokenizer.path": "~/t.model", "train.init_from": "~/run", "data.dir": "~/data"}
+    config = config_checks.validate(config_loading.override(CONFIG, list(keys.items())))
+    for key, value in keys.items():
+        assert setting_flags.value_of(config, key) == value.replace("~", str(tmp_path))
+    (tmp_path / "c.json").write_text('{"seed": 5}')
+    assert config_loading.load("~/c.json").seed == 5
+
+
+def test_steps_of_a_flag_take_the_place_of_epochs_of_a_file_but_not_of_a_flag():
+    config = with_value(CONFIG, "train.epochs", 2.0)
+    assert config_loading.override(config, [("train.steps", "7")]).train.epochs == 0
+    assert config_loading.override(config, [("seed", "7")]).train.epochs == 2
+    with pytest.raises(ConfigError, match=r"train.steps and train.epochs exclude each other"):
+        config_loading.override(config, [("train.steps", "7"), ("train.epochs", "1")])
+
+
+def test_a_missing_package_names_the_interpreter_and_the_cure(tmp_path):
+    code = (
+        "import sys\n"
+        "class Without:\n"
+        "  def find_spec(self, name, *rest):\n"
+        "    if name.partition('.')[0] == 'etils': raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+        "import runpy; runpy.run_module('lslm_jax.main', run_name='__main__')\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith(f"lslm: {sys.executable} has no package 'etils': ")
+    assert process.stderr.count("\n") == 1
