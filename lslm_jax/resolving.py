@@ -91,6 +91,7 @@ def read_manifest(config: Config, data_dir: epath.Path) -> dict[str, Any]:
 
     Raises:
       InputMissing: nothing is prepared.
+      DataError: the manifest is damaged or was altered.
     """
     if config.data.source == "synthetic" and not config.data.mixture:
         return synthetic.facts(config)
@@ -98,6 +99,7 @@ def read_manifest(config: Config, data_dir: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise InputMissing(f"{data_dir} holds no prepared data (no manifest.json): run prepare or train first")
     facts = atomic.read_json(path)
+    records.check_content(facts, data_dir)
     facts["sha256"] = records.content_sha256(facts)
     facts.setdefault("labels", [])  # written by earlier versions
     return facts

@@ -76,13 +76,21 @@ def open_run(config: Config, flags: argparse.Namespace) -> Run:
       ConfigError: the data were prepared with other settings.
     """
     workdir = atomic.place(flags.workdir)
-    step = find_step(config, workdir / "checkpoints", flags.step, flags.best)
-    data_dir = resolving.data_dir(config, workdir)
+    directory = workdir / "checkpoints"
+    open_step = lambda step: _open_step(config, flags, workdir, step)
+    if flags.step is None and not flags.best:  # a training run may delete the latest checkpoint meanwhile
+        return checkpoint.load_latest(directory, open_step)[0]
+    return open_step(find_step(config, directory, flags.step, flags.best))
+
+
+def _open_step(config: Config, flags: argparse.Namespace, workdir: epath.Path, step: int) -> Run:
+    """Compares the checkpoint of a step with data, tokenizer and settings of the command."""
+    directory, data_dir = workdir / "checkpoints" / str(step), resolving.data_dir(config, workdir)
     facts = resolving.read_manifest(config, data_dir)
-    saved = read_metadata(workdir / "checkpoints" / str(step))
-    check_tokenizer(saved, facts, data_dir, workdir / "checkpoints" / str(step))
+    saved = read_metadata(directory)
+    check_tokenizer(saved, facts, data_dir, directory)
     resolved, facts = special.resolve(config, facts)
-    check_model(saved, resolved, workdir / "checkpoints" / str(step))
+    check_model(saved, resolved, directory)
     check_data(saved, config, facts, data_dir, workdir, step)
     if not flags.files:
         _check_prepared(config, facts, data_dir, workdir, flags)

@@ -103,7 +103,7 @@ def test_sentiment_is_learnt_told_in_every_measure_and_asked_for(reviews, tmp_pa
     lines = [json.loads(line) for line in pathlib.Path(again["predictions"]).read_text().splitlines()]
     assert [line["text"] for line in lines] == [text for text, _ in sentences(61, 1)]
     assert all(line["predicted"] == line["gold"] for line in lines)
-    named = tmp_path / "evaluations" / f"60-valid-{pathlib.Path(again['evaluation']).stem.rpartition('-')[2]}"
+    named = tmp_path / "evaluations" / f"100-valid-{pathlib.Path(again['evaluation']).stem.rpartition('-')[2]}"
     assert "negative" in pathlib.Path(f"{named}-classes.txt").read_text()
     on_test = json.loads(run(tmp_path, capsys, "evaluate", "--split=test"))
     assert on_test["eval/accuracy"] == 1.0 and sum(map(sum, on_test["eval/confusion"])) == 10

@@ -193,7 +193,7 @@ def test_steps_that_a_killed_run_showed_are_shown_once_after_it_goes_on(tmp_path
             metrics.write(step, {"loss": float(step + 100 * start)})
         metrics.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"), tensor_size_guidance={"scalars": 0}).Reload()
-    shown = [event.step for event in events.Tensors("loss")]
+    shown = [event.step for event in events.Tensors("train/loss")]
     assert shown == list(range(1, 9))
 
 

@@ -47,7 +47,7 @@ def read(path: epath.Path) -> dict[str, Any] | None:
     return record
 
 
-def _check_content(record: dict[str, Any], directory: epath.Path) -> None:
+def check_content(record: dict[str, Any], directory: epath.Path) -> None:
     """Compares labels, tokenizer and splits of a manifest with its own hash, which older ones lack."""
     if record.get("content_sha256") and record["content_sha256"] != content_sha256(record):
         path = directory / MANIFEST
@@ -119,7 +119,7 @@ def verify(directory: epath.Path) -> int:
         Shards.open(path.parent, verify=True)
         total += sum(file.stat().length for file in path.parent.iterdir() if file.name != MANIFEST)
     if record:
-        _check_content(record, directory)
+        check_content(record, directory)
     return total
 
 

@@ -258,11 +258,17 @@ def test_another_batch_size_goes_on_at_the_next_row(run, capsys):
 
 
 def test_a_run_on_a_read_only_disk_is_evaluated(finished, run, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(errno.EROFS, "Read-only file system")
+    open_plain, access = atomic.open_plain, os.access
+    is_read_only = lambda path: epath.Path(path).is_relative_to(run)
 
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    monkeypatch.setattr(atomic, "open_plain", refuse)
+    def open_elsewhere(path, *rest):
+        if is_read_only(path):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return open_plain(path, *rest)
+
+    refuses = lambda path, mode: mode == os.W_OK and is_read_only(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: not refuses(path, mode) and access(path, mode))
+    monkeypatch.setattr(atomic, "open_plain", open_elsewhere)
     again = command(run, "evaluate", f"--config.eval.batches={RUN['eval']['batches']}")
     assert again["eval/loss"] == finished[1]["eval/loss"]
 
