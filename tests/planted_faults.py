@@ -1,17 +1,19 @@
 """Faults of one line, planted on purpose: `make test` must catch each of them.
 
-python tests/planted_faults.py [--only=TEXT] [--tests=REVISION] plants each in turn in a copy of the working tree, runs
-the tests that should fail, and prints what caught it. `--tests` takes the tests of another revision.
+python tests/planted_faults.py [--only=TEXT] [--tests=REVISION] [--jobs=N] plants each fault in a copy of the working
+tree, runs the tests that should fail, and prints the first that did. `--tests` takes the tests of another revision.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -365,7 +367,9 @@ def catch(fault: Fault, revision: str | None) -> tuple[list[str], float]:
         tests = [f"tests/{name}" for name in fault.tests.split()]
         flags = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not exhaustive", "-rfE", "--tb=no"]
         command = [sys.executable, "-m", "pytest", *flags, *tests]
-        output = subprocess.run(command, cwd=tree, capture_output=True, text=True).stdout
+        # Processes started elsewhere import the copy too; programs that the fault does not change are compiled once.
+        env = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla")} | os.environ | {"PYTHONPATH": str(tree)}
+        output = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True).stdout
         failed = [line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
         return failed, time.monotonic() - begin
 
@@ -375,14 +379,16 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     flags.add_argument("--only", default="", metavar="TEXT", help="faults whose name or file holds this")
     flags.add_argument("--tests", metavar="REVISION", help="take the tests of this revision")
+    flags.add_argument("--jobs", type=int, default=2, metavar="N", help="faults tried at a time; default 2")
     options = flags.parse_args()
     faults = [fault for fault in FAULTS if options.only in f"{fault.file}: {fault.name}"]
     missed = []
-    for fault in faults:
-        failed, seconds = catch(fault, options.tests)
-        print(f"{fault.file}: {fault.name}: {failed[0] if failed else 'MISSED'} ({seconds:.0f} s)", flush=True)
-        if not failed:
-            missed.append(fault.name)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = pool.map(lambda fault: catch(fault, options.tests), faults)
+        for fault, (failed, seconds) in zip(faults, results, strict=True):
+            print(f"{fault.file}: {fault.name}: {failed[0] if failed else 'MISSED'} ({seconds:.0f} s)", flush=True)
+            if not failed:
+                missed.append(fault.name)
     print(json.dumps({"planted": len(faults), "caught": len(faults) - len(missed), "missed": missed}))
     sys.exit(bool(missed))
 

@@ -87,15 +87,15 @@ def test_sentiment_is_learnt_told_in_every_measure_and_asked_for(reviews, tmp_pa
         model=BODY | {"pool": "mean"},
         data=data_of(reviews, example="label", labels=["negative", "positive"]),
         task={"objective": "classification"},
-        train={"steps": 60, "batch_size": 32},
+        train={"steps": 100, "batch_size": 32},
         optimizer=FAST,
         generate={"prompts": ["a good film"]},
     )
     assert result["eval/accuracy"] == 1.0 == result["eval/f1_macro"] == result["eval/matthews"]
     assert result["eval/confusion"] == [[31, 0], [0, 30]] and result["eval/labels"] == ["negative", "positive"]
     assert result["eval/loss"] < 0.2
-    assert "negative" in (tmp_path / "samples" / "60-classes.txt").read_text()
-    assert "label: positive" in (tmp_path / "samples" / "60.txt").read_text()
+    assert "negative" in (tmp_path / "samples" / "100-classes.txt").read_text()
+    assert "label: positive" in (tmp_path / "samples" / "100.txt").read_text()
 
     again = json.loads(run(tmp_path, capsys, "evaluate"))
     assert again == {name: result[name] for name in again}

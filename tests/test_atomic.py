@@ -82,3 +82,20 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("x")
     atomic.remove_leftovers(epath.Path(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(set(names) - {names[1]})
+
+
+def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    """A power cut after a rename without fsync leaves an empty file under the final name."""
+    events, fsync, path = [], os.fsync, tmp_path / "file"
+
+    def record(descriptor):
+        size = os.fstat(descriptor).st_size if os.path.isfile(f"/proc/self/fd/{descriptor}") else "directory"
+        events.append((size, path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    file = atomic.WholeFile(epath.Path(path))
+    file.write(b"twelve bytes")
+    assert not path.exists()
+    file.close()
+    assert events[0] == (12, False) and path.read_bytes() == b"twelve bytes"

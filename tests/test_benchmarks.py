@@ -54,7 +54,7 @@ def run_script(script: str, flags: list[str]) -> None:
         ),
         ("decode", [*SMALL, "--rounds=1", "--tokens=8", "--batch_sizes=2"], {"first_token_ms", "tokens_per_second"}),
         ("checkpoint", [*SMALL, "--rounds=1"], {"blocking", "total", "restore", "per_gib"}),
-        ("start", [*SMALL, "--rounds=1", "--steps=2"], {"cold", "warm"}),
+        pytest.param("start", [*SMALL, "--rounds=1", "--steps=2"], {"cold", "warm"}, marks=pytest.mark.exhaustive),
         (
             "loop",
             [

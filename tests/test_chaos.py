@@ -13,13 +13,13 @@ from lslm_jax.chaos.faults import Fault
 from lslm_jax.chaos.run import Run
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("flags", "faults"),
     [
         (["--steps=36", "--most=1", "--only=SIGKILL during a save"], 1),
-        pytest.param(["--steps=60", "--most=15", "--seed=3"], 15, marks=pytest.mark.exhaustive),
+        (["--steps=60", "--most=15", "--seed=3"], 15),
     ],
     ids=["one fault", "fifteen faults"],
 )

@@ -128,6 +128,7 @@ def test_losses_and_the_evaluation_of_every_example_are_those_of_one_process(cor
     assert not any("{" in out for out in outs[1:]) and not any(texts[1:]), "only the first process speaks"
 
 
+@pytest.mark.exhaustive  # devices of one process: tests/train/test_step.py
 def test_a_reproducible_run_is_the_same_to_the_last_bit_for_any_number_of_devices_and_processes(corpus, tmp_path):
     flags = ["--config.train.reproducible=true", "--config.mesh.fsdp=1", "--config.model.dropout=0.1"]
     flags += ["--config.model.d_model=128", "--config.optimizer.clip=0.1", "--config.train.steps=6"]
@@ -182,9 +183,9 @@ def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(corpus, t
         codes, _, texts = lslm(corpus, processes, workdir, steps).end()
         assert codes == [0] * processes and f"resumed from step {step}" in texts[0], texts
         assert [line["step"] for line in record(workdir)[: step + 5]] == list(range(1, step + 6))
-        told = json.loads(lslm(corpus, 1, workdir, "audit").end()[1][0])
-        assert (told["steps"], told["starts"], told["repeated_steps"]) == (step + 5, 2, 0)
     assert_close(*(record(tmp_path / f"goes-on-{processes}") for processes in numbers))
+    audited = json.loads(lslm(corpus, 1, workdir, "audit").end()[1][0])
+    assert (audited["steps"], audited["starts"], audited["repeated_steps"]) == (step + 5, 2, 0)
 
 
 def test_what_fails_at_the_primary_ends_all_and_is_told_once(corpus, tmp_path):

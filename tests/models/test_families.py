@@ -308,7 +308,7 @@ def test_types_tell_texts_apart_and_none_means_the_first():
 def test_weights_start_as_large_as_what_they_sum_up_is_small():
     big = {"d_model": 256, "head_dim": 32, "num_heads": 4, "d_ff": 512, "vocab_size": 512, "num_kv_heads": 4}
     for config, table, query in [(T5, 1.0, 32**-0.5), (T5_V1_1, 1.0, 32**-0.5), (ORIGINAL, 256**-0.5, 1.0)]:
-        model = presets.build(replace(config, **big), jax.random.key(0))
+        model = jax.jit(functools.partial(presets.build, replace(config, **big)))(jax.random.key(0))
         block = model.decoder.blocks
         expected = [(model.embed, table), (block.attention.q.w, query / 16), (block.cross.q.w, query / 16)]
         expected += [(p.w, 1 / 16) for p in (block.attention.k, block.cross.v, block.mlp.up)]
@@ -316,7 +316,7 @@ def test_weights_start_as_large_as_what_they_sum_up_is_small():
         expected += [] if model.head is None else [(model.head, 1 / 16)]
         for param, std in expected:
             assert abs(np.std(param.get_value()) / std - 1) < 0.03
-    bert = presets.build(replace(BERT, **big), jax.random.key(0), "masked")
+    bert = jax.jit(functools.partial(presets.build, replace(BERT, **big), objective="masked"))(jax.random.key(0))
     head = bert.top.transform.dense.w
     for param in (bert.embed, bert.positions, bert.blocks.attention.o.w, bert.blocks.mlp.down.w, head):
         assert abs(np.std(param.get_value()) / INIT_STD - 1) < 0.03

@@ -9,6 +9,7 @@ from etils import epath
 from lslm_jax.batch import Batch
 from lslm_jax.data.order import positions
 from lslm_jax.errors import DataError, InputMissing
+from lslm_jax.train import ledger
 from lslm_jax.train.ledger import Ledger, attempts, audit
 
 BATCH, SIZES = 4, [10, 6]
@@ -100,6 +101,15 @@ def test_an_order_that_repeats_or_loses_a_row_is_found_even_where_all_agree(work
     assert first != second
     go_on(workdir, 0, 10, data=twice)
     with pytest.raises(DataError, match=f"row {first} of source 0 was read twice in epoch 0, at step 1"):
+        audit(workdir, twice, BATCH)
+
+
+def test_a_row_that_comes_again_beyond_the_rows_looked_up_at_once_is_found(workdir, monkeypatch):
+    monkeypatch.setattr(ledger, "_PIECE", BATCH)
+    first = Data().rows(0)[0, 2]
+    twice = spoilt(BATCH, lambda _: first)
+    go_on(workdir, 0, 10, data=twice)
+    with pytest.raises(DataError, match=f"row {first} of source 0 was read twice in epoch 0, at step 2"):
         audit(workdir, twice, BATCH)
 
 

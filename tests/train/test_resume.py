@@ -41,9 +41,9 @@ def command(workdir: pathlib.Path, family: str, steps: int, **settings: object) 
     return [f"--config={path}", f"--workdir={workdir}", *flags]
 
 
-def environment(devices: int, cache: pathlib.Path) -> dict[str, str]:
+def environment(devices: int, cache: pathlib.Path, optimized: bool) -> dict[str, str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    if devices > 1:  # which take long to compile for; for one device it is done as users do
+    if not optimized:
         flags += " --xla_backend_optimization_level=0"
     cached = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return os.environ | {"XLA_FLAGS": flags} | cached
@@ -72,20 +72,26 @@ def last_step(metrics: pathlib.Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "devices", "steps", "stops"),
+    ("family", "devices", "steps", "stops", "optimized"),
     [
-        ("decoder", 8, 70, 1),
-        ("encoder", 1, 70, 1),
-        ("encoder_decoder", 1, 70, 1),
-        pytest.param("decoder", 1, 200, 3, marks=pytest.mark.exhaustive),
-        pytest.param("decoder", 8, 200, 3, marks=pytest.mark.exhaustive),
-        pytest.param("encoder", 8, 70, 1, marks=pytest.mark.exhaustive),
+        ("decoder", 8, 70, 1, False),
+        ("encoder_decoder", 1, 70, 1, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (
+                ("decoder", 1, 200, 3, True),
+                ("decoder", 8, 200, 3, False),
+                ("encoder", 1, 70, 1, True),
+                ("encoder", 8, 70, 1, False),
+                ("encoder_decoder", 1, 70, 1, True),
+            )
+        ),
     ],
 )
 def test_a_run_stopped_by_sigterm_and_by_sigkill_equals_the_uninterrupted_one_byte_for_byte(
-    family, devices, steps, stops, tmp_path
+    family, devices, steps, stops, optimized, tmp_path
 ):
-    env, cache = environment(devices, tmp_path / "cache"), tmp_path / "cache"
+    env, cache = environment(devices, tmp_path / "cache", optimized), tmp_path / "cache"
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2} if devices == 8 else {}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     uninterrupted = forked.run(*command(whole, family, steps, **mesh), env=env)

@@ -37,9 +37,9 @@ exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
     [
         ("decoder", [{"fsdp": 2, "context": 2}]),
         ("grouped heads, windows, dropout, remat", [{"context": 2, "tensor": 2}]),
-        ("encoder", [{"data": 2, "context": 2}]),
         ("encoder_decoder", [{"context": 2}]),
         exhaustive("decoder", [{"context": 8}]),
+        exhaustive("encoder", [{"data": 2, "context": 2}]),
         exhaustive("encoder", [{"context": 2}]),
         exhaustive("encoder_decoder", [{"data": 2, "context": 2}]),
         exhaustive("grouped heads, windows", [{"context": 2, "tensor": 2}]),
