@@ -48,8 +48,8 @@ def test_a_dash_is_the_standard_input_and_a_tilde_the_home_directory(tmp_path, m
         (b"good\nbad \xff\n", DataError, "p:2 is not UTF-8"),
         (b'{"prompt": "a"}\nplain\n', DataError, 'p:2 is not a JSON object with a "prompt"'),
         (b'{"prompt": 3}\n', DataError, 'p:1: "prompt" is not text: 3'),
-        (gzip.compress(b"one\n" * 99)[:-9], DataError, "prompts file * is truncated or damaged: *"),
-        (gzip.compress(b"\n"), InputMissing, "prompts file * is empty"),
+        (gzip.compress(b"one\n" * 99, mtime=0)[:-9], DataError, "prompts file * is truncated or damaged: *"),
+        (gzip.compress(b"\n", mtime=0), InputMissing, "prompts file * is empty"),
     ],
 )
 def test_a_bad_file_is_one_line(content, error, message, tmp_path):

@@ -124,7 +124,7 @@ class Campaign:
         return self._until - time.monotonic()
 
     def _must_end(self, run: Run) -> bool:
-        """Whether a run must go on undisturbed to be done in time; the first fault always comes."""
+        """True where a run must go on undisturbed to be done in time; the first fault always comes."""
         if self._is_over() and self._injected:
             return True
         return self._injected > 0 and self._left() < self._takes[run.processes]

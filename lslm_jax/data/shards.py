@@ -268,7 +268,9 @@ class Shards:
             ("numbers.bin", numbers, self.num_examples * width),
         ):
             if len(array) != size:
-                raise DataError(f"{directory / name} holds {len(array)} entries, its {MANIFEST} says {size}")
+                raise DataError(
+                    f"{directory / name} holds {len(array)} entries instead of the {size} in its {MANIFEST}"
+                )
         self.numbers = numbers.reshape(self.num_examples, width)
         self._examples = local / _EXAMPLES
         dtype = np.dtype(token_type(self.vocab_size)).newbyteorder("<")
@@ -315,7 +317,7 @@ class Shards:
             if (wrong := np.flatnonzero(part[1:] < part[:-1])).size:
                 raise DataError(f"{self.directory / 'starts.bin'} falls at document {first + wrong[0]}")
         if (found := sum(map(len, self._shards))) != self.num_tokens:
-            raise DataError(f"{self.directory} holds {found} tokens, its {MANIFEST} says {self.num_tokens}")
+            raise DataError(f"{self.directory} holds {found} tokens instead of the {self.num_tokens} in its {MANIFEST}")
 
     def _check_ids(self) -> None:
         """Raises a DataError where a token is outside the vocabulary, or a number of bytes is negative."""

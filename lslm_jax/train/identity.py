@@ -1,4 +1,4 @@
-"""Who made a checkpoint, and whether a run may go on from it.
+"""Identity of a checkpoint: what made it, compared with the run that is to go on from it or to read it.
 
 Interface for commands that read a checkpoint: `check_inputs` compares its metadata with the config, the data manifest
 and the tokenizer at hand.
@@ -57,7 +57,7 @@ def make(
     facts: Mapping[str, Any] | None = None,
     row_offset: int = 0,
 ) -> dict[str, Any]:
-    """Who made a checkpoint: config, tokenizer, data, what was left out of them, versions, mesh, as JSON values.
+    """Returns what made a checkpoint, as JSON values: config, tokenizer, data, batches left out, versions, mesh.
 
     Args:
       config: resolved.

@@ -121,7 +121,7 @@ def _hold_by_heartbeat(workdir: epath.Path) -> Iterator[None]:
 
 
 def _is_alive(path: epath.Path) -> bool:
-    """Whether the process that wrote a lock file lives: looked up on this host, judged by signs of life elsewhere."""
+    """True if the process that wrote a lock file lives: looked up on this host, judged by signs of life elsewhere."""
     holder = _read(path)
     if not holder:
         return False

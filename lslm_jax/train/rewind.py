@@ -9,7 +9,7 @@ from lslm_jax.train import manifest, metadata
 
 
 def is_pending(workdir: epath.Path, step: int) -> bool:
-    """Whether a run has yet to go back to the checkpoint of a step. 0: to none.
+    """True if a run has yet to go back to the checkpoint of a step. 0: to none.
 
     A run that went back records `train.resume_from` in each checkpoint: one that is restarted does not go back again.
 
