@@ -219,7 +219,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
 
 
 def _is_saved(adapter: Adapter, module: str) -> bool:
-    names = [*(adapter.settings.get("modules_to_save") or ()), *_HEADS.get(adapter.settings.get("task_type"), ())]
+    names = [*(adapter.settings.get("modules_to_save") or ()), *_HEADS.get(str(adapter.settings.get("task_type")), ())]
     return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
 
 

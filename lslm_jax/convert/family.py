@@ -21,7 +21,7 @@ EXPERT = "{e}"  # and this for an expert's
 # Are chosen by whoever runs a model.
 RUN_KEYS = ("dtype", "attention", "scan_layers", "remat", "microbatches", "pipeline_rounds", "init")
 RUN_KEYS += ("lora_rank", "lora_alpha", "lora_targets")
-_SIZES = dict.fromkeys(
+_SIZES: dict[str, int] = dict.fromkeys(
     ("vocab_size", "d_model", "num_heads", "d_ff", "head_dim", "token_types", "max_length"), 2**31 - 1
 )
 _SIZES |= dict.fromkeys(("num_layers", "num_decoder_layers", "num_experts"), 10_000)  # each layer costs time to plan
@@ -135,7 +135,7 @@ class Family:
         theirs |= {key: getattr(model, name) for name, key in self.fields.items()}
         for setting in self.settings:
             theirs |= setting.write(model)
-        return theirs | self.demands
+        return theirs | dict(self.demands)
 
     def places(self, objective: str) -> dict[str, str | Part]:
         """Names of the body and of the head for an objective, ours to theirs."""

@@ -166,7 +166,8 @@ def same_bytes(one: Stored, other: Stored) -> bool:
         return bool(np.array_equal(one.read(), other.read()))
     size = math.prod(one.shape) * one.dtype.itemsize
     with one.path.open("rb") as a, other.path.open("rb") as b:
-        a.seek(one.begin), b.seek(other.begin)
+        a.seek(one.begin)
+        b.seek(other.begin)
         return all(a.read(min(_CHUNK, size - at)) == b.read(min(_CHUNK, size - at)) for at in range(0, size, _CHUNK))
 
 

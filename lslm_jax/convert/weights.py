@@ -188,7 +188,7 @@ def _check_copies(tensors: Mapping[str, Stored], skipped: list[str], family: Fam
         return  # the copies are of a head that is not read
     for name in skipped:
         other = next((of for pattern, of in family.copies.items() if fnmatch.fnmatchcase(name, pattern)), None)
-        if other in tensors and not same_bytes(tensors[name], tensors[other]):
+        if other and other in tensors and not same_bytes(tensors[name], tensors[other]):
             raise DataError(
                 f"{tensors[name].path}: {name} differs from {other}, which a {family.model_type} like this reads for it"
             )

@@ -6,7 +6,7 @@ Usage, where transformers and peft are installed: `python tests/convert/hf_key_t
 
 import ast
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import json
 import pathlib
@@ -59,10 +59,8 @@ def build() -> dict[str, Any]:
 
 
 def _family(kind: str, config: Any) -> dict[str, Any]:
-    module = inspect.getmodule(config)
-    code = [pathlib.Path(module.__file__).read_text()]
-    modeling = pathlib.Path(module.__file__.replace("configuration_", "modeling_"))
-    code.append(modeling.read_text())
+    file = inspect.getfile(config)
+    code = [pathlib.Path(file).read_text(), pathlib.Path(file.replace("configuration_", "modeling_")).read_text()]
     fields = {field.name: field for field in dataclasses.fields(config)}
     hints = inspect.get_annotations(config) | {}
     for parent in reversed(config.__mro__):

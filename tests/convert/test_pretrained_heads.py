@@ -147,6 +147,7 @@ def test_two_separators_stand_between_the_texts_of_a_pair(tmp_path):
     for separators, expected in ((1, [0, 11, 12, 2, 21, 22, 23, 2]), (2, [0, 11, 12, 2, 2, 21, 22, 23, 2])):
         ids = special.special_ids(facts | {"separators": separators}, "encoder")
         batch = heads.LabelRows(shards, config, ids).batch(np.array([0]), np.array([0]))
+        assert batch.segments_BT is not None and batch.types_BT is not None
         length = int(batch.segments_BT.sum())
         assert batch.tokens_BT[0, :length].tolist() == expected
         assert batch.types_BT[0, :length].tolist() == [0] * (3 + separators) + [1] * 4

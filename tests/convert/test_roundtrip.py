@@ -157,7 +157,7 @@ def test_a_directory_comes_back_as_it_was(case, tmp_path, command):
     command("export", f"--workdir={run}", f"--to={out}")
     after = contents(out)
     if case == "added tokens":  # they are now in tokenizer.json, too
-        before.pop("tokenizer"), after.pop("tokenizer")
+        before["tokenizer"] = after["tokenizer"]
     if case == "ends in config.json":
         assert before["generation"].stop_ids == (5,)
     if case == "untied":

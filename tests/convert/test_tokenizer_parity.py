@@ -33,6 +33,7 @@ def own_row(words, tmp_path):
         Shards.open(epath.Path(tmp_path / "train")), config, special.special_ids(words.facts(), "encoder")
     )
     batch = rows.batch(np.array([0]), np.array([0]))
+    assert batch.segments_BT is not None and batch.types_BT is not None
     length = int(batch.segments_BT.sum())
     return batch.tokens_BT[0, :length].tolist(), batch.types_BT[0, :length].tolist()
 
