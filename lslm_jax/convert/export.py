@@ -168,7 +168,13 @@ def _base(begun: str) -> str:
             f"the run began with {begun or 'random weights'}, no Hugging Face model to put adapters beside: leave out "
             "--adapter"
         )
-    base = adapters.base_of(adapters.describe(path)) if adapters.is_adapter(path) else path
+    if not adapters.is_adapter(path):
+        return os.fspath(path).removeprefix(hub.SCHEME)
+    begun_with = adapters.describe(path)
+    changed = [name for name in adapters.tensors(begun_with) if "embed" in name or name == "lm_head.weight"]
+    if changed:
+        raise ConfigError(f"the run began with {path}, which changes {changed[0]}: leave out --adapter")
+    base = adapters.base_of(begun_with)
     return os.fspath(base).removeprefix(hub.SCHEME)
 
 

@@ -146,7 +146,12 @@ def contents(directory):
     }
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("no bos", "template in the settings", "tokenizer.model", "untied", "labels")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.exhaustive) for case in CASES]
+)
 def test_a_directory_comes_back_as_it_was(case, tmp_path, command):
     directory, run, out = (tmp_path / name for name in ("in", "run", "out"))
     directory.mkdir()
