@@ -134,8 +134,8 @@ def test_a_finished_run_tells_its_result_again(novels, environment):
     assert json.loads(changed.stdout) == result
     assert re.match(rf"settings changed since {workdir}: log.every \S+ -> 7\n", changed.stderr)
     assert_told("A setting that may change: the run says so, and goes on", 0, changed.stderr.splitlines()[0])
-    other = lslm(environment, f"--workdir={workdir}", *arguments, "--config.train.batch_size=7", code=76)
-    assert re.match(rf"lslm: {workdir} was made with train.batch_size=\d+, the config says 7\n", other.stderr)
+    other = lslm(environment, f"--workdir={workdir}", *arguments, "--config.seed=7", code=76)
+    assert re.match(rf"lslm: {workdir} was made with seed=\d+, the config says 7\n", other.stderr)
 
 
 def test_evaluation_of_a_checkpoint_gives_what_training_measured(novels, environment):

@@ -13,6 +13,8 @@ import pytest
 from error_table import assert_told
 from loopback import free_port
 
+from lslm_jax.data import records
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CONFIG = """
@@ -232,6 +234,7 @@ def test_a_process_with_other_data_is_named_before_the_first_step(corpus, alone,
     flags = [[f"--config.data.dir={directory}"] for directory in own]
     manifest = json.loads((own[1] / "manifest.json").read_text())
     manifest["tokenizer"]["eos_id"] = 5
+    manifest["content_sha256"] = records.content_sha256(manifest)
     (own[1] / "manifest.json").write_text(json.dumps(manifest))
     codes, _, texts = started(corpus, [tmp_path / "run"] * 2, flags).end()
     assert codes == [65, 65] and "give all processes the same prepared data" in texts[0], texts

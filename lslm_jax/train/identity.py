@@ -104,7 +104,7 @@ def check_processes(config: Config, flags: Mapping[str, Any]) -> None:
       ConfigError: on all processes; names the setting and its two values.
     """
     settings = {key: value for key, value in _flat(config_loading.to_dict(config)) if not _below(key, _LOCAL)}
-    own = ("process", "coordinator", "processes", "config", "debug", "verb")
+    own = ("process", "coordinator", "processes", "config", "settings", "debug", "verb")
     given = {f"--{name}": value for name, value in flags.items() if name not in own and value not in (None, False)}
     if "--workdir" in given:
         given["--workdir"] = str(atomic.place(given["--workdir"]))
