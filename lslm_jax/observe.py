@@ -84,6 +84,7 @@ class TensorBoard:
             return
         try:
             if self._writer is None:
+                epath.Path(self._directory).mkdir(parents=True, exist_ok=True)  # TensorFlow prints more where it fails
                 if self._purge_from is not None:
                     _write_purge(self._directory, self._purge_from)
                     self._purge_from = None
@@ -102,7 +103,6 @@ class TensorBoard:
 def _write_purge(directory: str, step: int) -> None:
     """Writes an events file with a session start at a step, which TensorBoard takes to replace later events."""
     tf = import_tensorflow()
-    tf.io.gfile.makedirs(directory)
     # TensorBoard reads files in the order of their names: behind those of earlier starts, before that of this one.
     name, tries = "", 0
     while not name or (tries < 20 and name <= max(tf.io.gfile.listdir(directory), default="")):
