@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from lslm_jax import trees
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, MixtureSource, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
-from lslm_jax.errors import CheckpointRefused, DataError, NumericAbort, SaveError
+from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, NumericAbort, SaveError
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.begin import begin
@@ -335,7 +335,7 @@ def test_a_run_may_begin_with_the_weights_of_another_but_its_own_step_and_optimi
     assert_same(state.ema, state_at(7).ema)
 
 
-def test_weights_to_begin_with_that_are_not_finite_are_refused_at_the_start(tmp_path, monkeypatch):
+def test_weights_to_begin_with_that_are_not_finite_are_refused_at_the_start(saved, tmp_path, monkeypatch):
     model = state_at(7).model
     leaves = dict(trees.flatten(model))
     name = next(iter(leaves))
@@ -343,8 +343,8 @@ def test_weights_to_begin_with_that_are_not_finite_are_refused_at_the_start(tmp_
     spoilt.flat[-1] = np.nan  # of a token that no text has
     spoilt = trees.unflatten(model, leaves | {name: jax.device_put(spoilt, leaves[name].sharding)})
     monkeypatch.setattr(Checkpoints, "load_fitting", lambda *_: spoilt)
-    with pytest.raises(DataError, match=rf"/elsewhere: {name} holds values that are not finite \(1 arrays do\)"):
-        begun(tmp_path, changed(train={"init_from": "/elsewhere"}))
+    with pytest.raises(DataError, match=rf"checkpoints: {name} holds values that are not finite \(1 arrays do\)"):
+        begun(tmp_path, changed(train={"init_from": str(saved)}))
 
 
 def test_its_own_checkpoint_goes_before_those_of_others(saved, copy):
@@ -357,7 +357,7 @@ def test_its_own_checkpoint_goes_before_those_of_others(saved, copy):
 
 
 def test_a_beginning_from_nothing_or_from_other_shapes_is_refused(saved, tmp_path):
-    with pytest.raises(CheckpointRefused, match="no checkpoint in /nowhere/checkpoints"):
+    with pytest.raises(InputMissing, match=r"train\.init_from=/nowhere does not exist"):
         begun(tmp_path, changed(train={"init_from": "/nowhere"}))
     with pytest.raises(CheckpointRefused, match="the config wants"):
         begun(tmp_path, changed(train={"init_from": str(saved)}, model={"d_ff": 64}))
