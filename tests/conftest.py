@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes most of the time of these tests: what is compiled is small and need not be fast. The last flag more
 # than halves it; later versions, which do not know it, would end the process.
