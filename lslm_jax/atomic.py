@@ -1,6 +1,7 @@
 """Files that are whole or not there at all, local or remote."""
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -152,13 +153,20 @@ def saving(path: epath.Path) -> Iterator[None]:
         raise SaveError(f"could not write {path}: {error.strerror or error}") from error
 
 
+def similar(path: epath.Path) -> epath.Path | None:
+    """The entry beside a path that does not exist whose name is most like it; None for none."""
+    names = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return path.parent / near[0] if near else None
+
+
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path is an address such as gs://bucket/name."""
     return "://" in os.fspath(path)
 
 
 def place(path: str | os.PathLike[str]) -> epath.Path:
-    """What a user wrote as a path that holds in any directory; an address is one already (epath would prepend ours).
+    """Absolute path for a path as a user wrote it; an address is one already (epath would prepend ours).
 
     Raises:
       ConfigError: an address of a scheme that there is not.

@@ -182,7 +182,7 @@ class Source:
     prefix: str = ""
     """Put before each source text, to say what is asked (T5), as `translate English to German: `."""
     document: Literal["file", "line"] = "file"
-    """What one document is in a plain text file, unless separator is set."""
+    """Unit of a plain text file that makes one document, unless separator is set."""
     separator: str = ""
     """Text between the documents of a plain text file, as `<|endoftext|>`; `blank_line`: lines without text."""
     valid_files: tuple[str, ...] = ()
@@ -247,7 +247,7 @@ class TaskConfig:
     ] = "causal"
     """Next token, masked tokens (BERT), spans (T5), target from source; a head's class, number, tags, answer span."""
     multi_label: bool = False
-    """Whether each class is judged by itself, by a sigmoid. Read from pretrained classifiers; not trained or scored."""
+    """Multi-label classification: a sigmoid for each class. For pretrained classifiers; not trained or scored."""
     mask_rate: float = 0.15
     """Share of tokens that are masked, or lie in corrupted spans."""
     whole_words: bool = False
@@ -469,7 +469,7 @@ class GenerateConfig:
     early_stopping: Literal["exact", "never", "heuristic", "first"] = "exact"
     """`exact`: no better text can follow. Others: as transformers (never, false, true), by length ** length_penalty."""
     renormalize: bool = True
-    """Whether probabilities of beams leave out tokens that are never written."""
+    """Renormalizes the probabilities of beams after tokens that are never written are left out."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
     stop_ids: tuple[int, ...] = ()
@@ -477,9 +477,9 @@ class GenerateConfig:
     never_ids: tuple[int, ...] = ()
     """Tokens that are never written, as Marian's padding."""
     eos: bool = True
-    """Whether the end-of-text token of the tokenizer ends a text; some pretrained models name others only."""
+    """Ends a text at the end-of-text token of the tokenizer; some pretrained models name others only."""
     forced_eos: bool = False
-    """Whether the last of max_tokens is the end of the text (Marian)."""
+    """Makes the end-of-text token the last one where a text reaches max_tokens (Marian)."""
     bos: bool = True
     """Whether a decoder reads the token that begins a text before the prompt; some pretrained ones never saw one."""
 

@@ -33,7 +33,7 @@ def load(spec: str) -> Config:
       InputMissing: there is no such file.
       ConfigError: the file does not yield a well-typed Config.
     """
-    spec = os.path.expanduser(spec) if spec.startswith("~") else spec
+    spec = os.path.expanduser(spec)
     scheme, bucket, rest = spec.rpartition("://")
     name, _, argument = rest.partition(":") if bucket or not pathlib.Path(spec).exists() else (spec, "", "")
     path = epath.Path(scheme + bucket + name)
@@ -199,7 +199,7 @@ def release_derived(config: Config, keys: Sequence[str]) -> Config:
 
 def expand_home(config: Config) -> Config:
     """The config with `~` expanded in the paths of files that it names."""
-    expand = lambda path: os.path.expanduser(path) if path.startswith("~") else path
+    expand = os.path.expanduser
     return replace(
         config,
         data=replace(config.data, dir=expand(config.data.dir), data_dir=expand(config.data.data_dir)),

@@ -39,7 +39,7 @@ _DIGEST = 8  # characters of the digest in file names
 
 
 class HeldOut(NamedTuple):
-    """What a run is evaluated on.
+    """Examples that a run is evaluated on.
 
     Attributes:
       name: of the evaluation, for its files.
@@ -169,7 +169,7 @@ def evaluate(setting: Any, what: HeldOut, model: Any) -> tuple[Report, dict[str,
 
 
 def data_of(run: Run, what: HeldOut) -> dict[str, Any]:
-    """What was evaluated on, for the JSON that the command ends with."""
+    """Description of the evaluated data, for the JSON result of the command."""
     own = resolving.data_dir(run.config, run.workdir)
     return what.described | ({} if own == run.workdir / "data" else {"data_dir": str(own)})
 

@@ -4,7 +4,6 @@ python -m lslm_jax.main [VERB] --config=FILE --workdir=DIR [--config.KEY=VALUE .
 """
 
 import argparse
-import difflib
 import json
 import keyword
 import os
@@ -65,14 +64,11 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         return None
     settings, rest = setting_flags.split(argv)
     flags = command_flags.parse(rest)
-    if flags.workdir and flags.workdir.startswith("~"):
-        flags.workdir = os.path.expanduser(flags.workdir)
     if flags.workdir:
+        flags.workdir = os.path.expanduser(flags.workdir)
         atomic.place(flags.workdir)  # rejects an unknown scheme
     environment.raise_open_file_limit()
-    if flags.verb == "verify":  # which needs no config, nor jax
-        from etils import epath
-
+    if flags.verb == "verify":  # which needs no config
         from lslm_jax.verify import verify
 
         setting_flags.require_none(settings, "verify")
@@ -164,9 +160,8 @@ def _require_run(workdir: str | None) -> None:
     path = epath.Path(workdir)
     if atomic.is_remote(path) or path.is_dir():
         return
-    there = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, n=1)
-    hint = f"did you mean {path.parent / near[0]}?" if near else "--workdir names the directory of a trained run"
+    near = atomic.similar(path)
+    hint = f"did you mean {near}?" if near else "--workdir names the directory of a trained run"
     raise InputMissing(f"there is no run {workdir}: {hint}")
 
 

@@ -5,31 +5,20 @@ A file whose name ends in .jsonl or .ndjson, or whose first line begins with `{`
 answers. In any other file each line is a prompt as it stands; empty lines are skipped.
 """
 
-import bz2
-import gzip
 import json
-import lzma
-import os
 import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from lslm_jax.data import chat
+from lslm_jax.data import chat, formats
 from lslm_jax.errors import DataError, InputMissing
 
 Prompt = dict[str, Any]
 
 STDIN = "-"
 _READ = ("prompt", "context", "target")  # fields that a model reads: text
-_JSON_LINES = (".jsonl", ".ndjson")
-_COMPRESSED: Mapping[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ": lzma.decompress,
-}
 
 
 def read(name: str) -> Iterator[Prompt]:
@@ -43,8 +32,8 @@ def read(name: str) -> Iterator[Prompt]:
     lines = [line.removesuffix(b"\r") for line in content.split(b"\n")]
     where = "standard input" if name == STDIN else name
     first = next(line.strip() for line in lines if line.strip())
-    suffix = os.path.splitext(name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz"))[1].lower()
-    parse = _json_line if suffix in _JSON_LINES or first.startswith(b"{") else _plain_line
+    is_json = formats.by_suffix(epath.Path(name)) == "jsonl" or first.startswith(b"{")
+    parse = _json_line if is_json else _plain_line
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield parse(line, f"{where}:{number}")
@@ -62,12 +51,10 @@ def read_bytes(name: str, what: str) -> bytes:
         content = sys.stdin.buffer.read() if name == STDIN else path.read_bytes()
     except OSError as error:
         raise InputMissing(f"cannot read {what} file {path}: {error.strerror or error}") from error
-    for start, decompress in _COMPRESSED.items():
-        if content.startswith(start):
-            try:
-                content = decompress(content)
-            except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-                raise DataError(f"{what} file {path} is truncated or damaged: {error}") from error
+    try:
+        content = formats.decompress(content, path)
+    except DataError as error:
+        raise DataError(f"{what} file {path} is truncated or damaged: {error}") from error
     content = content.removeprefix(b"\xef\xbb\xbf")
     if not content.strip():
         raise InputMissing(f"{what} file {path} is empty" if name != STDIN else f"no {what} on the standard input")
@@ -104,5 +91,5 @@ def _conversation(fields: Mapping[str, Any], origin: str) -> list[dict[str, Any]
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a string that UTF-8 can spell, which has no half surrogate pairs."""
+    """True for a string that UTF-8 can encode, without lone surrogates."""
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)

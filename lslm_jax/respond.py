@@ -16,7 +16,7 @@ from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.data import chat, examples, pipeline
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.errors import ConfigError
-from lslm_jax.evaluate import heads
+from lslm_jax.evaluate import heads, predictions
 from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.generate import decode
 from lslm_jax.models.attention import XLA
@@ -158,7 +158,7 @@ def _ids(setting: Setting, prompts: Sequence[Prompt]) -> tuple[list[np.ndarray],
 
 
 def _conversation(prompt: Prompt) -> Prompt:
-    """What a chat template reads of a prompt: its messages and tools, or the prompt as a user's message."""
+    """Input of a chat template: messages and tools of a prompt, or the prompt as a message of the user."""
     if "messages" in prompt:
         return {key: prompt[key] for key in ("messages", "tools") if key in prompt}
     return {"messages": [{"role": "user", "content": prompt["prompt"]}]}
@@ -243,8 +243,7 @@ def _shares(setting: Setting, scores_V: np.ndarray) -> np.ndarray:
     """Probabilities of classes: together 1, or each by itself."""
     if setting.config.task.multi_label:
         return np.exp(-np.logaddexp(0.0, -scores_V))
-    shares_V = np.exp(scores_V - scores_V.max())
-    return shares_V / shares_V.sum()
+    return predictions.softmax(scores_V)
 
 
 def _as_split(setting: Setting, found: list[examples.Example], directory: epath.Path) -> pipeline.EvalInput:

@@ -15,10 +15,9 @@ from lslm_jax import atomic, config_loading, resolving, setting_flags
 from lslm_jax.config import Config
 from lslm_jax.data import records, special
 from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.errors import CheckpointRefused, ConfigError, DataError, InputMissing
-from lslm_jax.train import checkpoint, identity
+from lslm_jax.errors import CheckpointRefused, ConfigError, InputMissing
+from lslm_jax.train import checkpoint, identity, manifest, metadata
 
-_METADATA = "_CHECKPOINT_METADATA"  # the file in which Orbax keeps what it was given with a checkpoint
 _SHOWN = 12  # characters of a sha256 in messages
 # Settings by which a complete run's metrics do not change.
 _WITHOUT_EFFECT = (
@@ -75,7 +74,7 @@ def open_run(config: Config, flags: argparse.Namespace) -> Run:
       CheckpointRefused: the checkpoint was made with another tokenizer, other data, labels, chat template or model.
       ConfigError: the data were prepared with other settings.
     """
-    workdir = atomic.place(flags.workdir)
+    workdir = resolving.workdir(flags.workdir, reads=True)
     directory = workdir / "checkpoints"
     open_step = lambda step: _open_step(config, flags, workdir, step)
     if flags.step is None and not flags.best:  # a training run may delete the latest checkpoint meanwhile
@@ -87,10 +86,10 @@ def _open_step(config: Config, flags: argparse.Namespace, workdir: epath.Path, s
     """Compares the checkpoint of a step with data, tokenizer and settings of the command."""
     directory, data_dir = workdir / "checkpoints" / str(step), resolving.data_dir(config, workdir)
     facts = resolving.read_manifest(config, data_dir)
-    saved = read_metadata(directory)
+    saved = metadata.read(directory)
     check_tokenizer(saved, facts, data_dir, directory)
     resolved, facts = special.resolve(config, facts)
-    check_model(saved, resolved, directory)
+    identity.check_inputs(directory, resolved)
     check_data(saved, config, facts, data_dir, workdir, step)
     if not flags.files:
         _check_prepared(config, facts, data_dir, workdir, flags)
@@ -116,22 +115,6 @@ def find_step(config: Config, directory: epath.Path, step: int | None, best: boo
     return checkpoint.best_step(directory, config.checkpoint.best)
 
 
-def read_metadata(directory: epath.Path) -> dict[str, Any]:
-    """What a checkpoint was made with: `config`, `tokenizer_sha256`, `data_sha256` and more.
-
-    Raises:
-      CheckpointRefused: it does not store them.
-    """
-    path = directory / _METADATA
-    try:
-        saved = atomic.read_json(path).get("custom_metadata") if path.exists() else None
-    except DataError as error:
-        raise CheckpointRefused(str(error)) from error
-    if not isinstance(saved, dict) or not {"config", "tokenizer_sha256", "data_sha256"} <= saved.keys():
-        raise CheckpointRefused(f"{directory} does not store what made it")
-    return saved
-
-
 def check_tokenizer(
     saved: Mapping[str, Any], facts: Mapping[str, Any], data_dir: epath.Path, directory: epath.Path
 ) -> None:
@@ -150,19 +133,6 @@ def check_tokenizer(
                 f"{directory} was trained with another tokenizer ({saved['tokenizer_sha256'][:_SHOWN]}) than the one "
                 f"in {data_dir} ({sha256[:_SHOWN]}): use the data directory of the run"
             )
-
-
-def check_model(saved: Mapping[str, Any], config: Config, directory: epath.Path) -> None:
-    """Compares the settings that weights, or their meaning, depend on.
-
-    Raises:
-      CheckpointRefused: one differs from that of the checkpoint.
-    """
-    for key, old, new in identity.changes(saved["config"], config_loading.to_dict(config)):
-        if not setting_flags.is_below(key, ("model", "task.objective")):
-            continue
-        if not setting_flags.is_below(key, (*setting_flags.COMPUTE, "model.remat", "model.dropout")):
-            raise CheckpointRefused(f"{directory} was made with {key}={old}, the config says {new}")
 
 
 def check_data(
@@ -264,7 +234,7 @@ def check_finished(config: Config, workdir: epath.Path, finished: Mapping[str, A
     if prepared:
         facts = resolving.read_manifest(config, data_dir)
         for directory in _checkpoints(workdir)[-1:]:
-            saved = read_metadata(directory)
+            saved = metadata.read(directory)
             check_tokenizer(saved, facts, data_dir, directory)
             if saved["data_sha256"] != facts["sha256"]:
                 raise CheckpointRefused(
@@ -302,9 +272,9 @@ def _harmless_changes(
 
 
 def _checkpoints(workdir: epath.Path) -> list[epath.Path]:
-    """The directories of all checkpoints of a run, by step."""
-    found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
-    return sorted((path for path in found if (path / _METADATA).exists()), key=lambda path: int(path.name))
+    """The directories of all finished checkpoints of a run, by step."""
+    directory = workdir / "checkpoints"
+    return [directory / str(step) for step in manifest.list_steps(directory)]
 
 
 def check_files(workdir: epath.Path, config: Config) -> None:
@@ -318,6 +288,6 @@ def check_files(workdir: epath.Path, config: Config) -> None:
         return
     facts = resolving.read_manifest(config, data_dir)
     for directory in _checkpoints(workdir):
-        saved = read_metadata(directory)
+        saved = metadata.read(directory)
         check_tokenizer(saved, facts, data_dir, directory)
         check_data(saved, config, facts, data_dir, workdir, int(directory.name))

@@ -27,7 +27,7 @@ def resolve(config: Config, data: Any) -> Config:
 
 
 def resolve_prepared(config: Config, data_dir: epath.Path) -> Config | None:
-    """What `resolve` gives, from data that are prepared already; None where they are needed and are not."""
+    """Result of `resolve` for data that are prepared already; None where they are needed and are not."""
     if not config.train.epochs:
         return config
     if not (data_dir / "manifest.json").exists():

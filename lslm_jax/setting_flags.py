@@ -80,7 +80,7 @@ def require_none(settings: Sequence[str], command: str) -> None:
 
 
 def is_below(key: str, prefixes: Sequence[str]) -> bool:
-    """Whether a key is one of these, or lies in one of these sections."""
+    """True if a key is one of these, or lies in one of these sections."""
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 

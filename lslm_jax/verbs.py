@@ -372,7 +372,7 @@ def _read_model(
     if flags.pretrained:
         source = pretrained.describe(flags.pretrained)
         return pretrained.load(source, config.task.objective, abstract, names=facts["labels"]).model, step
-    directory = atomic.place(flags.workdir) / "checkpoints"
+    directory = resolving.workdir(flags.workdir, reads=True) / "checkpoints"
 
     def load(step: int) -> Any:
         identity.check_inputs(directory / str(step), config, facts)

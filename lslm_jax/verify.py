@@ -16,7 +16,7 @@ from lslm_jax.train.manifest import check_manifest
 def verify(workdir: epath.Path) -> dict[str, Any]:
     """Compares every checkpoint, and the prepared data, with their manifests, and says of each what was found.
 
-    It needs neither jax nor a sound config: the directory may be a copy, on another machine.
+    It needs no sound config: the directory may be a copy, on another machine.
 
     Args:
       workdir: a run directory, or a copy of one.

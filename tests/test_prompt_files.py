@@ -17,7 +17,11 @@ PLAIN = "Hello, wörld\n\n  two spaces\r\n"
 LINES = '{"prompt": "a", "id": 7, "label": "x"}\n{"prompt": "b", "target": "c"}\n'
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def zstd(data: bytes) -> bytes:
+    return pytest.importorskip("pyarrow").compress(data, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress, zstd])
 @pytest.mark.parametrize("name", ["prompts", "prompts.txt", "prompts.gz"])
 def test_plain_lines_are_prompts_as_they_stand(pack, name, tmp_path):
     (tmp_path / name).write_bytes(pack(b"\xef\xbb\xbf" + PLAIN.encode()))

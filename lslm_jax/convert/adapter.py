@@ -10,7 +10,7 @@ from etils import epath
 from lslm_jax import atomic
 from lslm_jax.convert import keys, safetensors
 from lslm_jax.convert.family import Family
-from lslm_jax.convert.safetensors import Stored, Tensor, same_bytes
+from lslm_jax.convert.safetensors import Stored, Tensor, View, same_bytes
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 SETTINGS = "adapter_config.json"
@@ -120,7 +120,7 @@ def base_of(adapter: Adapter) -> epath.Path | str:
 
 
 def unties(adapter: Adapter, family: Family) -> bool:
-    """Whether an adapter changes one of two tied tensors, embedding or output layer: PEFT leaves the other alone."""
+    """True if an adapter changes one of two tied tensors, embedding or output layer: PEFT leaves the other alone."""
     if "masked" in family.classes and adapter.settings.get("task_type") in TASKS:
         return False  # heads of encoders that do not read the embedding
     touched = {_module(name) for name in tensors(adapter)}
@@ -168,36 +168,19 @@ def applied(adapter: Adapter, base: Mapping[str, Stored], family: Family) -> dic
     return found
 
 
-class _Adapted(NamedTuple):
-    """An embedding with the change that an adapter makes to it; reads like a `safetensors.Tensor`."""
+class _Adapted(View):
+    """An embedding with the change that an adapter makes to it."""
 
-    base: Stored
-    a: Tensor  # [R, V]
-    b: Tensor  # [D, R]
-    scale: float
-
-    @property
-    def path(self) -> epath.Path:
-        return self.base.path
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def begin(self) -> int:
-        return self.base.begin
+    def __init__(self, base: Stored, a_RV: Tensor, b_DR: Tensor, scale: float):
+        super().__init__(base)
+        self._a_RV, self._b_DR, self._scale = a_RV, b_DR, scale
 
     def read(self) -> np.ndarray:
         """The whole array, in float32."""
-        a, b = self.a.read().astype(np.float32), self.b.read().astype(np.float32)
-        if (b.shape[0], a.shape[1]) != self.shape[::-1] or a.shape[0] != b.shape[1]:
-            raise DataError(f"{self.a.path}: the adapter of the embedding has another shape than it")
-        return self.base.read().astype(np.float32) + self.scale * (b @ a).T
+        a_RV, b_DR = (part.read().astype(np.float32) for part in (self._a_RV, self._b_DR))
+        if (b_DR.shape[0], a_RV.shape[1]) != self.shape[::-1] or a_RV.shape[0] != b_DR.shape[1]:
+            raise DataError(f"{self._a_RV.path}: the adapter of the embedding has another shape than it")
+        return self._base.read().astype(np.float32) + self._scale * (b_DR @ a_RV).T
 
 
 def scale(settings: Mapping[str, Any], module: str, rank: int) -> float:

@@ -191,7 +191,7 @@ _WRITTEN += ("added_tokens.json", templates.FILE, "adapter_config.json", "*.tmp"
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a file is of an export; others stay where a directory is written anew."""
+    """True if a file is of an export; others stay where a directory is written anew."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _WRITTEN)
 
 

@@ -119,7 +119,7 @@ def _check(kind: str, key: str, value: Any, read: Collection[str]) -> None:
 
 
 def is_of(value: Any, kinds: Collection[str]) -> bool:
-    """Whether a JSON value is of one of these kinds: bool, int, float, str, list, dict, null, any."""
+    """True if a JSON value is of one of these kinds: bool, int, float, str, list, dict, null, any."""
     kind = "null" if value is None else type(value).__name__
     return kind in kinds or "any" in kinds or (kind == "int" and "float" in kinds)
 

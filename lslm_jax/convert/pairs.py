@@ -42,7 +42,7 @@ def _read_decoder_layers(theirs: Settings) -> dict[str, Any]:
 
 
 def _read_tied(theirs: Settings) -> dict[str, Any]:
-    """Where the output layer is the embedding, it reads a smaller hidden state.
+    """Scale of the hidden state that the output layer reads, where it is the embedding.
 
     Files of transformers 5 have `tie_word_embeddings` true always, and the truth in `scale_decoder_outputs`.
     """
@@ -56,7 +56,7 @@ def _write_tied(model: ModelConfig) -> dict[str, Any]:
 
 
 def _same_mlp(gated: bool) -> Setting:
-    """What transformers 5 derives from feed_forward_proj, and writes down, too."""
+    """Settings that transformers 5 derives from feed_forward_proj and writes as well."""
     derived = {"dense_act_fn": "gelu_new" if gated else "relu", "is_gated_act": gated}
 
     def read(theirs: Settings) -> dict[str, Any]:

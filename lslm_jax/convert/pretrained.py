@@ -110,7 +110,7 @@ def _untied(source: Pretrained) -> Pretrained:
 
 
 def _has_another_head(source: Pretrained) -> bool:
-    """Whether the weights hold an output layer that differs from the embedding it is said to be; it counts then."""
+    """True if the weights hold an output layer that differs from the embedding it is said to be; it counts then."""
     head, embed = source.family.modules.get("head"), source.family.modules["embed"]
     if not source.model.tie_embeddings or not isinstance(head, str) or not isinstance(embed, str):
         return False
@@ -317,7 +317,7 @@ def label_rows(source: Pretrained, objective: str, names: Sequence[str]) -> list
 
 
 def judges_apart(source: Pretrained, objective: str) -> bool:
-    """Whether its classes are judged each by itself, by a sigmoid, as pipelines of transformers do."""
+    """True if its classes are judged each by itself, by a sigmoid, as pipelines of transformers do."""
     if objective != "classification":
         return False
     kind = source.settings.get("problem_type")

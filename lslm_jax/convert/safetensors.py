@@ -52,6 +52,33 @@ class Stored(Protocol):
         ...
 
 
+class View:
+    """A tensor computed from a stored one, with that one's file, type, shape and offset unless a subclass differs."""
+
+    def __init__(self, base: Stored):
+        self._base = base
+
+    @property
+    def path(self) -> epath.Path:
+        """File of the stored tensor."""
+        return self._base.path
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the stored tensor."""
+        return self._base.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the stored tensor."""
+        return self._base.shape
+
+    @property
+    def begin(self) -> int:
+        """Offset of the stored tensor."""
+        return self._base.begin
+
+
 class Tensor(NamedTuple):
     """An array of a safetensors file; it begins at that byte."""
 
@@ -159,7 +186,7 @@ def _tensor(path: epath.Path, name: str, entry: Mapping[str, Any], start: int) -
 
 
 def same_bytes(one: Stored, other: Stored) -> bool:
-    """Whether two arrays are equal; read in parts, so that no more than these are in memory."""
+    """True if two arrays are equal; read in parts, so that no more than these are in memory."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.convert.family import EXPERT, LAYER, Family, Layout, Part, layout
-from lslm_jax.convert.safetensors import Source, Stored, same_bytes
+from lslm_jax.convert.safetensors import Source, Stored, View, same_bytes
 from lslm_jax.errors import ConfigError, DataError
 from lslm_jax.trees import flatten, unflatten
 
@@ -150,36 +149,26 @@ def with_rows(
     """Tensors of which those of a head with `count` outputs hold these rows, in this order."""
     names = {place for name, place in family.heads.get(objective, {}).items() if name in ("top.head", "top.bias")}
     return {
-        name: _Rows(tensor, tuple(rows)) if name in names and tensor.shape[:1] == (count,) else tensor
+        name: _Rows(tensor, rows) if name in names and tensor.shape[:1] == (count,) else tensor
         for name, tensor in tensors.items()
     }
 
 
-class _Rows(NamedTuple):
-    """Some rows of a stored tensor; reads like one."""
+class _Rows(View):
+    """Some rows of a stored tensor."""
 
-    whole: Stored
-    rows: tuple[int, ...]
-
-    @property
-    def path(self) -> epath.Path:
-        return self.whole.path
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.whole.dtype
+    def __init__(self, base: Stored, rows: Sequence[int]):
+        super().__init__(base)
+        self._rows = list(rows)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.rows), *self.whole.shape[1:])
-
-    @property
-    def begin(self) -> int:
-        return self.whole.begin
+        """Shape of the rows."""
+        return (len(self._rows), *self._base.shape[1:])
 
     def read(self) -> np.ndarray:
         """The rows."""
-        return self.whole.read()[list(self.rows)]
+        return self._base.read()[self._rows]
 
 
 def _check_copies(tensors: Mapping[str, Stored], skipped: list[str], family: Family, objective: str) -> None:

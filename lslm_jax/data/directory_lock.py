@@ -61,7 +61,7 @@ def _acquire(path: epath.Path, log: Callable[[str], None]) -> int | None:
 
 
 def _is_at(file: int, path: epath.Path) -> bool:
-    """Whether the locked file is still the one of that name: its last holder removed it."""
+    """True if the locked file is still the one of that name: its last holder removed it."""
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:

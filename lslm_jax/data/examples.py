@@ -125,7 +125,7 @@ def decode(
 
 
 def lacks_label(example: Example) -> bool:
-    """Whether an example has an empty label, or an empty tag."""
+    """True if an example has an empty label, or an empty tag."""
     found = [example["label"]] if "label" in example else example.get("tags", [])
     return any(map(labels.is_missing, found))
 

@@ -231,7 +231,7 @@ def _reject_metadata(path: epath.Path, is_text: bool, records: list[epath.Path],
 
 
 def _is_card(path: epath.Path) -> bool:
-    """Whether a Markdown file begins with the YAML header of a card."""
+    """True if a Markdown file begins with the YAML header of a card."""
     with formats.reading(path), path.open("rb") as stream:
         return stream.read(1 << 10).lstrip().startswith(b"---")
 
@@ -279,7 +279,7 @@ def _flat(raw: Raw, keep_bad: bool) -> Raw:
 
 
 def _is_list(path: epath.Path, kind: Format) -> bool:
-    """Whether a JSON file holds records, rather than an object as SQuAD has it."""
+    """True if a JSON file holds records, rather than an object as SQuAD has it."""
     with formats.opened(path, kind) as stream:
         head = stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
     return head.startswith(b"[") or (b'"data"' not in head and b'"question"' in head)

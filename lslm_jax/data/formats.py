@@ -92,7 +92,7 @@ class Format(NamedTuple):
 
     @property
     def is_text(self) -> bool:
-        """Whether its content is plain text, without records."""
+        """True if its content is plain text, without records."""
         return self.name == "text"
 
 
@@ -105,7 +105,7 @@ def by_suffix(path: epath.Path) -> str:
 
 
 def is_compressed(path: epath.Path) -> bool:
-    """Whether a file's name stands for compressed or columnar content, which is larger than its file."""
+    """True if a file's name stands for compressed or columnar content, which is larger than its file."""
     return os.path.splitext(path.name)[1].lower() in _COMPRESSIONS or by_suffix(path) in ("parquet", "arrow")
 
 
@@ -135,7 +135,7 @@ def _detect(path: epath.Path, keys: tuple[str, ...], _version: tuple[int, ...]) 
     with reading(path), path.open("rb") as stream:
         head = stream.read(_HEAD)
     named = _COMPRESSIONS.get(os.path.splitext(path.name)[1].lower(), "")
-    compression = next((name for magic, name in _COMPRESSION_MAGIC.items() if head.startswith(magic)), "")
+    compression = _compression_of(head)
     if named and head and compression != named:
         raise DataError(f"{path} is not {named}, as its suffix claims: rename it")
     if compression:
@@ -193,6 +193,22 @@ def _is_json_record(head: bytes, keys: tuple[str, ...]) -> bool:
     return isinstance(record, dict) and all(key in record or key.split("/")[0] in record for key in keys)
 
 
+def _compression_of(head: bytes) -> str:
+    return next((name for magic, name in _COMPRESSION_MAGIC.items() if head.startswith(magic)), "")
+
+
+def decompress(data: bytes, path: epath.Path) -> bytes:
+    """Decompressed data, if their first bytes are those of a compression; else the data as they are.
+
+    Raises:
+      DataError: they are truncated or damaged; the message names `path`.
+    """
+    if not (compression := _compression_of(data)):
+        return data
+    with reading(path), _decompressed(io.BytesIO(data), compression, path) as stream:
+        return stream.read()
+
+
 @contextlib.contextmanager
 def opened(path: epath.Path, kind: Format) -> Iterator[IO[bytes]]:
     """The content of a file, decompressed and in UTF-8; errors while it is read name the file."""
@@ -232,14 +248,16 @@ def _decompressed(raw: IO[bytes], compression: str, path: epath.Path) -> Iterato
             with lzma.LZMAFile(raw) as stream:
                 yield io.BufferedReader(stream, 1 << 20)
         case "zstd":
-            yield io.BufferedReader(_Stream(_arrow(path).CompressedInputStream(raw, "zstd")), 1 << 20)
+            yield io.BufferedReader(_Stream(import_pyarrow(path).CompressedInputStream(raw, "zstd")), 1 << 20)
         case _:
             yield raw if isinstance(raw, io.BufferedIOBase) else io.BufferedReader(_Stream(raw), 1 << 20)
 
 
-def _arrow(path: epath.Path) -> Any:
+def import_pyarrow(path: epath.Path) -> Any:
+    """The package that reads Parquet, Arrow and zstd; a ConfigError that names the file where it is missing."""
     try:
         import pyarrow
+        import pyarrow.ipc
     except ImportError as error:
         raise ConfigError(f"reading {path} needs pyarrow: pip install pyarrow") from error
     return pyarrow

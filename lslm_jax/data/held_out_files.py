@@ -6,7 +6,6 @@ counted by reason.
 
 import collections
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -131,15 +130,15 @@ def _write(
     origins: list[str] = []
 
     def documents() -> Iterator[Document]:
-        for document in sources.documents(recipe.source, _SPLIT, config.data.max_documents):
+        keep_bad = config.clean.bad_records == "skip"
+        for document in sources.documents(recipe.source, _SPLIT, config.data.max_documents, keep_bad):
             if len(read) <= _MAX_ORIGINS:
                 read.append(document.origin)
             yield document
 
     task = parallel.Task(_SPLIT, recipe, {_SPLIT: 0})
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    clean = replace(config.clean, deduplicate="none")
-    for _, start, results in parallel.process(parallel.blocks(0, documents()), tokenizer, clean, [task], workers):
+    clean, blocks = replace(config.clean, deduplicate="none"), parallel.blocks(0, documents())
+    for _, start, results in parallel.process(blocks, tokenizer, clean, [task], parallel.num_cores()):
         for index, result in enumerate(results, start):
             if result.dropped:
                 dropped[result.dropped] += 1

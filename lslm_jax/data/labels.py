@@ -103,7 +103,7 @@ def in_order(found: Iterable[str]) -> list[str]:
 
 
 def is_missing(label: Any) -> bool:
-    """Whether a raw label is empty: no text, null, or the not-a-number that tables have for it."""
+    """True if a raw label is empty: no text, null, or the not-a-number that tables have for it."""
     return label is None or (isinstance(label, float) and math.isnan(label)) or not spell(label)
 
 

@@ -119,7 +119,7 @@ def _cut(content: str | bytes, target: int, config: CleanConfig) -> int:
 
 
 def _is_cut(content: str | bytes, place: int, config: CleanConfig) -> bool:
-    """Whether cleaning the content up to a place and from there on is cleaning the whole."""
+    """True if cleaning the content up to a place and from there on is cleaning the whole."""
     left, right = _decoded(content[place - _AROUND : place]), _decoded(content[place : place + _AROUND])
     if isinstance(content, bytes) and content[place : place + 1] and content[place] & 0xC0 == 0x80:
         return False
@@ -181,7 +181,7 @@ def _token_cut(buffer: str, context: int, tokenizer: Tokenizer) -> int:
 
 
 def _is_token_cut(buffer: str, place: int, tokenizer: Tokenizer) -> bool:
-    """Whether a token ends here, wherever the text before begins and the text behind ends.
+    """True if a token ends here, wherever the text before begins and the text behind ends.
 
     It does not within runs of one character or word, whose tokens depend on where the run begins, or ends.
     """

@@ -136,7 +136,7 @@ class Worker:
         return not result.dropped and index >= task.done[result.split]
 
     def _may_fail(self, task: Task) -> bool:
-        """Whether examples are encoded even if an earlier process wrote them, to find those that cannot be."""
+        """True if examples are encoded even if an earlier process wrote them, to find those that cannot be."""
         return task.recipe.source.example == "chat" and self._config.bad_records == "skip"
 
     def _policy(self, task: Task) -> Literal["strict", "replace", "skip"]:
@@ -203,7 +203,7 @@ class Worker:
 
 
 def is_long(document: Document, recipe: Recipe) -> bool:
-    """Whether a document is treated in parts."""
+    """True if a document is treated in parts."""
     content = document.content
     if recipe.source.example != "text" or not isinstance(content, (str, bytes)):
         return False
@@ -213,6 +213,11 @@ def is_long(document: Document, recipe: Recipe) -> bool:
 def is_exempt(recipe: Recipe, split: Split) -> bool:
     """Whether each example is kept, and kept as it was read: those held out, of kinds scored by more than loss."""
     return split != "train" and recipe.source.example not in ("text", "chat")
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def process(

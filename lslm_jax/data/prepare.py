@@ -93,7 +93,7 @@ def prepare(config: Config, directory: epath.Path, log: Log, workers: int = 0) -
     if not atomic.is_remote(directory) and not os.access(directory, os.W_OK):
         raise SaveError(f"{directory} is not writable by uid {os.getuid()}")
     with directory_lock.hold(directory, log):
-        return _prepare(config, named, directory, log, workers or _num_cores(), started)
+        return _prepare(config, named, directory, log, workers or parallel.num_cores(), started)
 
 
 def _prepare(
@@ -401,10 +401,6 @@ def _refuse_empty(place: tuple[str, Split], recipes: dict[str, Recipe], counts: 
     if recipes[name].source.valid_fraction:
         raise InputMissing(f"all that data.valid_fraction holds out was dropped{lost}; set a larger one, or 0")
     raise InputMissing(f"nothing to validate on: every held-out document is empty or was dropped{lost}")
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _versions() -> dict[str, str]:

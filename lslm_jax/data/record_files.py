@@ -11,8 +11,8 @@ from typing import IO, Any
 from etils import epath
 
 from lslm_jax.data.columns import BadRecord, Column, RecordError, pick_all, require
-from lslm_jax.data.formats import MAX_RECORD, NAMES, lines
-from lslm_jax.errors import ConfigError, DataError, first_line
+from lslm_jax.data.formats import MAX_RECORD, NAMES, import_pyarrow, lines
+from lslm_jax.errors import DataError, first_line
 
 Raw = tuple[Any, str]
 """The parts of an example by name, or a BadRecord; and where it stands."""
@@ -23,7 +23,7 @@ _LONE_RETURN = re.compile("(?<=\r)(?!\n)")
 
 
 def guarded(make: Callable[[], Any], origin: str, keep_bad: bool) -> Raw:
-    """What `make` returns and its place; the error of a bad record in its stead, where such are kept."""
+    """Calls `make`; returns its result and place, or the error of a bad record where such are kept."""
     try:
         return make(), origin
     except RecordError as error:
@@ -244,7 +244,7 @@ def _read_table(
     open_table: Callable[[], tuple[Any, list[str]]],
     batches: Callable[[list[str], Any], Iterator[Any]],
 ) -> Iterator[Raw]:
-    pa = _pyarrow(path)
+    pa = import_pyarrow(path)
     number = 0
     with _table_errors(path, kind, pa):
         table, names = open_table()
@@ -268,18 +268,9 @@ def _read_table(
             )
 
 
-def _pyarrow(path: epath.Path) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-    except ImportError as error:
-        raise ConfigError(f"reading {path} needs pyarrow: pip install pyarrow") from error
-    return pyarrow
-
-
 @contextlib.contextmanager
 def _table_errors(path: epath.Path, kind: str, pa: Any) -> Iterator[None]:
-    """Whatever pyarrow raises on damaged files, as one line."""
+    """Turns errors of pyarrow on damaged files into one line."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:

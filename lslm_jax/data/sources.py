@@ -83,7 +83,7 @@ def _documents(found: Iterator[files.Raw], source: Source) -> Iterator[Document]
 
 
 def holds_out_ends(source: Source, inputs: list[tuple[epath.Path, ...]]) -> bool:
-    """Whether validation takes the end of each file: they are whole documents, too few for one to be the share."""
+    """True if validation takes the end of each file: they are whole documents, too few for one to be the share."""
     too_few = 0 < source.valid_fraction * len(inputs) < 1
     return too_few and all(files.is_whole(paths[0], source) for paths in inputs)
 
@@ -112,7 +112,7 @@ def _place_of_cut(text: bytes, fraction: float) -> int:
 
 
 def _begins_character(text: bytes, cut: int) -> bool:
-    """Whether what a reader takes for one character begins at an offset, with all that is combined with it."""
+    """True if what a reader takes for one character begins at an offset, with all that is combined with it."""
     if text[cut] & 0xC0 == 0x80 or text.endswith("\u200d".encode(), 0, cut):
         return False
     character = text[cut : cut + 4].decode(errors="ignore")[:1]
@@ -163,7 +163,7 @@ def _sha256(path: epath.Path) -> str:
 
 
 def has_changed(entry: list[Any]) -> bool:
-    """Whether a file of a fingerprint has another content than it had, judged by size, then time, then content."""
+    """True if a file of a fingerprint has another content than it had, judged by size, then time, then content."""
     name, size, mtime, sha256 = entry
     path = epath.Path(name)
     now = _status(path)[1:]

@@ -402,7 +402,7 @@ def load(path: epath.Path | str) -> Tokenizer:
 
 
 def _is_of_library(error: BaseException) -> bool:
-    """Whether a library raised it: panics of Rust are no Exception."""
+    """True if a library raised it: panics of Rust are no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

@@ -148,7 +148,7 @@ def _proto(words: Tokenizer) -> Any:
 
 
 def changes_text(words: Tokenizer) -> bool:
-    """Whether a SentencePiece model normalises text, or has tokens beside it: then no tokenizer.json says the same."""
+    """True if a SentencePiece model normalises text, or has tokens beside it: then no tokenizer.json says the same."""
     spec = _proto(words).normalizer_spec
     added = bool(words.settings.get("added_tokens_decoder"))
     return bool(spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces or added)

@@ -152,7 +152,7 @@ def gold(example: Mapping[str, Any]) -> Any:
 
 
 def _input(example: Mapping[str, Any]) -> Line:
-    """What a model reads of an example."""
+    """The fields of an example that a model reads."""
     answer = "label" if "label" in example else "target"
     return {key: value for key, value in example.items() if key not in (answer, "answers")}
 

@@ -23,7 +23,7 @@ def run(
     mesh: Mesh,
     batch_size: int | None = None,
 ) -> list[Any]:
-    """What `step(model, batch)` returns for each batch, on the host; see `stream`."""
+    """Results of `step(model, batch)` for all batches, on the host; see `stream`."""
     return list(stream(step, model, batches, mesh, batch_size))
 
 

@@ -1,6 +1,5 @@
 """How a run begins: where it stood, from weights that were trained before, or from random ones."""
 
-import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,10 +95,8 @@ def find_start(init_from: str) -> Start:
         latest_step(path)
         return Start(path, False)
     if not atomic.exists(path):
-        there = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, there, n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        hint = f"; there are {list_steps(path.parent)}" if path.name.isdigit() and list_steps(path.parent) else hint
+        near, steps = atomic.similar(path), list_steps(path.parent) if path.name.isdigit() else []
+        hint = f"; there are {steps}" if steps else f"; did you mean {near}?" if near else ""
         raise InputMissing(f"train.init_from={init_from} does not exist{hint}")
     raise InputMissing(
         f"train.init_from={init_from} is neither a run (checkpoints/), nor a checkpoint of one (RUN/checkpoints/N), "

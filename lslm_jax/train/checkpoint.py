@@ -28,7 +28,7 @@ from lslm_jax.errors import CheckpointRefused, LslmError, NumericAbort, SaveErro
 from lslm_jax.progress import say
 from lslm_jax.train import identity as identities
 from lslm_jax.train import lock
-from lslm_jax.train.manifest import check_manifest, has_manifest, write_manifest
+from lslm_jax.train.manifest import check_manifest, has_manifest, list_steps, write_manifest
 from lslm_jax.train.state import State, survey
 from lslm_jax.trees import flatten, unflatten
 
@@ -222,15 +222,6 @@ def latest_step(directory: epath.Path) -> int:
     return steps[-1]
 
 
-def list_steps(directory: epath.Path) -> list[int]:
-    """The steps of all whole checkpoints, in order."""
-    directory = epath.Path(directory)
-    if not directory.is_dir():
-        return []
-    # Not through Orbax, which reads the metrics of each: a run that goes on may be deleting one.
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and has_manifest(path))
-
-
 def best_step(directory: epath.Path, metric: str) -> int:
     """The step of the checkpoint with the best value of an evaluation metric.
 
@@ -255,8 +246,8 @@ def load_model(directory: epath.Path, abstract: Any, step: int) -> Any:
       CheckpointRefused: the checkpoint is damaged, or its weights have other names or shapes.
     """
     path = atomic.place(directory) / str(step)
-    _check(path, *(("ema",) if (path / "ema").is_dir() else ("model",)), "metrics")
     name = "ema" if (path / "ema").is_dir() else "model"
+    _check(path, name, "metrics")
     return unflatten(abstract, _load(path, {name: flatten(abstract)}, cast=True)[name])
 
 

@@ -279,7 +279,7 @@ def changes(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[tuple
 
 
 def is_fixed(key: str) -> bool:
-    """Whether a checkpoint's arrays, or its place in the data, depend on a setting."""
+    """True if a checkpoint's arrays, or its place in the data, depend on a setting."""
     return _below(key, FIXED) and not _below(key, FREE)
 
 

@@ -42,6 +42,13 @@ def has_manifest(directory: epath.Path) -> bool:
     return (epath.Path(directory) / _NAME).exists()
 
 
+def list_steps(directory: epath.Path) -> list[int]:
+    """Steps of the finished checkpoints in the `checkpoints` directory of a run, ascending."""
+    directory = epath.Path(directory)
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(path.name) for path in found if path.name.isdigit() and has_manifest(path))
+
+
 def check_manifest(directory: epath.Path, parts: Collection[str] = ()) -> None:
     """Compares the files of a checkpoint with its manifest.json.
 

@@ -38,6 +38,8 @@ def read(directory: epath.Path) -> dict[str, Any]:
         found = json.loads(path.read_text())["custom_metadata"]
         if not isinstance(found["config"], dict):
             raise TypeError("its config is not an object")
+        if missing := {"tokenizer_sha256", "data_sha256"} - found.keys():
+            raise KeyError(min(missing))
     except FileNotFoundError as error:
         raise CheckpointRefused(f"{path} is missing") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:

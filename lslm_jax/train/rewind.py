@@ -16,7 +16,7 @@ def is_pending(workdir: epath.Path, step: int) -> bool:
     Raises:
       InputMissing: there is no such checkpoint.
     """
-    steps = _steps(workdir)
+    steps = manifest.list_steps(epath.Path(workdir) / "checkpoints")
     if not step or not steps or steps[-1] == step:
         return False
     newest = metadata.read(_path(workdir, steps[-1]))
@@ -32,16 +32,10 @@ def go_back(workdir: epath.Path, step: int, log: Callable[[str], None]) -> None:
     if not is_pending(workdir, step):
         return
     (workdir / "result.json").unlink(missing_ok=True)  # of the end that the run had come to
-    for later in reversed([each for each in _steps(workdir) if each > step]):
+    for later in reversed([each for each in manifest.list_steps(workdir / "checkpoints") if each > step]):
         to = manifest.set_aside(_path(workdir, later), "set_aside")
         log(f"going back to step {step}: step {later} is set aside in {to}")
 
 
 def _path(workdir: epath.Path, step: int) -> epath.Path:
     return epath.Path(workdir) / "checkpoints" / str(step)
-
-
-def _steps(workdir: epath.Path) -> list[int]:
-    directory = epath.Path(workdir) / "checkpoints"
-    found = directory.iterdir() if directory.is_dir() else ()
-    return sorted(int(path.name) for path in found if path.name.isdigit() and manifest.has_manifest(path))

@@ -188,6 +188,18 @@ def test_an_unknown_label_of_a_file_is_an_error(evaluated, tmp_path):
         prepared(evaluated, tmp_path / "out", f"{tmp_path}/other.jsonl")
 
 
+@pytest.mark.parametrize("evaluated", ["classification"], indirect=True)
+def test_bad_records_of_a_file_are_counted_where_they_are_skipped(evaluated, tmp_path):
+    label = evaluated[-1][3]["labels"][0]
+    lines = [json.dumps({"text": "a b", "label": label}), "{", json.dumps({"text": "c"})]
+    (tmp_path / "other.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"other.jsonl:2: not JSON"):
+        prepared(evaluated, tmp_path / "strict", f"{tmp_path}/other.jsonl")
+    settings = {"clean.bad_records": "skip"}
+    found = prepared(evaluated, tmp_path / "skip", f"{tmp_path}/other.jsonl", settings=settings)
+    assert found.dropped == {"bad_record": 2} and found.origins == [f"{tmp_path}/other.jsonl:1"]
+
+
 def test_a_missing_file_and_a_source_that_there_is_not_are_named(tmp_path):
     mixture = {"mixture": [{"name": name, "files": [f"{name}.txt"]} for name in ("one", "two")]}
     config = config_loading.from_dict({"data": mixture})
