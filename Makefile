@@ -12,9 +12,9 @@ demo: $(READY)
 
 setup: $(READY)
 
-# A worker per core; a file's tests share what they compile. A worker that crashes ends the run: where it is replaced,
-# pytest-xdist waits for ever at the end.
-WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 8 ? cores : 8 )))
+# One worker more than cores, since some tests wait for processes; a file's tests share what they compile. A worker that
+# crashes ends the run: where it is replaced, pytest-xdist waits for ever at the end.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 8 ? cores + 1 : 8 )))
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 ELSEWHERE := tests/launch/test_schemas.py
 PARITY := $(addprefix tests/convert/test_,parity.py check.py peft.py trained.py marian.py harness.py chat_parity.py \

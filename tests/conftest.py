@@ -117,3 +117,12 @@ def few_mappings() -> Iterator[None]:
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 1 << 15:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """Lets commands in this process see one device of eight: programs for one compile in two thirds of the time."""
+    devices = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *backend: devices)
+        yield

@@ -10,6 +10,8 @@ import pytest
 from lslm_jax.evaluate import squad
 from lslm_jax.main import main
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "dull")
 NEUTRAL = ("film", "plot", "cast", "end", "scene", "the", "a", "one")
 BODY = {"family": "encoder", "num_layers": 1, "d_model": 32, "num_heads": 2, "max_length": 48}

@@ -55,21 +55,21 @@ def run_script(script: str, flags: list[str]) -> None:
         ("decode", [*SMALL, "--rounds=1", "--tokens=8", "--batch_sizes=2"], {"first_token_ms", "tokens_per_second"}),
         ("checkpoint", [*SMALL, "--rounds=1"], {"blocking", "total", "restore", "per_gib"}),
         pytest.param("start", [*SMALL, "--rounds=1", "--steps=2"], {"cold", "warm"}, marks=pytest.mark.exhaustive),
-        (
+        pytest.param(
             "loop",
             [
                 *("--rounds=1", "--steps=6", "--skip=2"),
                 *("--num_layers=1", "--d_model=32", "--vocab_size=256", "--seq_len=32"),
             ],
             {"bare_ms", "trainer_ms", "overhead"},
+            marks=pytest.mark.exhaustive,
         ),
         ("input", ["--tokens=2000000", "--seconds=0.1"], {"tokens_per_second", "first_batch_seconds", "fill"}),
     ],
 )
 def test_a_benchmark_prints_its_figures(script, flags, figures, sitecustomize, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(sitecustomize)
-    xla_flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    env = os.environ | {"XLA_FLAGS": " ".join(xla_flags), "PYTHONPATH": str(tmp_path)}
+    env = os.environ | {"XLA_FLAGS": forked.xla_flags(), "PYTHONPATH": str(tmp_path)}
     process = forked.Process(run_script, script, flags, env=env)
     process.wait(timeout=250)
     assert process.returncode == 0, process.stderr

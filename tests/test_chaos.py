@@ -31,7 +31,7 @@ def test_a_campaign_loses_nothing(flags, faults, tmp_path):
     assert report["faults"] == faults and report["runs"] >= 1 and not report["broken"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(300)
 def test_a_process_killed_during_a_save_is_no_failing_disk_to_the_other(tmp_path):
     """What a collective of the save raises there must not be taken for what a disk does (74: nobody tries again)."""

@@ -8,6 +8,8 @@ import pytest
 
 from lslm_jax.main import main
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 COLOURS = ("red", "blue", "green", "gold")
 SETTINGS = {
     "model": {"num_layers": 2, "d_model": 64, "num_heads": 4, "max_length": 80, "positions": "rotary"},

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from typing import get_args
 
@@ -428,9 +428,11 @@ def test_loading_and_checking_is_fast_and_imports_nothing_slow(write):
     command = [sys.executable, "-c", code, write("c.py", PLAIN)]
     fastest = 10.0
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = os.times()
         result = subprocess.run(command, capture_output=True, text=True, check=True)
-        fastest = min(fastest, time.perf_counter() - begin)
+        end = os.times()
+        seconds = end.children_user + end.children_system - begin.children_user - begin.children_system
+        fastest = min(fastest, seconds)  # of a processor: others may be at work
     assert result.stdout.strip() == ""
     assert fastest < 1.0
 

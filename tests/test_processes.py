@@ -52,8 +52,7 @@ class Job:
 
     def __init__(self, processes, start, devices=4):
         coordinator = f"127.0.0.1:{free_port()}"
-        flags = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0"
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": forked.xla_flags(devices // processes)}
         self.parts = [start(process, coordinator, env) for process in range(processes)]
 
     def end(self):
@@ -164,7 +163,7 @@ def test_batches_hold_the_same_rows_for_any_number_of_processes(corpus, alone, t
                 np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
 
 
-@pytest.mark.parametrize("numbers", [(1, 2), pytest.param((1, 4), marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("numbers", [(1,), pytest.param((1, 2, 4), marks=pytest.mark.exhaustive)])
 def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(corpus, tmp_path, numbers):
     job = lslm(corpus, 2, tmp_path / "stopped", "--config.train.steps=2000")
     metrics = tmp_path / "stopped" / "metrics.jsonl"
@@ -185,7 +184,8 @@ def test_a_signal_to_one_stops_all_and_any_number_of_processes_goes_on(corpus, t
         codes, _, texts = lslm(corpus, processes, workdir, steps).end()
         assert codes == [0] * processes and f"resumed from step {step}" in texts[0], texts
         assert [line["step"] for line in record(workdir)[: step + 5]] == list(range(1, step + 6))
-    assert_close(*(record(tmp_path / f"goes-on-{processes}") for processes in numbers))
+    for processes in numbers[1:]:
+        assert_close(*(record(tmp_path / f"goes-on-{count}") for count in (numbers[0], processes)))
     audited = json.loads(lslm(corpus, 1, workdir, "audit").end()[1][0])
     assert (audited["steps"], audited["starts"], audited["repeated_steps"]) == (step + 5, 2, 0)
 

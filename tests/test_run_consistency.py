@@ -13,6 +13,8 @@ import pytest
 
 from lslm_jax.main import main
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 STEPS = 4
 CONFIG = {
     "model": {"num_layers": 1, "d_model": 32, "num_heads": 2, "max_length": 32},

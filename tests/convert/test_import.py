@@ -22,6 +22,8 @@ from lslm_jax.main import main
 from lslm_jax.models import attention, presets
 from lslm_jax.trees import flatten, unflatten
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SIZES = {"num_layers": 3, "d_model": 32, "num_heads": 2, "max_length": 64, "vocab_size": 300}
 LLAMA = replace(presets.LLAMA, **SIZES, dtype="float32")
 T5 = replace(presets.t5_v1_1_small, **SIZES, head_dim=16, d_ff=64)

@@ -306,14 +306,14 @@ def test_types_tell_texts_apart_and_none_means_the_first():
 
 
 def test_weights_start_as_large_as_what_they_sum_up_is_small():
-    big = {"d_model": 256, "head_dim": 32, "num_heads": 4, "d_ff": 512, "vocab_size": 512, "num_kv_heads": 4}
-    for config, table, query in [(T5, 1.0, 32**-0.5), (T5_V1_1, 1.0, 32**-0.5), (ORIGINAL, 256**-0.5, 1.0)]:
+    big = {"d_model": 144, "head_dim": 32, "num_heads": 4, "d_ff": 256, "vocab_size": 512, "num_kv_heads": 4}
+    for config, table, query in [(T5, 1.0, 32**-0.5), (T5_V1_1, 1.0, 32**-0.5), (ORIGINAL, 1 / 12, 1.0)]:
         model = jax.jit(functools.partial(presets.build, replace(config, **big)))(jax.random.key(0))
         block = model.decoder.blocks
-        expected = [(model.embed, table), (block.attention.q.w, query / 16), (block.cross.q.w, query / 16)]
-        expected += [(p.w, 1 / 16) for p in (block.attention.k, block.cross.v, block.mlp.up)]
-        expected += [(block.attention.o.w, 128**-0.5), (block.mlp.down.w, 512**-0.5)]
-        expected += [] if model.head is None else [(model.head, 1 / 16)]
+        expected = [(model.embed, table), (block.attention.q.w, query / 12), (block.cross.q.w, query / 12)]
+        expected += [(p.w, 1 / 12) for p in (block.attention.k, block.cross.v, block.mlp.up)]
+        expected += [(block.attention.o.w, 128**-0.5), (block.mlp.down.w, 1 / 16)]
+        expected += [] if model.head is None else [(model.head, 1 / 12)]
         for param, std in expected:
             assert abs(np.std(param.get_value()) / std - 1) < 0.03
     bert = jax.jit(functools.partial(presets.build, replace(BERT, **big), objective="masked"))(jax.random.key(0))

@@ -87,8 +87,8 @@ def test_a_model_learns_as_with_bfloat16(kind):
     np.testing.assert_allclose(losses(kind, ONE_DEVICE), expected, rtol=0.02)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["float8", pytest.param("int8", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@kinds
 def test_eight_devices_learn_as_one(kind):
     expected = losses(kind, ONE_DEVICE)[:FEW_STEPS]
     np.testing.assert_allclose(losses(kind, EIGHT_DEVICES, FEW_STEPS), expected, rtol=1e-3)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from lslm_jax import trees
+from lslm_jax import peers, trees
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, MixtureSource, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, NumericAbort, SaveError
@@ -453,6 +453,18 @@ def test_a_save_that_fails_is_told_in_one_line_and_leaves_the_one_before(tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpoint.list_steps(tmp_path / "checkpoints") == [1]
     assert_same(opened(tmp_path).restore(1, abstract(), print), state_at(1))
+
+
+def test_a_save_that_a_lost_process_fails_is_no_failing_disk(tmp_path, monkeypatch):
+    class Lost(Exception):
+        """In place of this process's end."""
+
+    def explain(error):
+        raise Lost(str(error))
+
+    monkeypatch.setattr(peers, "explain", explain)
+    with pytest.raises(Lost, match="Gloo"), checkpoint._as_save_error(tmp_path):
+        raise ValueError("Gloo AllReduce failed: Connection closed by peer")
 
 
 def test_a_disk_that_will_be_full_is_told_beforehand(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def get_config():
 
 def run(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = os.environ | {"XLA_FLAGS": forked.xla_flags()}
     return forked.run(f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run", env=env)
 
 

@@ -31,6 +31,8 @@ from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_state, init_state
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 STEPS, EVERY = 12, 4
 RUN = {
     "model": {"num_layers": 1, "d_model": 32, "num_heads": 2, "max_length": 32},

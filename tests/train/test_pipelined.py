@@ -38,7 +38,6 @@ exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
         ("decoder", {"stage": 2}, {}),
         ("decoder", {"data": 2, "stage": 4}, {"microbatches": 8, "remat": "full"}),
         ("decoder", {"fsdp": 2, "tensor": 2, "stage": 2}, {"pipeline_rounds": 2, "remat": "dots"}),
-        ("decoder", {"context": 2, "stage": 2}, {}),
         ("decoder", {"expert": 2, "stage": 2}, EXPERTS),
         ("encoder_decoder", {"stage": 2}, {}),
         exhaustive("decoder", {"stage": 2}, {"pipeline_rounds": 2, "remat": "dots"}),
@@ -46,6 +45,7 @@ exhaustive = functools.partial(pytest.param, marks=pytest.mark.exhaustive)
         exhaustive("decoder", {"data": 2, "stage": 2}, {}),
         exhaustive("decoder", {"fsdp": 2, "stage": 2}, {"pipeline_rounds": 2}),
         exhaustive("decoder", {"tensor": 2, "stage": 2}, {}),
+        exhaustive("decoder", {"context": 2, "stage": 2}, {}),
         exhaustive("encoder", {"stage": 2}, {}),
     ],
 )

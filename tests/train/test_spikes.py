@@ -7,7 +7,6 @@ import math
 import shutil
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from error_table import assert_told
@@ -30,7 +29,6 @@ from lslm_jax.data import detours, pipeline
 from lslm_jax.data.detours import Detour, at, extend
 from lslm_jax.data.synthetic import SyntheticInput
 from lslm_jax.errors import CheckpointRefused, DataError, NumericAbort
-from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, manifest, spikes
 from lslm_jax.train.spikes import Detector, Spike
 
@@ -62,10 +60,9 @@ class Spoilt(SyntheticInput):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def spoilt():
+def spoilt(one_device):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "open_train", lambda config, directory, *rest: Spoilt(config, *rest))
-        patch.setattr(verbs, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
         yield
 
 
