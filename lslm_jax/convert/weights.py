@@ -212,8 +212,13 @@ def _place(ours: np.ndarray, shape: tuple[int, ...], dtype: Any, sharding: Any) 
 
 def _blank(shape: tuple[int, ...], dtype: Any, sharding: Any, name: str) -> jax.Array:
     """All layers of a parameter before they are read; ones where a layer lacks a scale, as ModernBERT's first does."""
-    value = 1.0 if name.endswith(".scale") else 0.0
-    return jax.jit(lambda: jnp.full(shape, value, dtype), out_shardings=sharding)()
+    return _constant(shape, dtype, sharding, 1.0 if name.endswith(".scale") else 0.0)()
+
+
+@functools.cache
+def _constant(shape: tuple[int, ...], dtype: Any, sharding: Any, value: float) -> Any:
+    """The program that fills an array; compiled once for all parameters of one shape."""
+    return jax.jit(lambda: jnp.full(shape, value, dtype), out_shardings=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -259,6 +264,8 @@ def _fetch(arrays: Mapping[str, jax.Array], use: _Use, config: ModelConfig) -> n
 
 def fetch(array: jax.Array, *at: int) -> np.ndarray:
     """An array, or one layer, or expert, of it, on the host; every process of a run over several must take part."""
+    if not at and array.is_fully_addressable:
+        return np.asarray(array)
     sharding = array.sharding
     whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
     return np.asarray(_gather(whole)(array, at).addressable_data(0))
