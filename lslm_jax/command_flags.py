@@ -159,7 +159,11 @@ FLAGS = {
         Flag(
             "prompt",
             ("generate",),
-            _text("TEXT", "text, or question; may be repeated", action="append"),
+            _text(
+                "TEXT",
+                "text, or question; may be repeated. Without any, on a terminal, prompts are asked for",
+                action="append",
+            ),
             {
                 "train": "set --config.generate.prompts to see samples at each evaluation",
                 "evaluate": "use --files=FILE",

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -115,11 +116,18 @@ def _explain(error: Exception) -> str:
 def override(config: Config, assignments: Sequence[tuple[str, str]]) -> Config:
     """Returns the config with each dotted key, as `train.steps`, set to the value that its text spells.
 
+    A key that is given several times has the last value; of a list, all items.
+
     Raises:
       ConfigError: an unknown key, a text that is not of the key's type, or two lengths of training.
     """
+    seen: set[str] = set()
     for key, text in assignments:
-        config = _set(config, key, key.split("."), text)
+        before, config = config, _set(config, key, key.split("."), text)
+        old, new = (functools.reduce(getattr, key.split("."), each) for each in (before, config))
+        if key in seen and isinstance(new, tuple):
+            config = with_value(config, key, old + new)
+        seen.add(key)
     keys = [key for key, _ in assignments]
     if "train.steps" in keys and config.train.epochs:
         if "train.epochs" in keys:
@@ -218,7 +226,7 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         kind = get_args(hint)[0]
         if dataclasses.is_dataclass(kind):
             raise ConfigError(f"{key} cannot be set by a flag: write it in the config file")
-        return tuple(_parse(part, kind, key) for part in items(text))
+        return tuple(_parse(part, kind, key) for part in items(text, paths=key.endswith("files")))
     try:
         if hint is bool:
             return _BOOLS[text.lower()]
@@ -229,8 +237,15 @@ def _parse(text: str, hint: Any, key: str) -> Any:
     return _typed(_BOOLS.get(text.lower(), text) if True in get_args(hint) else text, hint, key)
 
 
-def items(text: str) -> list[str]:
-    """The items of a list: separated by commas, or a JSON list of texts, in which an item may hold a comma."""
+def items(text: str, paths: bool = False) -> list[str]:
+    """The items of a list: separated by commas, or a JSON list of texts, in which an item may hold a comma.
+
+    Args:
+      text: as a flag has it.
+      paths: whether items are files; a text that is the name of one is then a single item.
+    """
+    if paths and "," in text and os.path.exists(os.path.expanduser(text)):
+        return [text]
     if text.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
             found = json.loads(text)

@@ -86,7 +86,8 @@ def held_out(run: Run, flags: argparse.Namespace, mesh: Mesh) -> Iterator[HeldOu
     with tempfile.TemporaryDirectory(prefix="lslm-evaluate-") as directory:
         special = run.facts["special"]
         paths = run.facts, run.data_dir, epath.Path(directory)
-        found = held_out_files.prepare_files(run.config, source, flags.files, *paths, special, rows)
+        log = lambda line: say(f"evaluate: {line}")
+        found = held_out_files.prepare_files(run.config, source, flags.files, *paths, special, rows, log)
         yield _described(found, flags)
 
 

@@ -113,7 +113,9 @@ def _load(flags: argparse.Namespace, assignments: list[tuple[str, str]]) -> Conf
         if config.task.objective != "causal" or config.data.mixture:
             raise ConfigError("--chat needs a model that continues texts")
         config = replace(config, data=replace(config.data, example="chat"))
-    config = config_checks.validate(config_loading.override(config, assignments))
+    config = config_loading.override(config, assignments)
+    setting_flags.check_mixture(flags.settings, config)
+    config = config_checks.validate(config)
     if own:
         setting_flags.check_effect(flags, config, config_checks.validate(own))
     return config

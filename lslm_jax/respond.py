@@ -42,7 +42,7 @@ def read_prompts(config: Config, flags: argparse.Namespace) -> list[Prompt]:
       InputMissing, DataError: the file cannot be read or holds none, or not JSON lines with a `prompt` each.
     """
     if not (flags.prompt or flags.prompts):
-        raise ConfigError("generate needs --prompt=TEXT or --prompts=FILE")
+        raise ConfigError("generate needs --prompt=TEXT or --prompts=FILE; on a terminal it asks for prompts")
     prompts: list[Prompt] = [{"prompt": text} for text in flags.prompt or []]
     if not all(prompt_files.is_text(prompt["prompt"]) for prompt in prompts):
         raise ConfigError("--prompt is not UTF-8")
@@ -253,7 +253,7 @@ def _as_split(setting: Setting, found: list[examples.Example], directory: epath.
     for i, [encoded] in enumerate(examples.encode(found, recipe, setting.words)):
         writer.add(encoded.fields, 0, i + 1, encoded.numbers)
     writer.finish()
-    rows = pipeline.make_rows(Shards.open(directory / "valid"), setting.config, setting.special)
+    rows = pipeline.make_rows(Shards.open(directory / "valid", name="the prompts"), setting.config, setting.special)
     return pipeline.EvalInput(rows, setting.config)
 
 

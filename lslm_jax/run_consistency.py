@@ -160,7 +160,14 @@ def check_data(
                 f"({facts['sha256'][:_SHOWN]}): put the former back; `evaluate --files=FILE` scores other examples"
             )
         return
-    if not (own_dir / "manifest.json").exists() or facts["sha256"] == saved["data_sha256"]:
+    if facts["sha256"] == saved["data_sha256"]:
+        return
+    labels = saved.get("data_facts", {}).get("labels")  # which older checkpoints lack
+    if labels is not None and list(labels) != list(facts.get("labels") or ()):
+        raise CheckpointRefused(
+            f"{directory} was trained with the labels {_listed(labels)}; {data_dir} has {_listed(facts['labels'])}"
+        )
+    if not (own_dir / "manifest.json").exists():
         return
     own = resolving.read_manifest(config, own_dir)
     template = lambda manifest: manifest["chat"]["sha256"] if "chat" in manifest else None
@@ -170,6 +177,10 @@ def check_data(
     ):
         if mine != theirs:
             raise CheckpointRefused(f"{directory} was trained with the {what} in {own_dir}; {data_dir} has others")
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:_SHOWN]) + ", ..." * (len(labels) > _SHOWN) or "none"
 
 
 def _own_data_dir(workdir: epath.Path) -> epath.Path | None:

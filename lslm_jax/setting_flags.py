@@ -5,12 +5,13 @@ with. A setting that such a command would ignore is rejected, with the way to ge
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
 
 from lslm_jax import config_loading
-from lslm_jax.config import Config
+from lslm_jax.config import Config, Source
 from lslm_jax.errors import ConfigError
 
 PREFIX = "--config."
@@ -35,8 +36,27 @@ EFFECTIVE = {
     "evaluate": (*_RUNNING, *_ROWS, "eval.batches", "checkpoint.best"),
     "generate": (*_RUNNING, *_ROWS, "seed", "checkpoint.best", "data.prefix", "data.text_key", "data.target_key"),
     "export": (*_RUNNING, "generate", "checkpoint.best"),
-    "audit": ("seed", "train.batch_size", "data", "task", "mesh"),
+    "audit": (
+        "seed",
+        "train.batch_size",
+        "data.dir",
+        "data.seq_len",
+        "data.source_len",
+        "data.packing",
+        "data.mask_documents",
+        "task",
+        "mesh",
+    ),
 }
+# Objectives for which a setting has an effect, where it has none for the others.
+_OBJECTIVES = {
+    "task.mask_rate": ("masked", "span_corruption"),
+    "task.whole_words": ("masked",),
+    "task.span_length": ("span_corruption",),
+    "task.stride": ("qa",),
+    "task.max_answer": ("qa",),
+}
+_WRITING = {"evaluate": ("seq2seq",), "generate": ("causal", "seq2seq")}  # objectives that read section `generate`
 # What else `evaluate --files` takes: how files are read and cleaned.
 ON_FILES = (*_FORMAT, "clean")
 
@@ -104,9 +124,22 @@ def check_effect(flags: argparse.Namespace, config: Config, own: Config) -> None
         trained_with = is_below(key, ("model", "task.objective")) and not is_below(key, (*COMPUTE, *_TRAINING_ONLY))
         if trained_with and command != "audit":
             continue
-        if is_below(key, effective) or (new := value_of(config, key)) == (old := value_of(own, key)):
+        if (new := value_of(config, key)) == (old := value_of(own, key)):
+            continue
+        if is_below(key, effective):
+            _check_objective(flags, config, key)
             continue
         raise ConfigError(_ignored(flags, key, old, new))
+
+
+def _check_objective(flags: argparse.Namespace, config: Config, key: str) -> None:
+    """Rejects a setting that has an effect only where the model learned another kind of task."""
+    objectives = _WRITING.get(flags.verb) if is_below(key, ("generate",)) else _OBJECTIVES.get(key)
+    if objectives and config.task.objective not in objectives and not getattr(flags, "harness", None):
+        raise ConfigError(
+            f"{PREFIX}{key} has no effect on {flags.verb}: it is for task.objective={' or '.join(objectives)}, not "
+            f"{config.task.objective}"
+        )
 
 
 def take_held_out_files(
@@ -117,7 +150,7 @@ def take_held_out_files(
     Args:
       flags: of the command line; `files` is set.
       assignments: its settings.
-      own: the config of the run: files that its data were prepared from stand for their split.
+      own: the config of the run: files that its data were prepared from stand for their split, which is set.
 
     Returns:
       The other settings.
@@ -126,9 +159,13 @@ def take_held_out_files(
       ConfigError: files are named twice, or a split beside them.
     """
     keys = ("data.valid_files", "data.test_files")
-    named = {key: text for key, text in assignments if key in keys}
-    changed = {key: config_loading.items(text) for key, text in named.items()}
-    changed = {key: files for key, files in changed.items() if files and tuple(files) != value_of(own, key)}
+    named: dict[str, list[str]] = {}
+    for key, text in assignments:
+        if key in keys:
+            named.setdefault(key, []).extend(config_loading.items(text, paths=True))
+    changed = {key: files for key, files in named.items() if files and tuple(files) != value_of(own, key)}
+    if not changed and not flags.files and [key for key, files in named.items() if files] == ["data.test_files"]:
+        flags.split = flags.split or "test"
     for key, files in changed.items():
         if flags.files:
             raise ConfigError("name the files to evaluate on once, by --files=FILE")
@@ -136,6 +173,22 @@ def take_held_out_files(
             raise ConfigError(f"{PREFIX}{key} has no effect on --split={flags.split}: use --files=FILE")
         flags.files, flags.split = list(files), None
     return [(key, text) for key, text in assignments if key not in changed]
+
+
+def check_mixture(settings: Sequence[str], config: Config) -> None:
+    """Rejects settings of the single source where a mixture takes its place.
+
+    Raises:
+      ConfigError: one of the keys would be ignored.
+    """
+    names = {field.name for field in dataclasses.fields(Source)}
+    for key in settings if config.data.mixture else ():
+        if key.startswith("data.") and key.removeprefix("data.") in names:
+            sources = ", ".join(source.name for source in config.data.mixture)
+            raise ConfigError(
+                f"{PREFIX}{key} has no effect on a mixture: set it for each source of data.mixture "
+                f"({sources}) in the config file"
+            )
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -149,6 +202,8 @@ def value_of(config: Config, key: str) -> Any:
 def _ignored(flags: argparse.Namespace, key: str, old: Any, new: Any) -> str:
     section = key.partition(".")[0]
     start = f"--config.{key} has no effect on {flags.verb}"
+    if key.startswith("eval.") and key != "eval.batches":
+        return f"{start}: it is a setting of train"
     if section not in ("data", "clean", "tokenizer"):
         return f"{start}: it is a setting of {_SECTIONS.get(section, 'train')}"
     was = f"the data of {flags.workdir} were prepared with {json.dumps(old)}, not {json.dumps(new)}"

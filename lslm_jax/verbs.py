@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -19,6 +20,7 @@ from lslm_jax import (
     distributed,
     evaluate_command,
     imports,
+    interactive,
     resolving,
     respond,
     run_consistency,
@@ -44,7 +46,7 @@ from lslm_jax.progress import say
 from lslm_jax.run_consistency import Run
 from lslm_jax.sharding import local_rows, make_mesh, use
 from lslm_jax.train import checkpoint, identity, ledger, lock, manifest, metadata, reproducible, rewind, spikes
-from lslm_jax.train.begin import find_start
+from lslm_jax.train.begin import check_tokenizer, find_start
 from lslm_jax.train.exports import Exports
 from lslm_jax.train.loop import train as train_loop
 from lslm_jax.train.state import abstract_model
@@ -77,7 +79,8 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         return finished
 
     if config.train.init_from and not checkpoint.list_steps(workdir / "checkpoints"):
-        find_start(config.train.init_from)  # before anything slow: there may be none
+        # Before anything slow: there may be none, or one of another tokenizer.
+        check_tokenizer(config, find_start(config.train.init_from))
     if config.checkpoint.export_every:
         family_of(config.model, config.task.objective)  # before anything slow: there may be none
     elif line := obstacle(config.model, config.task.objective):
@@ -228,8 +231,12 @@ def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str,
 
 
 def generate(config: Config, flags: argparse.Namespace) -> None:
-    """`generate`: does with each prompt what the model was trained for; the text of a single one is streamed."""
-    prompts = respond.read_prompts(config, flags)
+    """`generate`: does with each prompt what the model was trained for; the text of a single one is streamed.
+
+    On a terminal, without a prompt, it reads prompts line by line.
+    """
+    asks = not (flags.prompt or flags.prompts) and sys.stdin.isatty() and jax.process_count() == 1
+    prompts = respond.read_prompts(config, interactive.with_prompt(flags, "?") if asks else flags)
     mesh = _mesh_without_batch(config)
     config, facts, data_dir, at = _model_alone(config, flags)
     with use(mesh, config.mesh):
@@ -240,6 +247,10 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
             starts_N = Shards.open(data_dir / "train").numbers[:, 0]
             setting = setting._replace(answerable=bool((starts_N >= 0).all()))
         model, step = _load_model(config, flags, mesh, at, facts)
+        show = lambda found: _json_line(found | {"step": step}) if flags.json else respond.spell(setting, found)
+        if asks:
+            interactive.run(setting, model, flags, show)
+            return
         writes = config.task.objective in ("causal", "seq2seq")
         if writes and len(prompts) == 1 and not flags.json:
             for text in respond.stream(setting, model, prompts[0]):
@@ -247,7 +258,7 @@ def generate(config: Config, flags: argparse.Namespace) -> None:
             print()
             return
         for found in respond.answer(setting, model, prompts):
-            print(_json_line(found | {"step": step}) if flags.json else respond.spell(setting, found))
+            print(show(found))
 
 
 def _json_line(values: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ tests/test_errors.py brings each about and compares, or, where it takes more tha
 docs/errors.md is made of the same table.
 """
 
+import gzip
 import json
 import pathlib
 import re
@@ -310,6 +311,44 @@ DATA = [
         "--config.data.verify=false",
         escape,
     ),
+    *(
+        Case(what, 65, f"DIR/corpus.txt {message}", "--config.data.dir=DIR/fresh", write("corpus.txt", content))
+        for what, message, content in [
+            (
+                "A file that is compressed twice",
+                "is compressed twice: its content is gzip data; decompress it once",
+                gzip.compress(gzip.compress(TEXT.encode())),
+            ),
+            (
+                "Compressed data that were cut",
+                "is not whole compressed data: *",
+                gzip.compress(TEXT.encode())[:-9],
+            ),
+            (
+                "A file that is no text",
+                "is a ZIP archive or an Office document: unpack it, or save it as plain text",
+                b"PK\x03\x04" + bytes(50),
+            ),
+        ]
+    ),
+    Case(
+        "A folder of data around the run",
+        2,
+        "data.files: DIR covers DIR/fresh, which is written to: choose another --workdir, or *",
+        "--config.data.files=DIR --config.data.dir=DIR/fresh",
+    ),
+    Case(
+        "A label in held-out data that training data lack",
+        65,
+        "DIR/valid.csv:2: unknown label 'c'; known are: a, b; correct it, or name all by data.labels",
+        "--config.data.files=DIR/train.csv --config.data.valid_files=DIR/valid.csv --config.data.valid_fraction=0 "
+        "--config.data.document=file --config.data.example=label --config.data.packing=pad "
+        "--config.task.objective=classification --config.model.family=encoder --config.data.dir=DIR/fresh",
+        both(
+            both(write("train.csv", "text,label\nx,a\ny,b\n"), write("valid.csv", "text,label\nz,c\n")),
+            remove("work/checkpoints"),
+        ),
+    ),
     Case(
         "A token outside the vocabulary",
         65,
@@ -322,6 +361,21 @@ DATA = [
 RUNS = [
     Case(
         "Nothing was trained", 76, "no checkpoint in DIR/work/checkpoints", "", remove("work/checkpoints"), "evaluate"
+    ),
+    Case("No run of that name", 66, "there is no run DIR/none: *", "--workdir=DIR/none", verb="evaluate"),
+    Case(
+        "A file to evaluate on that does not exist",
+        66,
+        "--files: DIR/none.txt matches no file",
+        "--files=DIR/none.txt",
+        verb="evaluate",
+    ),
+    Case(
+        "A setting that evaluation does not read",
+        2,
+        "--config.optimizer.learning_rate has no effect on evaluate: it is a setting of train",
+        "--config.optimizer.learning_rate=1",
+        verb="evaluate",
     ),
     Case(
         "No checkpoint of that step",
@@ -420,7 +474,12 @@ RUNS = [
 ]
 
 PROMPTS = [
-    Case("No prompt", 2, "generate needs --prompt=TEXT or --prompts=FILE", verb="generate"),
+    Case(
+        "No prompt, and no terminal",
+        2,
+        "generate needs --prompt=TEXT or --prompts=FILE; on a terminal it asks for prompts",
+        verb="generate",
+    ),
     *(
         Case(what, code, message, "--prompts=DIR/prompts.jsonl", write("prompts.jsonl", content), "generate")
         for what, code, message, content in [

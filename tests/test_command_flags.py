@@ -1,5 +1,6 @@
 """Every flag belongs to some commands and is rejected by all others; misspelled flags and commands name the nearest."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 
 from lslm_jax import command_flags, config_checks, config_loading, setting_flags
 from lslm_jax.command_flags import COMMANDS, FLAGS, parse
-from lslm_jax.config import Config, DataConfig
+from lslm_jax.config import Config, DataConfig, MixtureSource
 from lslm_jax.config_loading import describe, with_value
 from lslm_jax.errors import ConfigError
 from lslm_jax.main import main
@@ -152,13 +153,37 @@ def test_every_setting_has_an_effect_on_a_reading_command_or_is_rejected(command
         "tokenizer.vocab_size",
         "clean.min_chars",
     } <= rejected
-    if command != "audit":  # compared with the checkpoint
+    if command == "audit":
+        assert {"data.files", "data.valid_files", "data.text_key", "generate.top_k"} <= rejected
+    else:  # compared with the checkpoint
         assert {"model.d_model", "model.norm_eps", "task.objective"} <= accepted
         assert {"data.files", "data.valid_fraction", "model.dropout"} <= rejected
     read = {"evaluate": "eval.batches", "generate": "generate.top_k", "export": "generate.stop", "audit": "seed"}[
         command
     ]
     assert read in accepted
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "value", "objectives"),
+    [
+        ("evaluate", "generate.beams", 2, ("seq2seq",)),
+        ("generate", "generate.beams", 2, ("causal", "seq2seq")),
+        ("evaluate", "task.stride", 3, ("qa",)),
+        ("evaluate", "task.mask_rate", 0.5, ("masked", "span_corruption")),
+    ],
+)
+def test_a_setting_of_other_objectives_is_rejected(command, key, value, objectives):
+    flags = parse([command, "--workdir=run"])
+    flags.settings = [key]
+    for objective in ("causal", "masked", "seq2seq", "qa", "classification"):
+        own = with_value(CONFIG, "task.objective", objective)
+        config = with_value(own, key, value)
+        if objective in objectives:
+            setting_flags.check_effect(flags, config, own)
+        else:
+            with pytest.raises(ConfigError, match=rf"^--config.{key} has no effect on {command}: it is for task.obj"):
+                setting_flags.check_effect(flags, config, own)
 
 
 def test_files_to_evaluate_on_may_have_other_columns_and_other_cleaning():
@@ -169,6 +194,32 @@ def test_files_to_evaluate_on_may_have_other_columns_and_other_cleaning():
     flags.settings = ["data.valid_fraction"]
     with pytest.raises(ConfigError, match="to evaluate on other examples use --files=FILE"):
         setting_flags.check_effect(flags, with_value(CONFIG, "data.valid_fraction", 0.5), CONFIG)
+
+
+@pytest.mark.parametrize("key", ["data.files", "data.text_key", "data.valid_fraction", "data.source"])
+def test_settings_of_the_single_source_are_rejected_beside_a_mixture(key):
+    mixture = (MixtureSource(name="one", files=("a.txt",)),)
+    config = dataclasses.replace(CONFIG, data=DataConfig(mixture=mixture))
+    with pytest.raises(ConfigError, match=rf"^--config.{key} has no effect on a mixture: set it for each source "):
+        setting_flags.check_mixture([key], config)
+    setting_flags.check_mixture(["data.seq_len", "data.dir", "train.steps"], config)
+    setting_flags.check_mixture([key], CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("settings", "split"),
+    [
+        ({"data.test_files": "t.txt"}, "test"),
+        ({"data.valid_files": "v.txt"}, None),
+        ({"data.valid_files": "v.txt", "data.test_files": "t.txt"}, None),
+        ({"data.test_files": ""}, None),
+    ],
+)
+def test_the_test_files_of_a_run_stand_for_its_test_split(settings, split):
+    own = Config(data=DataConfig(files=("a.txt",), valid_files=("v.txt",), test_files=("t.txt",)))
+    flags = parse(["evaluate", "--workdir=run"])
+    assert setting_flags.take_held_out_files(flags, list(settings.items()), own) == list(settings.items())
+    assert (flags.split, flags.files) == (split, None)
 
 
 # Derived sizes, lists and paths.
@@ -214,6 +265,22 @@ def test_sizes_that_a_config_file_leaves_open_stay_open():
 def test_an_item_of_a_list_may_hold_a_comma_in_json(text, value):
     assert config_loading.override(Config(), [("data.files", text)]).data.files == value
     assert config_loading.override(Config(), [("generate.prompts", text)]).generate.prompts == value
+
+
+def test_a_list_that_is_given_several_times_has_all_items():
+    found = config_loading.override(CONFIG, [("data.files", "b.txt,c.txt"), ("seed", "3"), ("data.files", "d.txt")])
+    assert found.data.files == ("b.txt", "c.txt", "d.txt")  # in the place of what the file has
+    assert config_loading.override(CONFIG, [("seed", "3"), ("seed", "4")]).seed == 4
+    flags = parse(["evaluate", "--workdir=run"])
+    setting_flags.take_held_out_files(flags, [("data.valid_files", "v.txt"), ("data.valid_files", "w.txt")], CONFIG)
+    assert flags.files == ["v.txt", "w.txt"]
+
+
+def test_a_file_with_a_comma_in_its_name_is_one_item(tmp_path):
+    (tmp_path / "a,b.txt").write_text("x")
+    name = f"{tmp_path}/a,b.txt"
+    assert config_loading.override(Config(), [("data.files", name)]).data.files == (name,)
+    assert config_loading.override(Config(), [("generate.prompts", name)]).generate.prompts == tuple(name.split(","))
 
 
 def test_the_home_directory_is_expanded(monkeypatch, tmp_path):

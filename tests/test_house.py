@@ -51,7 +51,7 @@ ROWS = [
     ],
     ["prompt_files"],
     ["respond", "adopt", "resolving"],
-    ["run_consistency", "run_length"],
+    ["run_consistency", "run_length", "interactive"],
     ["evaluate_command"],
     ["verbs", "verify"],
     ["main", "supervise", "chaos"],

@@ -10,7 +10,11 @@ import struct
 
 import forked
 import pytest
+from etils import epath
 
+from lslm_jax import config_loading, run_consistency
+from lslm_jax.config import Config, DataConfig
+from lslm_jax.errors import CheckpointRefused
 from lslm_jax.main import main
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -146,6 +150,17 @@ def test_data_of_another_tokenizer_of_the_same_size_are_rejected(command, made, 
     assert not (tmp_path / "out").exists()
 
 
+def test_labels_of_other_data_are_compared_with_those_of_the_checkpoint(tmp_path):
+    config = Config(data=DataConfig(files=("a.csv",)))
+    run, other = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "other")
+    run.mkdir()
+    (run / "config.json").write_text(config_loading.to_json(config))
+    saved = {"data_sha256": "a", "data_facts": {"labels": ["x", "y"]}}
+    with pytest.raises(CheckpointRefused, match=r"checkpoints/3 was trained with the labels x, y; .*other has y, x$"):
+        run_consistency.check_data(saved, config, {"sha256": "b", "labels": ["y", "x"]}, other, run, 3)
+    run_consistency.check_data(saved, config, {"sha256": "b", "labels": ["x", "y"]}, other, run, 3)
+
+
 COMMANDS = ["evaluate", "generate --prompt=ab", "export --to=OUT", "audit", "verify"]
 
 
@@ -251,6 +266,14 @@ def test_weights_to_start_from_are_looked_for_before_data_are_prepared(made, tmp
         flags = [*train_flags(made, tmp_path / "new"), f"--config.train.init_from={made}/{start}"]
         found = lslm(capsys, *flags, code=66)
         assert found.startswith(f"train.init_from={made}/{start} {message.removesuffix('*')}"), found
+        assert not (tmp_path / "new" / "data").exists()
+
+
+def test_weights_of_another_tokenizer_are_rejected_before_data_are_prepared(made, tmp_path, capsys):
+    for setting in ("tokenizer.kind=bytes", f"tokenizer.path={made}/b/tokenizer.model"):
+        flags = [f"--config.train.init_from={made}/run", f"--config.{setting}"]
+        message = lslm(capsys, *train_flags(made, tmp_path / "new"), *flags, code=76)
+        assert message.startswith(f"{made}/run/checkpoints/{STEPS} was made with another tokenizer (")
         assert not (tmp_path / "new" / "data").exists()
 
 

@@ -171,7 +171,7 @@ def learn(talk: Mapping[str, Any], template: Template, words: Tokenizer, origin:
       RecordError: the template does not take it, or writes nothing of its answers.
     """
     guard = guard_of(words)
-    value, seam = guard.hide(dict(talk))
+    value, seam = guard.hide(dict(talk), origin)
     found = _texts(value, template, origin)
     made = [_learnt(guard, *guard.settle(text, cuts, seam), seam) for text, cuts in found]
     made = [_with_beginning(one, words) for one in made if one.marks.any()]
@@ -271,7 +271,7 @@ def _with_beginning(learnt: Learnt, words: Tokenizer) -> Learnt:
 def prompt(talk: Mapping[str, Any], template: Template, words: Tokenizer, origin: str) -> np.ndarray:
     """The ids that a model reads before it answers a conversation, int32 [n]; errors are those of `fill_in`."""
     guard = guard_of(words)
-    value, seam = guard.hide(dict(talk))
+    value, seam = guard.hide(dict(talk), origin)
     [text] = templates.fill_in(template, value, [(len(value["messages"]), True)], origin)
     return guard.encode(guard.settle(text, (), seam)[0], seam).ids
 

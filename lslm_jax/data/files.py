@@ -18,13 +18,14 @@ from lslm_jax.config import Source
 from lslm_jax.data import formats, squad
 from lslm_jax.data.columns import columns
 from lslm_jax.data.formats import Format
-from lslm_jax.data.record_files import READERS, Raw, guarded
+from lslm_jax.data.record_files import READERS, Raw, guarded, quotes_fields
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 Split = Literal["train", "valid", "test"]
 _HUB_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _MARKUP = (".html", ".htm", ".xhtml", ".xml", ".svg", ".ipynb", ".srt", ".vtt")
 _SHOWN = 3
+_HEAD = 1 << 16
 
 
 def inputs(source: Source, split: Split) -> list[tuple[epath.Path, ...]]:
@@ -33,7 +34,7 @@ def inputs(source: Source, split: Split) -> list[tuple[epath.Path, ...]]:
     Patterns keep their order, and the files of each are sorted; none comes twice, and none that is held out.
 
     Raises:
-      ConfigError: there is no pattern, or a plain text file has no partner.
+      ConfigError: there is no pattern or an empty one, or a plain text file has no partner.
       InputMissing: a pattern matches no file.
       DataError: two patterns that go together match unequal numbers of files.
     """
@@ -80,6 +81,8 @@ def _partners(
 
 
 def _expand(key: str, patterns: tuple[str, ...]) -> dict[epath.Path, None]:
+    if not all(patterns):
+        raise ConfigError(f"{key} holds an empty name: name files, directories or globs")
     paths: dict[epath.Path, None] = {}
     seen: set[str] = set()  # real paths: links may lead to one file under several names
     for pattern in patterns:
@@ -151,6 +154,37 @@ def _below(path: epath.Path, visited: set[str]) -> Iterator[epath.Path]:
             yield from _below(child, visited)
 
 
+def covering(source: Source, directory: epath.Path) -> str:
+    """The first pattern of a source that has all files below a directory read; empty where none does.
+
+    The directory need not exist yet.
+    """
+    patterns = [*source.files, *source.valid_files, *source.test_files] if source.source == "files" else []
+    parts = epath.Path(os.path.realpath(directory)).parts
+    for pattern in patterns:
+        path = epath.Path(pattern).expanduser()
+        if "://" in pattern or "://" in os.fspath(directory) or path.is_file():
+            continue
+        depth = next((i for i, part in enumerate(path.parts) if _is_magic(part)), len(path.parts))
+        start = epath.Path(os.path.realpath(epath.Path(*path.parts[:depth])))
+        if _covers((*start.parts, *path.parts[depth:]), parts, len(start.parts)):
+            return pattern
+    return ""
+
+
+def _covers(pattern: tuple[str, ...], parts: tuple[str, ...], plain: int) -> bool:
+    """True if a pattern matches a directory or one above it; of the pattern the first `plain` parts are no globs."""
+    if not pattern:
+        return not any(map(_is_hidden, parts))
+    if plain:
+        return parts[:plain] == pattern[:plain] and _covers(pattern[plain:], parts[plain:], 0)
+    if pattern[0] == "**":
+        deeper = bool(parts) and not _is_hidden(parts[0]) and _covers(pattern, parts[1:], 0)
+        return deeper or _covers(pattern[1:], parts, 0)
+    matches = bool(parts) and not _is_hidden(parts[0]) and fnmatch.fnmatchcase(parts[0], pattern[0])
+    return matches and _covers(pattern[1:], parts[1:], 0)
+
+
 def _real(path: epath.Path) -> str:
     return os.fspath(path) if "://" in os.fspath(path) else os.path.realpath(path)
 
@@ -183,7 +217,7 @@ def survey(source: Source, split: Split) -> str:
     for path in every:
         if os.fspath(path) not in named:
             _reject_metadata(path, path in text, records, source)
-    if source.separator and every and not text:
+    if split == "train" and source.separator and every and not text:
         raise ConfigError(f"data.separator={source.separator} is for plain text files, of which there are none")
     return "; ".join(f"{len(paths):,} as {what}: {_listed(paths)}" for what, paths in found.items())
 
@@ -197,6 +231,22 @@ def markup(source: Source) -> str:
     return f"warning: {count} markup, which is trained on as text: {_listed(found)}"
 
 
+def quotation_marks(source: Source) -> str:
+    """A warning of TSV files with quoted fields, whose quotation marks are read as text; empty where there is none."""
+    paths = [path for split in ("train", "valid", "test") for path in matching(source, split)]
+    found = [path for path in paths if formats.by_suffix(path) == "tsv" and _has_quoted_fields(path, source)]
+    if not found:
+        return ""
+    remedy = "rename to .csv to have them removed"
+    return f"warning: quotation marks around fields are read as text, since TSV has none: {_listed(found)}; {remedy}"
+
+
+def _has_quoted_fields(path: epath.Path, source: Source) -> bool:
+    kind = format_of(path, source)
+    with formats.opened(path, kind) as stream:
+        return kind.name == "tsv" and quotes_fields(stream.read(_HEAD))
+
+
 def _patterns(source: Source, split: Split) -> tuple[str, ...]:
     return getattr(source, "files" if split == "train" else f"{split}_files")
 
@@ -208,7 +258,8 @@ def _described(kind: Format, source: Source) -> str:
         name += f" with one document {unit}"
     if kind.is_text and source.example == "pair":
         name += " with one sentence a line"
-    return ", ".join(filter(None, (name, kind.compression, kind.encoding.upper())))
+    ends = f"lines end with {kind.line_end}" if kind.line_end else ""
+    return ", ".join(filter(None, (name, kind.compression, kind.encoding.upper(), ends)))
 
 
 def _listed(paths: list[epath.Path]) -> str:

@@ -10,9 +10,11 @@ import json
 import lzma
 import os
 import re
+import shutil
 import stat
+import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
 from etils import epath
@@ -48,7 +50,12 @@ NAMES = {
     "arrow": "Arrow",
 }
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
-_COMPRESSION_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSION_MAGIC = {
+    re.compile(rb"\x1f\x8b\x08"): "gzip",
+    re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"): "bzip2",  # text may begin with BZh
+    re.compile(rb"\xfd7zXZ\x00"): "xz",
+    re.compile(rb"\x28\xb5\x2f\xfd"): "zstd",
+}
 _BINARY_MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 _ENCODINGS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before UTF-16, which begins alike
 _ENCODINGS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -84,11 +91,13 @@ class Format(NamedTuple):
       name: a key of `NAMES`.
       compression: gzip, bzip2, xz or zstd; empty for none.
       encoding: utf-16 or utf-32 by its byte order mark; empty for UTF-8 and binary formats.
+      line_end: CR where lines end with it alone; empty where they end as usual.
     """
 
     name: str
     compression: str = ""
     encoding: str = ""
+    line_end: str = ""
 
     @property
     def is_text(self) -> bool:
@@ -141,6 +150,8 @@ def _detect(path: epath.Path, keys: tuple[str, ...], _version: tuple[int, ...]) 
     if compression:
         with reading(path), path.open("rb") as stream, _decompressed(stream, compression, path) as inner:
             head = inner.read(_HEAD)
+        if again := _compression_of(head):
+            raise DataError(f"{path} is compressed twice: its content is {again} data; decompress it once")
     if what := next((what for magic, what in _FOREIGN.items() if head.startswith(magic)), ""):
         raise DataError(f"{path} is {what}")
     if head[_TAR] == b"ustar":
@@ -159,9 +170,12 @@ def _of_content(path: epath.Path, head: bytes, keys: tuple[str, ...]) -> Format:
         if head.startswith(mark):
             return Format(named, "", encoding)
     _require_utf8(path, head)
+    line_end = "CR" if b"\r" in head and b"\n" not in head else ""
     if named == "text" and keys and _is_json_record(head, keys):
-        return Format("jsonl")
-    return Format(named)
+        return Format("jsonl", line_end=line_end)
+    if named == "jsonl" and _is_json_document(head):
+        return Format("json")
+    return Format(named, line_end=line_end)
 
 
 def _require_utf8(path: epath.Path, head: bytes) -> None:
@@ -193,8 +207,15 @@ def _is_json_record(head: bytes, keys: tuple[str, ...]) -> bool:
     return isinstance(record, dict) and all(key in record or key.split("/")[0] in record for key in keys)
 
 
+def _is_json_document(head: bytes) -> bool:
+    """True for a list of objects, or for an object that is written over several lines: neither is JSON lines."""
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    first, _, rest = text.partition(b"\n")
+    return bool(re.match(rb"\[\s*\{", text)) or (first.strip() == b"{" and rest.lstrip().startswith(b'"'))
+
+
 def _compression_of(head: bytes) -> str:
-    return next((name for magic, name in _COMPRESSION_MAGIC.items() if head.startswith(magic)), "")
+    return next((name for magic, name in _COMPRESSION_MAGIC.items() if magic.match(head)), "")
 
 
 def decompress(data: bytes, path: epath.Path) -> bytes:
@@ -212,8 +233,24 @@ def decompress(data: bytes, path: epath.Path) -> bytes:
 @contextlib.contextmanager
 def opened(path: epath.Path, kind: Format) -> Iterator[IO[bytes]]:
     """The content of a file, decompressed and in UTF-8; errors while it is read name the file."""
-    with reading(path), path.open("rb") as raw, _decompressed(raw, kind.compression, path) as stream:
-        yield io.BufferedReader(_Transcoded(stream, kind.encoding), 1 << 20) if kind.encoding else stream
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(reading(path))
+        raw = stack.enter_context(path.open("rb"))
+        stream = stack.enter_context(_decompressed(raw, kind.compression, path))
+        if kind.name in ("parquet", "arrow") and kind.compression:
+            yield stack.enter_context(_spooled(stream))  # their readers seek
+        elif kind.encoding:
+            yield io.BufferedReader(_Transcoded(stream, kind.encoding), 1 << 20)
+        else:
+            yield io.BufferedReader(_WithLineFeeds(stream), 1 << 20) if kind.line_end else stream
+
+
+def _spooled(stream: IO[bytes]) -> IO[bytes]:
+    """A temporary file with the content of a stream, from its start."""
+    file = tempfile.TemporaryFile(prefix="lslm-")
+    shutil.copyfileobj(stream, file, _CHUNK)
+    file.seek(0)
+    return file
 
 
 @contextlib.contextmanager
@@ -242,11 +279,9 @@ def _decompressed(raw: IO[bytes], compression: str, path: epath.Path) -> Iterato
             with gzip.GzipFile(fileobj=raw) as stream:
                 yield io.BufferedReader(stream, 1 << 20)
         case "bzip2":
-            with bz2.BZ2File(raw) as stream:
-                yield io.BufferedReader(stream, 1 << 20)
+            yield io.BufferedReader(_Decompressor(raw, bz2.BZ2Decompressor), 1 << 20)
         case "xz":
-            with lzma.LZMAFile(raw) as stream:
-                yield io.BufferedReader(stream, 1 << 20)
+            yield io.BufferedReader(_Decompressor(raw, lzma.LZMADecompressor), 1 << 20)
         case "zstd":
             yield io.BufferedReader(_Stream(import_pyarrow(path).CompressedInputStream(raw, "zstd")), 1 << 20)
         case _:
@@ -286,6 +321,64 @@ class _Stream(io.RawIOBase):
         data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+
+class _Decompressor(io.RawIOBase):
+    """Decompressed streams that follow one another, all of them.
+
+    `bz2.BZ2File` and `lzma.LZMAFile` take whatever follows the first stream and is none for the end of the data, so
+    that a damaged second one (pbzip2 writes many) is lost without an error.
+    """
+
+    def __init__(self, raw: IO[bytes], make: Callable[[], Any]):
+        self._raw, self._make, self._decoder, self._input = raw, make, make(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._decoder.eof:
+                self._input = self._after_padding(self._decoder.unused_data)
+                if not self._input:
+                    return 0
+                self._decoder = self._make()
+            elif self._decoder.needs_input and not self._input:
+                self._input = self._raw.read(_HEAD)
+                if not self._input:
+                    raise EOFError("it ends before the end of its stream")
+            data = self._decoder.decompress(self._input, len(buffer))
+            self._input = b""
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+
+    def _after_padding(self, data: bytes) -> bytes:
+        """What follows the zeros after a stream; empty at the end of the file."""
+        while not (data := data.lstrip(b"\0")):
+            if not (data := self._raw.read(_HEAD)):
+                break
+        return data
+
+
+class _WithLineFeeds(io.RawIOBase):
+    """The bytes of a stream, whose CR and CR LF become LF."""
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream, self._is_after_return = stream, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while data := self._stream.read(len(buffer)):
+            after, self._is_after_return = self._is_after_return, data.endswith(b"\r")
+            data = data[1:] if after and data.startswith(b"\n") else data
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            if data:
+                buffer[: len(data)] = data
+                return len(data)
+        return 0
 
 
 class _Transcoded(io.RawIOBase):

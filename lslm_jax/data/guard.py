@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lslm_jax.data.columns import RecordError
 from lslm_jax.data.tokenizer_base import Spans, Tokenizer, any_of, joined
 
 _PRIVATE = range(0xF0000, 0x10FFFE)  # characters that mean nothing to anybody else
@@ -44,11 +45,21 @@ class Guard:
         self._ends = {token[begin:] for token in self._tokens for begin in range(1, len(token))}
         self._longest = max(map(len, self._tokens), default=0)
 
-    def hide(self, value: Any) -> Guarded:
-        """A conversation, of plain JSON values, with its special tokens hidden."""
+    def hide(self, value: Any, origin: str) -> Guarded:
+        """A conversation, of plain JSON values, with its special tokens hidden.
+
+        Args:
+          value: the conversation.
+          origin: where it was read, for the message.
+
+        Raises:
+          RecordError: it uses so many private-use characters that none are left to stand for the tokens.
+        """
         used, size = set().union(*_texts(value)), len(self._tokens) + 1
         firsts = range(_PRIVATE.start, _PRIVATE.stop - size, size)
-        first = next(first for first in firsts if used.isdisjoint(map(chr, range(first, first + size))))
+        free = (first for first in firsts if used.isdisjoint(map(chr, range(first, first + size))))
+        if (first := next(free, None)) is None:
+            raise RecordError(f"{origin}: it uses too many different private-use characters (U+F0000 to U+10FFFD)")
         return Guarded(self._hide(value, first), chr(first))
 
     def _hide(self, value: Any, first: int) -> Any:

@@ -6,21 +6,21 @@ counted by reason.
 
 import collections
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from lslm_jax.config import Config, MixtureSource, Source
-from lslm_jax.data import examples, parallel, pipeline, sources, templates
+from lslm_jax.data import examples, files, parallel, pipeline, sources, templates
 from lslm_jax.data.examples import Recipe
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.data.sources import Document
 from lslm_jax.data.special import Special
 from lslm_jax.errors import ConfigError, InputMissing
 
-_SPLIT = "valid"
+_SPLIT: files.Split = "valid"
 _MAX_ORIGINS = 1 << 20  # of which the places in their files are kept in memory
 
 
@@ -70,6 +70,7 @@ def prepare_files(
     directory: epath.Path,
     special: Special,
     batch_rows: Any,
+    log: Callable[[str], None],
 ) -> HeldOutFiles:
     """Tokenizes files and opens them as rows.
 
@@ -82,6 +83,7 @@ def prepare_files(
       directory: empty, to write to.
       special: ids of the model.
       batch_rows: of this process, from `sharding.local_rows`.
+      log: prints which files are read as what.
 
     Raises:
       InputMissing: a pattern matches no file, or there is no example to evaluate on.
@@ -100,16 +102,19 @@ def prepare_files(
         directory / _SPLIT, manifest["tokenizer"]["vocab_size"], config.data.shard_tokens, *shape, keep_examples=keep
     )
     try:
+        log(f"files: {files.survey(source, _SPLIT)}")
+        if warning := files.quotation_marks(source):
+            log(warning)
         origins, dropped = _write(config, recipe, tokenizer, writer)
-    except InputMissing as error:
-        raise InputMissing(str(error).replace("data.valid_files", "--files")) from error
+    except (ConfigError, InputMissing) as error:
+        raise type(error)(str(error).replace("data.valid_files", "--files")) from error
     finished = writer.finish()
     if not finished["documents"]:
         raise InputMissing(
             f"nothing to evaluate on in {' '.join(patterns)}; dropped: {examples.counted(dropped) or 'none'}"
         )
     whole_words = tokenizer if config.task.whole_words else None
-    rows = pipeline.make_rows(Shards.open(directory / _SPLIT), config, special, whole_words)
+    rows = pipeline.make_rows(Shards.open(directory / _SPLIT, name=" ".join(patterns)), config, special, whole_words)
     digest = "".join(entry["sha256"] for entry in (*finished["shards"], *finished["index"]))
     return HeldOutFiles(name, pipeline.EvalInput(rows, config, batch_rows), origins, dict(dropped), digest)
 

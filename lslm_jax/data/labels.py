@@ -16,6 +16,7 @@ from lslm_jax.data.columns import BadRecord, RecordError
 from lslm_jax.errors import DataError, InputMissing
 
 _SHOWN = 20
+_MISSING = ("nan", "null", "none", "na", "n/a", "<na>", "#n/a", "nat", "inf", "-inf")  # as tables spell them
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -86,12 +87,25 @@ def describe(names: Sequence[str]) -> Iterator[str]:
     if names:
         shown = ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
         yield f"{len(names):,} label{'s' * (len(names) > 1)}: {shown}"
+    if len(names) == 1:
+        yield f"warning: all examples have the label {names[0]!r}: there is nothing to tell apart"
+    if missing := [name for name in names if name.casefold() in _MISSING]:
+        several = len(missing) > 1
+        verb = "look like missing values, and are classes" if several else "looks like a missing value and is a class"
+        yield f"warning: the label{'s' * several} {' and '.join(map(repr, missing))} {verb}"
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
+        alike.setdefault(_key(name), []).append(name)
     for same in alike.values():
         if len(same) > 1:
             yield f"warning: the labels {' and '.join(map(repr, same))} are different classes, though alike"
+
+
+def _key(name: str) -> str:
+    """A text that names share which are hardly meant to differ: `Pos` and `pos`, `1` and `1.0`."""
+    text = unicodedata.normalize("NFKC", name).casefold()
+    number = float(text) if _is_number(text) else math.nan
+    return text if math.isnan(number) else f"{number:.17g}"
 
 
 def in_order(found: Iterable[str]) -> list[str]:

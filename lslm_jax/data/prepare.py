@@ -88,6 +88,7 @@ def prepare(config: Config, directory: epath.Path, log: Log, workers: int = 0) -
     if manifest:
         records.check(manifest, config, named, directory, finished=True)
         return _summary(manifest, True, started)
+    _check_apart(named, directory)
     with atomic.saving(directory):
         directory.mkdir(parents=True, exist_ok=True)
     if not atomic.is_remote(directory) and not os.access(directory, os.W_OK):
@@ -147,6 +148,20 @@ def _begin(config: Config, named: dict[str, Source], directory: epath.Path, log:
     return record
 
 
+def _check_apart(named: dict[str, Source], directory: epath.Path) -> None:
+    """Rejects input that covers the directory that is written to.
+
+    Raises:
+      ConfigError: a folder or glob would have this program's own files read as data.
+    """
+    for source in named.values():
+        if pattern := files.covering(source, directory):
+            raise ConfigError(
+                f"data.files: {pattern} covers {directory}, which is written to: choose another --workdir, or name the "
+                "files by a glob, as DIR/*.txt"
+            )
+
+
 def _survey(named: dict[str, Source], log: Log) -> None:
     """Checks the types of all files, and lists which are read as what."""
     for name, source in named.items():
@@ -156,7 +171,7 @@ def _survey(named: dict[str, Source], log: Log) -> None:
             if split != "valid" or source.valid_files:
                 what = files.survey(source, split)
                 log(f"prepare: {' '.join(filter(None, (name, split)))} files: {what or 'none'}")
-        if warning := files.markup(source):
+        for warning in filter(None, (files.markup(source), files.quotation_marks(source))):
             log(f"prepare: {warning}")
 
 
@@ -213,10 +228,22 @@ def _write(
     for place in places:
         if not counts.kept[place]:
             _refuse_empty(place, recipes, counts)
-    for line in counts.remarks():
+    for line in [*counts.remarks(), *_unseparated(named, streams, counts)]:
         log(f"prepare: {line}")
     splits = {"/".join(filter(None, place)): _finish(writers[place], directory.joinpath(*place)) for place in places}
     return {"splits": splits, "dropped": dict(sorted(counts.dropped.items())), "versions": _versions()}
+
+
+def _unseparated(named: dict[str, Source], streams: list[tuple[str, Split]], counts: "_Counts") -> Iterator[str]:
+    """Warnings of sources in whose files the separator between documents does not occur."""
+    for number, (name, split) in enumerate(streams):
+        source = named[name]
+        if source.separator and 0 < counts.read[number] <= sum(1 for _ in files.matching(source, split)):
+            where = " ".join(filter(None, (name, split)))
+            yield (
+                f"warning: data.separator={source.separator} does not occur in the {where} files, each of which is one "
+                "document"
+            )
 
 
 def _writer(
@@ -260,6 +287,7 @@ class _Counts:
     """Counts of what was kept where, and dropped why.
 
     Attributes:
+      read: examples of each stream.
       kept: examples by source and split.
       dropped: examples by reason.
       held_out: duplicates that are trained on nowhere, since they are held out.
@@ -267,6 +295,7 @@ class _Counts:
     """
 
     def __init__(self) -> None:
+        self.read: collections.Counter[int] = collections.Counter()
         self.kept: collections.Counter[tuple[str, Split]] = collections.Counter()
         self.dropped: collections.Counter[str] = collections.Counter()
         self.held_out = self.tokens = 0
@@ -291,7 +320,7 @@ class _Counts:
         """Lines on losses that a user should know of."""
         found = [f"a bad record was dropped: {note}" for note in self._notes]
         if (more := self.dropped["bad_record"] - len(self._notes)) > 0:
-            found.append(f"{more:,} more bad records were dropped")
+            found.append(f"{more:,} more bad record{'s were' if more > 1 else ' was'} dropped")
         for name, dropped in self._by_source.items():
             left = self.kept[name, "train"]
             if name and (lost := sum(dropped.values())) > left:
@@ -353,6 +382,7 @@ def _fill(
             for number, (fields, numbers, num_bytes) in enumerate(made, 1):
                 more = number < len(made)
                 writers[place].add(fields, num_bytes, index + 1, numbers, document.example, more)
+        counts.read[stream] += len(documents)
         progress.documents += len(documents)
         progress.tokens = counts.tokens
         progress.tell()

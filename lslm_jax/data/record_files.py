@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +19,9 @@ Raw = tuple[Any, str]
 """The parts of an example by name, or a BadRecord; and where it stands."""
 
 _BATCH = 1024
+_BATCH_BYTES = 1 << 25
 _CHUNK = 1 << 16
+_DELIMITERS = ",;\t|"
 _LONE_RETURN = re.compile("(?<=\r)(?!\n)")
 
 
@@ -153,9 +156,12 @@ def read_tsv(path: epath.Path, stream: IO[bytes], wanted: list[Column], keep_bad
 
 
 def read_csv(path: epath.Path, stream: IO[bytes], wanted: list[Column], keep_bad: bool) -> Iterator[Raw]:
-    """A header, then records, whose quoted fields may hold line breaks."""
+    """A header, then records, whose quoted fields may hold line breaks; separated by whatever separates the header."""
     csv.field_size_limit(MAX_RECORD)  # its default rejects documents over 128 kB
-    reader = csv.reader(_text_lines(path, stream), strict=True)
+    text = _text_lines(path, stream)
+    first_line = next(text, "")
+    delimiter = _delimiter(first_line, wanted)
+    reader = csv.reader(itertools.chain([first_line], text), delimiter=delimiter, strict=True)
     first = 1
     try:
         header = next(reader, [])
@@ -168,6 +174,22 @@ def read_csv(path: epath.Path, stream: IO[bytes], wanted: list[Column], keep_bad
             first = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{first}: not CSV: {error}") from error
+
+
+def _delimiter(header: str, wanted: list[Column]) -> str:
+    """The character that separates the wanted columns in a header; a comma where none does."""
+    keys = {column.key for column in wanted if not column.optional}
+    with contextlib.suppress(csv.Error):
+        return next((each for each in _DELIMITERS if keys <= set(next(csv.reader([header], delimiter=each), []))), ",")
+    return ","
+
+
+def quotes_fields(head: bytes) -> bool:
+    """True if the fields of a TSV that contain quotation marks are quoted with marks doubled, as in CSV."""
+    marked = [field for line in head.splitlines()[:-1] for field in line.split(b"\t") if b'"' in field]
+    quoted = [field[1:-1] for field in marked if len(field) > 2 and field.startswith(b'"') and field.endswith(b'"')]
+    doubled = [field for field in quoted if b'""' in field and b'"' not in field.replace(b'""', b"")]
+    return bool(doubled) and len(doubled) == len(marked)
 
 
 def _text_lines(path: epath.Path, stream: IO[bytes]) -> Iterator[str]:
@@ -202,15 +224,18 @@ def _row(origin: str, fields: list[Any], header: list[str], places: dict[str, in
 
 
 def read_parquet(path: epath.Path, stream: IO[bytes], wanted: list[Column], keep_bad: bool) -> Iterator[Raw]:
-    """The rows of a Parquet file, a batch in memory at a time."""
+    """The rows of a Parquet file, a batch of at most so many bytes in memory at a time."""
 
     def batches(names: list[str], file: Any) -> Iterator[Any]:
-        return file.iter_batches(batch_size=_BATCH, columns=names)
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        row_size = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+        size = min(max(_BATCH_BYTES // max(row_size, 1), 1), _BATCH)
+        return file.iter_batches(batch_size=size, columns=names)
 
     def open_table() -> tuple[Any, list[str]]:
         import pyarrow.parquet as pq
 
-        file = pq.ParquetFile(stream)
+        file = pq.ParquetFile(stream, buffer_size=_CHUNK)  # else it reads the columns of a row group as a whole
         return file, file.schema_arrow.names
 
     yield from _read_table(path, wanted, keep_bad, "parquet", open_table, batches)
@@ -251,6 +276,9 @@ def _read_table(
     found = {column: column.key.split("/")[0] if column.key not in names else column.key for column in wanted}
     tops = {column: top for column, top in found.items() if top in names}
     _require_columns(path, names, [column for column in wanted if column not in tops])
+    for column, top in tops.items():
+        if names.count(top) > 1:
+            raise DataError(f"{path}: {names.count(top)} columns are named {column.said}: rename all but one")
     parts = batches(sorted(set(tops.values())), table)
     while True:
         with _table_errors(path, kind, pa):

@@ -7,7 +7,7 @@ import numpy as np
 
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
-from lslm_jax.data import masking, objectives, packing, spans
+from lslm_jax.data import masking, objectives, order, packing, spans
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.special import Special
 from lslm_jax.errors import ConfigError, InputMissing
@@ -31,7 +31,7 @@ class Rows(abc.ABC):
 
     def __init__(self, shards: Shards):
         if not shards.num_tokens:
-            raise InputMissing(f"{shards.directory} holds no tokens")
+            raise InputMissing(f"there are no tokens in {shards.name}")
         self.shards = shards
 
     @abc.abstractmethod
@@ -82,7 +82,7 @@ class Rows(abc.ABC):
         if not counts:
             return ""
         return (
-            f"warning: {self.shards.directory}: of {self.shards.num_examples:,} examples, {counts} are longer than "
+            f"warning: {self.shards.name}: of {self.shards.num_examples:,} examples, {counts} are longer than "
             f"{setting} allows and are cut: what is beyond is neither read nor scored"
         )
 
@@ -171,5 +171,13 @@ class SpanRows(DocumentRows):
     def batch(self, rows: np.ndarray, keys: np.ndarray) -> Batch:
         layout = self.packer.layout(rows)
         ids_BR = objectives.said(layout, self.shards, self._ids[1])
-        sizes = spans.lengths((layout.document_BT >= 0).sum(axis=1), *self._rates)
-        return spans.corrupt(ids_BR, sizes, keys, self._sentinels, *self._ids, *self._lengths)
+        return spans.corrupt(ids_BR, self._sizes(layout), keys, self._sentinels, *self._ids, *self._lengths)
+
+    def example_of_cells(self, rows: np.ndarray) -> np.ndarray:
+        """As of any rows; the spans are those of evaluations, which draw by the number of the row."""
+        layout = self.packer.layout(rows)
+        keys = order.combine(0, rows)
+        return spans.documents_of_targets(layout.document_BT, self._sizes(layout), keys, self._lengths[1])
+
+    def _sizes(self, layout: packing.Layout) -> spans.Lengths:
+        return spans.lengths((layout.document_BT >= 0).sum(axis=1), *self._rates)

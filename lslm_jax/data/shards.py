@@ -244,6 +244,7 @@ class Shards:
 
     Attributes:
       directory: where it lies.
+      name: of what it holds, for messages; the directory by default.
       fields: documents of one example, F.
       num_examples: N.
       num_documents: N * F; field f of example e is document e * F + f.
@@ -255,7 +256,7 @@ class Shards:
     """
 
     def __init__(self, directory: epath.Path, manifest: dict[str, Any], local: pathlib.Path):
-        self.directory = directory
+        self.directory, self.name = directory, str(directory)
         self.fields, width = (manifest["fields"], manifest["numbers"]) if manifest["version"] > 1 else (1, 0)
         self.num_examples: int = manifest["documents"]
         self.num_documents = self.num_examples * self.fields
@@ -278,12 +279,13 @@ class Shards:
         self._begins = np.cumsum([0, *(len(shard) for shard in self._shards)], dtype=np.int64)[:-1]
 
     @classmethod
-    def open(cls, directory: epath.Path, verify: bool = False) -> "Shards":
+    def open(cls, directory: epath.Path, verify: bool = False, name: str = "") -> "Shards":
         """Opens a split for reading; one that is not local is copied into a cache on this machine first, once.
 
         Args:
           directory: local, or gs://.
           verify: whether to read every byte and compare its sha256, beside the sizes, which are always compared.
+          name: of what it holds, for messages. "": the directory.
 
         Raises:
           InputMissing: there is no manifest: nothing was prepared, or not to the end.
@@ -301,6 +303,7 @@ class Shards:
         if verify:
             check_content(epath.Path(local), files)
         shards = cls(directory, manifest, local)
+        shards.name = name or shards.name
         if len(shards.starts) != shards.num_documents + 1 or shards.starts[-1] != shards.num_tokens:
             raise DataError(f"{directory / 'starts.bin'} does not hold the {shards.num_documents} documents of {path}")
         shards._check_starts()

@@ -106,11 +106,9 @@ def corrupt(
     source_BS[row, sizes.source - 1] = eos_id
 
     targets_BT = np.zeros((len(row), seq_len), np.int32)
-    cells = np.nonzero(noise_BR)
-    place = np.cumsum(noise_BR.astype(np.int32) + first_BR, axis=1)[noise_BR] - 1
-    begins = first_BR[cells]
-    targets_BT[cells[0], place] = ids_BR[cells]
-    targets_BT[cells[0][begins], place[begins] - 1] = sentinels_BR[first_BR]
+    of_tokens, of_sentinels = _target_cells(noise_BR, first_BR)
+    targets_BT[of_tokens] = ids_BR[noise_BR]
+    targets_BT[of_sentinels] = sentinels_BR[first_BR]
     targets_BT[row, sizes.target - 1] = eos_id
 
     segments_BT = (np.arange(seq_len) < sizes.target[:, None]).astype(np.int32)
@@ -122,6 +120,35 @@ def corrupt(
         source_BS=source_BS,
         source_segments_BS=(np.arange(source_len) < sizes.source[:, None]).astype(np.int32),
     )
+
+
+def documents_of_targets(document_BR: np.ndarray, sizes: Lengths, keys: np.ndarray, seq_len: int) -> np.ndarray:
+    """The document that each target cell of `corrupt` belongs to, [B, T]; -1 in padding.
+
+    A sentinel belongs to the document in which its span begins, eos to that of the last span.
+
+    Args:
+      document_BR: of each token of the texts.
+      sizes, keys, seq_len: as `corrupt` has them.
+    """
+    noise_BR, first_BR = draw_spans(sizes, keys, document_BR.shape[1])
+    found_BT = np.full((len(document_BR), seq_len), -1)
+    of_tokens, of_sentinels = _target_cells(noise_BR, first_BR)
+    found_BT[of_tokens] = document_BR[noise_BR]
+    found_BT[of_sentinels] = document_BR[first_BR]
+    row = np.arange(len(document_BR))
+    found_BT[row, sizes.target - 1] = found_BT[row, sizes.target - 2]
+    return found_BT
+
+
+def _target_cells(
+    noise_BR: np.ndarray, first_BR: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The target cells, as (row, place), of the tokens in spans and of the sentinels before them."""
+    row = np.nonzero(noise_BR)[0]
+    place = np.cumsum(noise_BR.astype(np.int32) + first_BR, axis=1)[noise_BR] - 1
+    begins = first_BR[noise_BR]
+    return (row, place), (row[begins], place[begins] - 1)
 
 
 def draw_spans(sizes: Lengths, keys: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -57,7 +57,7 @@ def _measure(setting: Setting, by_example: bool) -> Callable[[str, EvalInput, An
     if objective in heads.EVALUATORS:
         return lambda name, part, model: heads.evaluate(setting, part, model)
     whole = NamedSharding(setting.mesh, PartitionSpec())
-    if by_example and objective != "span_corruption":  # whose rows are cut from the text anywhere
+    if by_example:
         return _measure_by_example(setting, whole)
     step = jax.jit(make_eval_step(setting.config, setting.backend), out_shardings=whole)
 

@@ -65,6 +65,7 @@ def generate(
     rows = _rows(model.config, tokenizer, prompts, settings, first, suffix_ids)
     for _ in _drive(model, tokenizer, rows, settings, seed, _STOP_EVERY if settings.stop else settings.max_tokens):
         pass
+    _report_limit(model.config, rows, settings)
     return [row.result() for row in rows]
 
 
@@ -86,7 +87,19 @@ def stream(
     for _ in _drive(model, tokenizer, rows, settings, seed, _STREAM_EVERY):
         if part := rows[0].spell():
             yield part
+    _report_limit(model.config, rows, settings)
     return rows[0].result()
+
+
+def _report_limit(config: ModelConfig, rows: list[Row], settings: GenerateConfig) -> None:
+    """Prints how many texts have fewer tokens than `generate.max_tokens` because the model takes no more."""
+    short = sum(row.ended == "length" and row.limit < settings.max_tokens for row in rows)
+    if short:
+        which = "the text ends" if len(rows) == 1 else f"{short} of {len(rows)} texts end"
+        say(
+            f"{which} before generate.max_tokens={settings.max_tokens}, where "
+            f"model.max_length={config.max_length} is reached"
+        )
 
 
 def _rows(

@@ -15,6 +15,7 @@ from lslm_jax.convert import hub, pretrained
 from lslm_jax.convert.family import differences
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
+from lslm_jax.train import metadata
 from lslm_jax.train.checkpoint import Checkpoints, latest_step, list_steps
 from lslm_jax.train.manifest import has_manifest
 from lslm_jax.train.state import State, abstract_state, init_state, not_finite
@@ -104,12 +105,43 @@ def find_start(init_from: str) -> Start:
     )
 
 
+def check_tokenizer(config: Config, start: Start) -> None:
+    """Compares the tokenizer that a config names with that of weights to start from, before data are prepared.
+
+    One that is to be trained on the data is compared when there is one.
+
+    Raises:
+      CheckpointRefused: it is another one.
+      DataError: the file of the config is no tokenizer.
+    """
+    path = epath.Path(config.tokenizer.path).expanduser()
+    is_given = config.tokenizer.kind == "bytes" or (config.tokenizer.path and path.is_file())
+    if not is_given or (config.data.source in ("shards", "synthetic") and not config.data.mixture):
+        return
+    own = tokenizers.Bytes() if config.tokenizer.kind == "bytes" else tokenizers.load(path)
+    if start.is_pretrained:
+        directory, theirs = start.path, _sha256_of_pretrained(pretrained.describe(start.path))
+    else:
+        directory = start.path / str(latest_step(start.path) if start.step is None else start.step)
+        theirs = metadata.read(directory)["tokenizer_sha256"]
+    if theirs != own.sha256:
+        has = "has another vocabulary" if start.is_pretrained else "was made with another tokenizer"
+        raise CheckpointRefused(
+            f"{directory} {has} ({theirs[:12]}, now {own.sha256[:12]}): its embeddings mean other tokens; set "
+            "tokenizer.path to its own"
+        )
+
+
+def _sha256_of_pretrained(source: Any) -> str:
+    return tokenizers.load(pretrained.vocabulary(pretrained.tokenizer_directory(source))).sha256
+
+
 def _load_pretrained(
     directory: epath.Path, config: Config, tokenizer_sha256: str, model: Any, log: Callable[[str], None]
 ) -> Any:
     """A model with the weights of a Hugging Face directory; what it lacks of a head stays as it is."""
     source = pretrained.describe(directory)
-    theirs = tokenizers.load(pretrained.vocabulary(pretrained.tokenizer_directory(source))).sha256
+    theirs = _sha256_of_pretrained(source)
     if theirs != tokenizer_sha256:
         raise CheckpointRefused(
             f"{directory} has another vocabulary ({theirs[:12]}, now {tokenizer_sha256[:12]}): its embeddings mean "

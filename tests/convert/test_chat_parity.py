@@ -101,7 +101,7 @@ def test_texts_and_ids_of_a_conversation_are_those_of_transformers(shape, vocabu
         assert text == expected(theirs, shape, messages[:count], tokenize=False, add_generation_prompt=asks)
         ids = expected(theirs, shape, messages[:count], add_generation_prompt=asks)
         assert words.encode_framed(text).ids.tolist() == ids
-        hidden, seam = guard.hide(talk)
+        hidden, seam = guard.hide(talk, "a.jsonl:1")
         [text] = templates.fill_in(template, hidden, [(count, asks)], "here")
         assert guard.encode(guard.settle(text, (), seam)[0], seam).ids.tolist() == ids
         if asks:

@@ -165,7 +165,7 @@ def test_names_and_values_deep_in_a_message_spell_none(words):
 def test_a_guarded_text_has_the_ids_of_the_plain_one_where_nothing_is_hidden(words):
     guard = guard_of(words)
     for text in ("plain", "a < b </", "> quoted", "", "\u2581 \U0001f600 <"):
-        value, seam = guard.hide(text)
+        value, seam = guard.hide(text, "a.jsonl:1")
         shown, _ = guard.settle(value, (), seam)
         np.testing.assert_array_equal(guard.encode(shown, seam).ids, words.encode(text))
 

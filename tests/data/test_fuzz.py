@@ -33,10 +33,20 @@ ALPHABETS = [
 ]
 PAPER = ["a text that comes again", "another one", "x", ""]
 LABELS = [["neg", "pos"], ["1", "2"], [0, 1, 2], ["O", "B-PER", "I-PER"]]
+WORDS = ["ab", "\u00e9u\u0308", "\u65e5\u672c", "\U0001f600", "B-52", "x,y", '"q"', "c\x07d"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+OBJECTIVES = {"text": "causal", "chat": "causal", "label": "classification", "pair": "seq2seq"}
+OBJECTIVES |= {"tags": "tagging", "qa": "qa"}
 
 
 class Doc(NamedTuple):
-    """An example as it was generated: its texts, its label, and whether its bytes are bad."""
+    """An example as it was generated: its texts, its label, and whether its bytes are bad.
+
+    The texts are words with their tags as label; question and context with answers as label; or turns of a chat.
+    """
 
     texts: tuple[str, ...]
     label: object = None
@@ -47,6 +57,7 @@ class Corpus(NamedTuple):
     """A corpus, what is expected of it, and whether something makes it unfit."""
 
     config: Config
+    kind: str
     sources: dict[str, dict[str, list[Doc]]]
     unfit: bool
 
@@ -68,6 +79,9 @@ def random_docs(pick: random.Random, kind: str, style: str, labels: list) -> lis
     newlines = style not in ("line", "tsv")
     docs = []
     for _ in range(1 if style == "file" else pick.randrange(7)):
+        if kind in ("tags", "qa", "chat"):
+            docs.append({"tags": random_tags, "qa": random_question, "chat": random_chat}[kind](pick, labels))
+            continue
         texts = tuple(random_text(pick, newlines) for _ in range(2 if kind == "pair" else 1))
         label = pick.choice(labels) if kind == "label" else None
         if kind == "label" and pick.random() < 0.15:
@@ -76,7 +90,46 @@ def random_docs(pick: random.Random, kind: str, style: str, labels: list) -> lis
     return docs
 
 
+def random_tags(pick: random.Random, labels: list) -> Doc:
+    words = tuple(pick.choices(WORDS, k=pick.randrange(1, 9)))
+    tags = pick.choices(labels, k=len(words))
+    if pick.random() < 0.1:
+        tags[pick.randrange(len(tags))] = None
+    return Doc(words, tags[1:] if pick.random() < 0.03 else tags)
+
+
+def random_question(pick: random.Random, _labels: list) -> Doc:
+    question, context = random_text(pick, True), random_text(pick, True)
+    start = pick.randrange(len(context) + 1)
+    answer = context[start : start + pick.randrange(1, 9)]
+    answers = [(answer, start + (pick.random() < 0.2))] * (pick.random() < 0.8)
+    return Doc((question, context), {"text": [text for text, _ in answers], "answer_start": [at for _, at in answers]})
+
+
+def random_chat(pick: random.Random, _labels: list) -> Doc:
+    texts = tuple(random_text(pick, True) for _ in range(pick.choice([2, 2, 3])))
+    return Doc(texts, bad=pick.random() < 0.03)  # of which nobody answers
+
+
+def roles_of(doc: Doc) -> list[str]:
+    """Roles of the turns of a chat; of a bad one all are the user's."""
+    roles = ["system", "user", "assistant"][-len(doc.texts) :]
+    return ["user"] * len(roles) if doc.bad else roles
+
+
+def record_of(doc: Doc, kind: str) -> dict:
+    match kind:
+        case "tags":
+            return {"text": list(doc.texts), "label": doc.label}
+        case "qa":
+            return {"id": "q", "question": doc.texts[0], "context": doc.texts[1], "answers": doc.label}
+    turns = zip(roles_of(doc), doc.texts, strict=True)
+    return {"text": [{"role": role, "content": text} for role, text in turns]}
+
+
 def records_of(docs: list[Doc], kind: str) -> list[dict]:
+    if kind in ("tags", "qa", "chat"):
+        return [record_of(doc, kind) for doc in docs]
     names = ("source", "target") if kind == "pair" else ("text",)
     made = [dict(zip(names, doc.texts, strict=True)) for doc in docs]
     return [record | ({"label": doc.label} if kind == "label" else {}) for record, doc in zip(made, docs, strict=True)]
@@ -85,6 +138,7 @@ def records_of(docs: list[Doc], kind: str) -> list[dict]:
 def content_of(pick: random.Random, docs: list[Doc], kind: str, style: str) -> bytes:
     records = records_of(docs, kind)
     spoil = lambda text, doc: text + b"\xff" if doc.bad else text
+    docs = [doc._replace(bad=False) for doc in docs] if kind == "chat" else docs
     match style:
         case "file":
             return spoil(docs[0].texts[0].encode(), docs[0])
@@ -137,6 +191,8 @@ def styles_of(pick: random.Random, kind: str) -> list[str]:
     if kind == "text":
         plain = pick.choice(["file", "line"])
         return [plain] if pick.random() < 0.4 else ["jsonl", "json", "csv", "tsv", "parquet"]
+    if kind in ("tags", "qa", "chat"):
+        return ["jsonl", "json", "parquet"]
     return ["jsonl", "json", "csv"] if kind == "pair" else ["jsonl", "json", "csv", "tsv"]
 
 
@@ -176,7 +232,7 @@ def spoil(pick: random.Random, root: pathlib.Path) -> bool:
 
 def random_corpus(seed: int, root: pathlib.Path) -> Corpus:
     pick = random.Random(seed)
-    kind = pick.choice(["text", "text", "label", "pair"])
+    kind = pick.choice(["text", "text", "label", "pair", "tags", "qa", "chat"])
     labels, styles = pick.choice(LABELS), styles_of(pick, kind)
     clean = CleanConfig(
         bad_utf8=pick.choice(["strict", "skip", "replace"]),
@@ -200,14 +256,17 @@ def random_corpus(seed: int, root: pathlib.Path) -> Corpus:
         elif kind == "text" and styles != ["file"] and pick.random() < 0.5:
             settings["valid_fraction"] = pick.choice([0.01, 0.3, 0.9])
         unfit |= spoil(pick, root / name / "train")
+        if kind == "chat":
+            template = root / "template.jinja"
+            template.write_text(TEMPLATE)
         made.append(MixtureSource(name=name, **settings) if name else settings)
         sources[name] = data
-    data_config = DataConfig(mixture=tuple(made)) if names != [""] else DataConfig(**made[0])
-    objective = {"text": "causal", "label": "classification", "pair": "seq2seq"}[kind]
+    chat = {"chat_template": str(root / "template.jinja")} if kind == "chat" else {}
+    data_config = DataConfig(mixture=tuple(made)) if names != [""] else DataConfig(**made[0], **chat)
+    objective = OBJECTIVES[kind]
     tokenizer = TokenizerConfig(kind="bytes")
-    return Corpus(
-        Config(data=data_config, clean=clean, tokenizer=tokenizer, task=TaskConfig(objective=objective)), sources, unfit
-    )
+    config = Config(data=data_config, clean=clean, tokenizer=tokenizer, task=TaskConfig(objective=objective))
+    return Corpus(config, kind, sources, unfit)
 
 
 class Expected(NamedTuple):
@@ -219,34 +278,28 @@ class Expected(NamedTuple):
 
 
 def expect(corpus: Corpus) -> Expected:
-    config, clean = corpus.config, corpus.config.clean
-    exempt_kind = config.task.objective != "causal"
+    clean, kind = corpus.config.clean, corpus.kind
     kept: dict[tuple[str, str], list[tuple[str, ...]]] = {}
     dropped: collections.Counter[str] = collections.Counter()
     unfit, held_out = corpus.unfit, set()
-    train_labels = {str(doc.label) for data in corpus.sources.values() for doc in data["train"] if has_label(doc)}
+    known = {tag for data in corpus.sources.values() for doc in data["train"] for tag in tags_of(doc, kind)}
     for split in ("valid", "train"):
         for name, data in corpus.sources.items():
             if split not in data:
                 continue
             own, place = set(), kept.setdefault((name, split), [])
-            exempt = exempt_kind and split == "valid"
+            exempt = kind not in ("text", "chat") and split == "valid"
             for doc in data[split]:
-                if doc.bad and clean.bad_utf8 != "replace":
-                    unfit |= clean.bad_utf8 == "strict"
-                    dropped["bad_utf8"] += 1
+                if why := badness(doc, kind, clean):
+                    unfit |= getattr(clean, {"bad_utf8": "bad_utf8", "bad_record": "bad_records"}[why]) == "strict"
+                    dropped[why] += 1
                     continue
-                texts = tuple(cleaned(text + "\ufffd" * doc.bad) for text in doc.texts)
-                if config.task.objective == "classification":
-                    if not has_label(doc):
-                        dropped["no_label"] += 1
-                        continue
-                    unfit |= str(doc.label) not in train_labels
-                if not exempt and len(texts[0]) < clean.min_chars:
-                    dropped["too_short"] += 1
-                    continue
-                if not exempt and clean.max_chars and len(texts[0]) > clean.max_chars:
-                    dropped["too_long"] += 1
+                texts = stored(doc, kind)
+                unlabelled = kind in ("label", "tags") and not has_label(doc)
+                unfit |= not unlabelled and any(tag not in known for tag in tags_of(doc, kind))
+                why = "no_label" if unlabelled else None if exempt else unsuitable(doc, texts, kind, clean)
+                if why:
+                    dropped[why] += 1
                     continue
                 key = (texts, str(doc.label))
                 seen = held_out | own if split == "train" else held_out
@@ -258,18 +311,62 @@ def expect(corpus: Corpus) -> Expected:
     return Expected(kept, dropped, unfit)
 
 
+def stored(doc: Doc, kind: str) -> tuple[str, ...]:
+    """The texts of an example as shards hold them."""
+    texts = tuple(cleaned(text + "\ufffd" * (doc.bad and kind == "text")) for text in doc.texts)
+    match kind:
+        case "tags":
+            return (" ".join(texts),)
+        case "qa":
+            return doc.texts
+        case "chat":
+            return ("".join(f"<{role}>{text}" for role, text in zip(roles_of(doc), texts, strict=True)),)
+    return texts
+
+
+def badness(doc: Doc, kind: str, clean: CleanConfig) -> str | None:
+    """The reason for which a document cannot be an example."""
+    if kind == "text" and doc.bad and clean.bad_utf8 != "replace":
+        return "bad_utf8"
+    if (kind == "chat" and doc.bad) or (kind == "tags" and len(doc.texts) != len(doc.label)):
+        return "bad_record"
+    return None
+
+
+def unsuitable(doc: Doc, texts: tuple[str, ...], kind: str, clean: CleanConfig) -> str | None:
+    """The reason for which an example is not trained on."""
+    if kind == "qa":
+        answers = list(zip(doc.label["text"], doc.label["answer_start"], strict=True))
+        placed = [text for text, at in answers if text and doc.texts[1][at : at + len(text)] == text]
+        return "misplaced_answer" if answers and not placed else None
+    if kind == "chat" and not cleaned(doc.texts[-1]).strip():
+        return "no_answer"
+    length = len("\n".join(map(cleaned, doc.texts))) if kind == "chat" else len(texts[0])
+    if length < clean.min_chars:
+        return "too_short"
+    return "too_long" if clean.max_chars and length > clean.max_chars else None
+
+
+def tags_of(doc: Doc, kind: str) -> list[str]:
+    """The labels of an example that are not missing."""
+    found = doc.label if kind == "tags" else [doc.label] if kind == "label" else []
+    return [str(label) for label in found if label is not None and str(label).strip()]
+
+
 def has_label(doc: Doc) -> bool:
-    return doc.label is not None and bool(str(doc.label).strip())
+    labels = doc.label if isinstance(doc.label, list) else [doc.label]
+    return all(label is not None and str(label).strip() for label in labels)
 
 
-def read_all(directory: pathlib.Path, manifest: dict) -> dict[str, list[tuple[str, ...]]]:
+def read_all(directory: pathlib.Path, manifest: dict, kind: str) -> dict[str, list[tuple[str, ...]]]:
     tokenizer, found = tokenizers.Bytes(), {}
     for name, split in manifest["splits"].items():
         shards = Shards.open(epath.Path(directory) / name, verify=True)
         ids = shards.take(np.arange(shards.num_tokens))
         assert len(ids) == split["tokens"]
         texts = [tokenizer.decode(part) for part in np.split(ids, shards.starts[1:-1])]
-        found[name] = [tuple(texts[i : i + shards.fields]) for i in range(0, len(texts), shards.fields)]
+        count = 1 if kind in ("tags", "chat") else shards.fields  # the second field holds tags, or a loss mask
+        found[name] = [tuple(texts[i : i + count]) for i in range(0, len(texts), shards.fields)]
     return found
 
 
@@ -290,13 +387,15 @@ def check(seed: int, root: pathlib.Path) -> str:
     read = sum(len(docs) for data in corpus.sources.values() for docs in data.values())
     assert summary["documents"] + sum(summary["dropped"].values()) == read, seed
     manifest = json.loads((root / "out" / "manifest.json").read_text())
-    found = read_all(root / "out", manifest)
+    found = read_all(root / "out", manifest, corpus.kind)
     merged = lambda places: sorted(texts for place in places for texts in place)
     for name in corpus.sources:
         own = [texts for place, texts in found.items() if place.split("/")[0] == name or not name]
         assert merged(own) == merged(texts for (of, _), texts in expected.kept.items() if of == name), seed
+    chats = corpus.kind == "chat"
     tokens = sum(len(text.encode()) for place in expected.kept.values() for texts in place for text in texts)
-    assert summary["tokens"] == tokens, seed
+    tokens += sum(text.count("<") for place in expected.kept.values() for (text,) in place) if chats else 0  # eos
+    assert summary["tokens"] == tokens * (2 if corpus.kind in ("tags", "chat") else 1), seed
     return "prepared"
 
 

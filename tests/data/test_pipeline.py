@@ -235,7 +235,7 @@ SHORT = "DIR/train holds 1497 slots, fewer than one row of 4096 (data.seq_len)"
     [
         (None, InputMissing, SHORT, {"seq_len": 4096}),
         (None, ConfigError, "model.vocab_size 256 is too small: DIR/train needs 20000", {"vocab_size": 256}),
-        ("empty", InputMissing, "DIR/train holds no tokens", {}),
+        ("empty", InputMissing, "there are no tokens in DIR/train", {}),
         ("manifest", InputMissing, "DIR holds no prepared data (no manifest.json): run prepare", {}),
         (
             "tokenizer",

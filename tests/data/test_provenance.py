@@ -250,7 +250,12 @@ def test_labels_that_are_hardly_meant_to_differ_are_named():
         "3 labels: Pos, neg, pos",
         "warning: the labels 'Pos' and 'pos' are different classes, though alike",
     ]
-    assert list(labels.describe(["only"])) == ["1 label: only"] and list(labels.describe([])) == []
+    only = ["1 label: only", "warning: all examples have the label 'only': there is nothing to tell apart"]
+    assert list(labels.describe(["only"])) == only and list(labels.describe([])) == []
+    assert list(labels.describe(["1", "1.0", "nan", "x"]))[1:] == [
+        "warning: the label 'nan' looks like a missing value and is a class",
+        "warning: the labels '1' and '1.0' are different classes, though alike",
+    ]
 
 
 def test_unknown_tokens_are_counted_and_warned_of(tmp_path):

@@ -65,6 +65,22 @@ def test_the_shortest_texts_decode_back_too(raw):
         assert decode(read, said) == list(range(10, 10 + raw))
 
 
+def test_every_target_belongs_to_the_document_of_its_token_or_span():
+    rng = np.random.default_rng(0)
+    raw = np.array([60, 60, 23])
+    document = np.where(np.arange(60) < raw[:, None], np.sort(rng.integers(0, 7, (3, 60)), axis=1), -1)
+    ids = np.where(document >= 0, 100 + 1000 * document + np.arange(60), 0).astype(np.int32)
+    sizes, keys = spans.lengths(raw, 0.3, 3.0), np.arange(3, dtype=np.uint64)
+    batch = spans.corrupt(ids, sizes, keys, SENTINELS, BOS, EOS, 60, 40)
+    found = spans.documents_of_targets(document, sizes, keys, 40)
+    assert ((found >= 0) == (batch.weights_BT > 0)).all()
+    for row_found, row_ids, count in zip(found, batch.targets_BT, sizes.target, strict=True):
+        for cell in range(count):
+            # Ids from 100 on name their document; a sentinel has that of the next token, eos that of the last one.
+            at = cell if 100 <= row_ids[cell] < VOCAB_SIZE else cell + 1 if cell < count - 1 else cell - 1
+            assert row_found[cell] == (row_ids[at] - 100) // 1000
+
+
 def test_the_usual_sizes_are_those_of_t5():
     assert spans.raw_length(512, 114, 0.15, 3.0, 100) == 568
     full = spans.lengths(568, 0.15, 3.0)

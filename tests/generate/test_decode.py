@@ -244,3 +244,14 @@ def test_several_devices_say_what_one_says(name, tokenizer, settings, rows, mesh
         before = decode._decode._cache_size()
         assert generate(sharded, tokenizer, prompts, settings, 0) == results == expected
         assert decode._decode._cache_size() == before
+
+
+def test_a_text_that_the_model_is_too_short_for_is_reported(llama, tokenizer, capsys):
+    limit = llama.config.max_length
+    settings = replace(GREEDY, max_tokens=limit + 5, eos=False)
+    [result] = generate(llama, tokenizer, [PROMPTS[1]], settings, 0)
+    assert result.ended == "length" and result.num_tokens < limit
+    expected = f"the text ends before generate.max_tokens={limit + 5}, where model.max_length={limit} is reached"
+    assert expected in capsys.readouterr().err
+    generate(llama, tokenizer, [PROMPTS[1]], GREEDY, 0)
+    assert "is reached" not in capsys.readouterr().err
