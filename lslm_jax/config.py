@@ -299,7 +299,7 @@ class TokenizerConfig:
     vocab_size: int = 8192
     """Size of a trained vocabulary, at most: a small text may support fewer tokens."""
     character_coverage: float = 0.9995
-    """Share of the characters of the text that a trained vocabulary has tokens for; others are spelt in bytes."""
+    """Share of the characters of the text that a trained vocabulary has tokens for, from 0.98; others are bytes."""
     user_symbols: tuple[str, ...] = ()
     """Strings that are always one token of a trained vocabulary, as markers in the text."""
     byte_fallback: bool = True

@@ -3,12 +3,22 @@
 import dataclasses
 import fnmatch
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from lslm_jax import config_loading, config_mesh
-from lslm_jax.config import ROLES, Config, DataConfig, GenerateConfig, MixtureSource, ModelConfig, Source
+from lslm_jax.config import (
+    ROLES,
+    Config,
+    DataConfig,
+    GenerateConfig,
+    MixtureSource,
+    ModelConfig,
+    Source,
+    TokenizerConfig,
+)
 from lslm_jax.config_mesh import multiples
 from lslm_jax.errors import ConfigError
 
@@ -70,6 +80,7 @@ def resolve_labels(model: ModelConfig, labels: int) -> ModelConfig:
 def _problems(config: Config) -> Iterator[str]:
     yield from _out_of_range(config)
     yield from _too_large(config)
+    yield from _tokenizer_problems(config.tokenizer)
     yield from _model_problems(config.model)
     yield from _data_problems(config.data)
     yield from _task_problems(config)
@@ -150,10 +161,22 @@ def _out_of_range(config: Config) -> Iterator[str]:
         "optimizer.final_ratio",
         "optimizer.warmup_from",
         "model.rope_fraction",
-        "tokenizer.character_coverage",
     ):
         if not 0 <= value(key) <= 1:
             yield f"{key} must be in [0, 1], got {value(key)}"
+
+
+_OWN_SYMBOLS = re.compile(r"<(pad|s|/s|unk|0x[0-9A-F]{2})>")
+
+
+def _tokenizer_problems(tokenizer: TokenizerConfig) -> Iterator[str]:
+    if not 0.98 <= tokenizer.character_coverage <= 1:
+        yield f"tokenizer.character_coverage must be in [0.98, 1], got {tokenizer.character_coverage}"
+    symbols = tokenizer.user_symbols
+    if len(set(symbols)) < len(symbols) or "" in symbols:
+        yield f"tokenizer.user_symbols must differ and not be empty, got {', '.join(symbols)}"
+    if own := list(filter(_OWN_SYMBOLS.fullmatch, symbols)):
+        yield f"tokenizer.user_symbols={own[0]} is a token of any trained vocabulary: choose another marker"
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:

@@ -4,6 +4,7 @@ python -m lslm_jax.main [VERB] --config=FILE --workdir=DIR [--config.KEY=VALUE .
 """
 
 import argparse
+import errno
 import json
 import keyword
 import os
@@ -49,12 +50,28 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except ModuleNotFoundError as error:
         imports.refuse_missing(error)
     except Exception as error:
+        if "--debug" not in argv and (message := unreadable(error)):
+            print(f"lslm: {message}", file=sys.stderr)
+            peers.end(InputMissing.exit_code, message)
         peers.explain(error)
         traceback.print_exc()
         peers.end(1, f"{type(error).__name__}: {error}".partition("\n")[0])
     if result is not None:
         print(json.dumps(result))
     peers.end()
+
+
+_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def unreadable(error: Exception) -> str:
+    """A message for a file of the user that cannot be opened as what it is named for; empty for other errors.
+
+    Errors of writing are a SaveError where they arise.
+    """
+    if not isinstance(error, OSError) or error.errno not in _UNREADABLE or not error.filename:
+        return ""
+    return f"could not read {error.filename}: {error.strerror}"
 
 
 def _run(argv: Sequence[str]) -> dict[str, Any] | None:

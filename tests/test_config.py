@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from lslm_jax import config_loading
+from lslm_jax import config_checks, config_loading
 from lslm_jax.config import Config, DataConfig, MixtureSource, ModelConfig, Source, TrainConfig
 from lslm_jax.config_checks import fill_sizes, resolve_vocabulary, validate
 from lslm_jax.config_loading import describe, digest, from_dict, load, override, smoke, to_dict, to_json
@@ -446,3 +446,20 @@ def refused(action, message, kind=ConfigError, exit_code=2):
 
 def leaves(tree):
     return [leaf for value in tree.values() for leaf in (leaves(value) if isinstance(value, dict) else [value])]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"character_coverage": 0.5}, "tokenizer.character_coverage must be in [0.98, 1], got 0.5"),
+        ({"user_symbols": ["<a>", "<a>"]}, "tokenizer.user_symbols must differ and not be empty, got <a>, <a>"),
+        ({"user_symbols": [""]}, "tokenizer.user_symbols must differ and not be empty, got "),
+        ({"user_symbols": ["<a>", "</s>"]}, "tokenizer.user_symbols=</s> is a token of any trained vocabulary: *"),
+        ({"user_symbols": ["<0x41>"]}, "tokenizer.user_symbols=<0x41> is a token of any trained vocabulary: *"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_trained_is_refused(settings, message):
+    config = config_loading.from_dict({"tokenizer": settings, "data": {"files": ["a.txt"]}})
+    with pytest.raises(ConfigError) as error:
+        config_checks.validate(config)
+    assert str(error.value).startswith(message.removesuffix("*"))

@@ -1,12 +1,13 @@
 """The command line: help, and how soon a mistake is told. Which ones are told is in test_errors.py."""
 
+import errno
 import subprocess
 import sys
 import time
 
 import pytest
 
-from lslm_jax.main import main
+from lslm_jax.main import main, unreadable
 
 
 def test_a_mistake_is_told_within_three_seconds_and_without_importing_jax(tmp_path):
@@ -25,3 +26,25 @@ def test_help_lists_every_setting_with_its_type_default_and_meaning(capsys):
     assert stop.value.code == 0
     output = capsys.readouterr().out
     assert "optimizer.learning_rate (float; 0.0003)\n    Peak learning rate." in output
+
+
+def test_a_file_that_cannot_be_opened_is_reported_in_one_line(tmp_path, capsys):
+    (tmp_path / "c.json").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main([f"--config={tmp_path}/c.json", f"--workdir={tmp_path}/run"])
+    assert stop.value.code == 66
+    assert capsys.readouterr().err == f"lslm: could not read {tmp_path}/c.json: Is a directory\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "a.txt"), "could not read a.txt: Permission denied"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), ""),
+        (OSError(errno.ENOSPC, "No space left on device", "a.txt"), ""),
+        (PermissionError("nothing is known"), ""),
+        (ValueError("a.txt"), ""),
+    ],
+)
+def test_only_files_that_may_not_be_opened_are_an_error_of_the_user(error, message):
+    assert unreadable(error) == message

@@ -158,7 +158,7 @@ def _training_error(message: str, config: TokenizerConfig) -> Exception:
         return ConfigError(f"{asked}, but the characters of the training text need at least {found[1]}")
     if "sentences_.empty()" in message:
         return InputMissing("there is no text to train a vocabulary on")
-    return RuntimeError(message)
+    return ConfigError(f"no vocabulary can be trained with these settings of tokenizer: {' '.join(message.split())}")
 
 
 def _sentences(text: str) -> Iterator[str]:
