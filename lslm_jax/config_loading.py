@@ -4,7 +4,6 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import functools
 import hashlib
 import importlib.util
 import inspect
@@ -116,18 +115,13 @@ def _explain(error: Exception) -> str:
 def override(config: Config, assignments: Sequence[tuple[str, str]]) -> Config:
     """Returns the config with each dotted key, as `train.steps`, set to the value that its text spells.
 
-    A key that is given several times has the last value; of a list, all items.
+    A key that is given several times has the last value, so that a script's flags can be overridden.
 
     Raises:
       ConfigError: an unknown key, a text that is not of the key's type, or two lengths of training.
     """
-    seen: set[str] = set()
     for key, text in assignments:
-        before, config = config, _set(config, key, key.split("."), text)
-        old, new = (functools.reduce(getattr, key.split("."), each) for each in (before, config))
-        if key in seen and isinstance(new, tuple):
-            config = with_value(config, key, old + new)
-        seen.add(key)
+        config = _set(config, key, key.split("."), text)
     keys = [key for key, _ in assignments]
     if "train.steps" in keys and config.train.epochs:
         if "train.epochs" in keys:

@@ -159,10 +159,7 @@ def take_held_out_files(
       ConfigError: files are named twice, or a split beside them.
     """
     keys = ("data.valid_files", "data.test_files")
-    named: dict[str, list[str]] = {}
-    for key, text in assignments:
-        if key in keys:
-            named.setdefault(key, []).extend(config_loading.items(text, paths=True))
+    named = {key: config_loading.items(text, paths=True) for key, text in assignments if key in keys}
     changed = {key: files for key, files in named.items() if files and tuple(files) != value_of(own, key)}
     if not changed and not flags.files and [key for key, files in named.items() if files] == ["data.test_files"]:
         flags.split = flags.split or "test"

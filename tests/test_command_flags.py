@@ -267,15 +267,6 @@ def test_an_item_of_a_list_may_hold_a_comma_in_json(text, value):
     assert config_loading.override(Config(), [("generate.prompts", text)]).generate.prompts == value
 
 
-def test_a_list_that_is_given_several_times_has_all_items():
-    found = config_loading.override(CONFIG, [("data.files", "b.txt,c.txt"), ("seed", "3"), ("data.files", "d.txt")])
-    assert found.data.files == ("b.txt", "c.txt", "d.txt")  # in the place of what the file has
-    assert config_loading.override(CONFIG, [("seed", "3"), ("seed", "4")]).seed == 4
-    flags = parse(["evaluate", "--workdir=run"])
-    setting_flags.take_held_out_files(flags, [("data.valid_files", "v.txt"), ("data.valid_files", "w.txt")], CONFIG)
-    assert flags.files == ["v.txt", "w.txt"]
-
-
 def test_a_file_with_a_comma_in_its_name_is_one_item(tmp_path):
     (tmp_path / "a,b.txt").write_text("x")
     name = f"{tmp_path}/a,b.txt"
