@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from etils import epath
 
 from lslm_jax.main import main, unreadable
 
@@ -28,12 +29,17 @@ def test_help_lists_every_setting_with_its_type_default_and_meaning(capsys):
     assert "optimizer.learning_rate (float; 0.0003)\n    Peak learning rate." in output
 
 
-def test_a_file_that_cannot_be_opened_is_reported_in_one_line(tmp_path, capsys):
-    (tmp_path / "c.json").mkdir()
+def test_a_file_that_may_not_be_opened_is_reported_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "c.json").write_text("{}")
+
+    def read_text(path):  # modes of files do not hold for root
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_text", read_text)
     with pytest.raises(SystemExit) as stop:
         main([f"--config={tmp_path}/c.json", f"--workdir={tmp_path}/run"])
     assert stop.value.code == 66
-    assert capsys.readouterr().err == f"lslm: could not read {tmp_path}/c.json: Is a directory\n"
+    assert capsys.readouterr().err == f"lslm: could not read {tmp_path}/c.json: Permission denied\n"
 
 
 @pytest.mark.parametrize(
