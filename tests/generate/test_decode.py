@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_models import GPT, T5, make_model, text_logits
 
-from lslm_jax.config import Config, GenerateConfig, MeshConfig
+from lslm_jax.config import Config, GenerateConfig, MeshConfig, ModelConfig
 from lslm_jax.config_mesh import mesh_axes
 from lslm_jax.data.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
@@ -246,12 +246,16 @@ def test_several_devices_say_what_one_says(name, tokenizer, settings, rows, mesh
         assert decode._decode._cache_size() == before
 
 
-def test_a_text_that_the_model_is_too_short_for_is_reported(llama, tokenizer, capsys):
-    limit = llama.config.max_length
-    settings = replace(GREEDY, max_tokens=limit + 5, eos=False)
-    [result] = generate(llama, tokenizer, [PROMPTS[1]], settings, 0)
-    assert result.ended == "length" and result.num_tokens < limit
-    expected = f"the text ends before generate.max_tokens={limit + 5}, where model.max_length={limit} is reached"
-    assert expected in capsys.readouterr().err
-    generate(llama, tokenizer, [PROMPTS[1]], GREEDY, 0)
-    assert "is reached" not in capsys.readouterr().err
+def test_texts_that_the_model_is_too_short_for_are_counted(tokenizer, capsys):
+    model = ModelConfig(max_length=20)
+    settings = replace(GREEDY, max_tokens=9)
+    rows = [decode.Row(tokenizer, number, [1], limit, settings) for number, limit in enumerate((2, 2, 9, 3))]
+    for row in rows[:3]:  # the last one ends by itself
+        for _ in range(row.limit):
+            row.push(tokenizer.encode("a")[0])
+    rows[3].push(tokenizer.eos_id)
+    decode._report_limit(model, rows, settings)
+    decode._report_limit(model, rows[:1], settings)
+    decode._report_limit(model, rows[2:], settings)
+    reached = "before generate.max_tokens=9, where model.max_length=20 is reached"
+    assert capsys.readouterr().err == f"2 of 4 texts end {reached}\nthe text ends {reached}\n"
