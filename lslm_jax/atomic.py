@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 import weakref
@@ -254,16 +255,39 @@ def write_json(path: epath.Path, value: dict[str, Any]) -> None:
     write(path, json.dumps(value, indent=1).encode())
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """Reads a JSON file; DataError where it holds anything but an object."""
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON that may be damaged or edited by hand.
+
+    Raises:
+      ValueError: it is not JSON, nested too deeply, or has an object with the same key twice: one of the two values
+        would be dropped in silence.
+    """
     try:
-        value = json.loads(path.read_text())
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Reads a JSON file; DataError where it holds anything but an object, or cannot be read."""
+    try:
+        if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
+            kind = "a directory" if path.is_dir() else "a device or pipe"
+            raise DataError(f"{path} is {kind}, not a file")
+        value = parse_json(path.read_text())
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
-    except RecursionError as error:
-        raise DataError(f"{path} is nested too deeply") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{path} is a directory, not a file") from error
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path} does not hold a JSON object")
     return value

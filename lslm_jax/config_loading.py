@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from etils import epath
 
+from lslm_jax import atomic
 from lslm_jax import config as schema
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError, InputMissing, LslmError
@@ -54,7 +55,7 @@ def load(spec: str) -> Config:
 
 def _read_json(path: epath.Path) -> Config:
     try:
-        tree = json.loads(path.read_text())
+        tree = atomic.parse_json(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     return _of_file(path, tree)
@@ -262,7 +263,10 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
             raise ConfigError(f"{key} wants a list, got {value!r}")
         return tuple(_typed(item, get_args(hint)[0], key) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ConfigError(f"{key} is too large") from error
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{key} wants {_WANTED[hint]}, got {value!r}")
     return value

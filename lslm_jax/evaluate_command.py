@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from lslm_jax import atomic, config_loading, distributed, resolving, run_consistency
 from lslm_jax.config import Config
-from lslm_jax.data import examples, held_out_files, pipeline
+from lslm_jax.data import examples, held_out_files, pipeline, records
 from lslm_jax.data.held_out_files import HeldOutFiles
 from lslm_jax.errors import InputMissing
 from lslm_jax.evaluate import tasks
@@ -101,6 +101,9 @@ def _described(found: HeldOutFiles, flags: argparse.Namespace) -> HeldOut:
 
 
 def _split(run: Run, split: str, rows: Any) -> HeldOut:
+    for name in run.facts.get("splits", ()) if run.config.data.verify else ():
+        if name.rpartition("/")[2] == split:
+            records.verify_split(run.data_dir, run.facts, name)
     data = pipeline.open_eval(run.config, run.data_dir, run.config.model.vocab_size, rows, split)
     if not data:
         raise InputMissing(

@@ -21,7 +21,7 @@ try:
 
     from lslm_jax import atomic, command_flags, config_checks, config_loading, environment, malloc, peers, setting_flags
     from lslm_jax.config import Config
-    from lslm_jax.errors import ConfigError, InputMissing, LslmError
+    from lslm_jax.errors import ConfigError, InputMissing, LslmError, SaveError
     from lslm_jax.train import preemption
 except ModuleNotFoundError as missing:  # started by an interpreter that has not the packages of the project
     imports.refuse_missing(missing)
@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except ModuleNotFoundError as error:
         imports.refuse_missing(error)
     except Exception as error:
-        if "--debug" not in argv and (message := unreadable(error)):
-            print(f"lslm: {message}", file=sys.stderr)
-            peers.end(InputMissing.exit_code, message)
         peers.explain(error)
+        if (known := _explain(error)) and "--debug" not in argv:
+            print(f"lslm: {known[1]}", file=sys.stderr)
+            peers.end(*known)
         traceback.print_exc()
         peers.end(1, f"{type(error).__name__}: {error}".partition("\n")[0])
     if result is not None:
@@ -61,17 +61,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     peers.end()
 
 
-_UNREADABLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-
-
-def unreadable(error: Exception) -> str:
-    """A message for a file of the user that cannot be opened as what it is named for; empty for other errors.
-
-    Errors of writing are a SaveError where they arise.
-    """
-    if not isinstance(error, OSError) or error.errno not in _UNREADABLE or not error.filename:
-        return ""
-    return f"could not read {error.filename}: {error.strerror}"
+def _explain(error: Exception) -> tuple[int, str] | None:
+    """Exit code and line for an error of the operating system that no caller expected; None for other errors."""
+    if isinstance(error, MemoryError):
+        return 1, f"out of memory: {error}".removesuffix(": ")
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return None
+    cause = f"{error.filename}: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return SaveError.exit_code, f"could not write {cause}"
+    return InputMissing.exit_code, f"cannot use {cause}"
 
 
 def _run(argv: Sequence[str]) -> dict[str, Any] | None:

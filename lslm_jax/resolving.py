@@ -1,6 +1,8 @@
 """Where a run and its data are, and what its config leaves to them: vocabulary, special tokens and labels."""
 
 import functools
+import hashlib
+import json
 import os
 from typing import Any
 
@@ -11,6 +13,7 @@ from lslm_jax.config import Config
 from lslm_jax.data import records, special, synthetic, tokenizer
 from lslm_jax.errors import DataError, InputMissing, SaveError, first_line
 from lslm_jax.progress import say
+from lslm_jax.train import manifest
 
 
 def workdir(path: str, *, reads: bool = False) -> epath.Path:
@@ -57,15 +60,30 @@ def _try(directory: epath.Path) -> None:
         raise SaveError(f"cannot create {directory}: {reason}") from error
 
 
+def write_result(workdir: epath.Path, result: dict[str, Any]) -> None:
+    """Writes the result that a run ended with, with the sha256 of its values; SaveError where the disk refuses."""
+    atomic.write(workdir / "result.json", json.dumps(result | {"sha256": _digest(result)}).encode() + b"\n")
+
+
+def _digest(result: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
 def read_result(workdir: epath.Path) -> dict[str, Any]:
-    """The result that a run ended with; {"step": 0} where there is none, or none that can be read."""
+    """The result that a run ended with; {"step": 0} where there is none, or none that can be believed."""
     path = workdir / "result.json"
     if not path.exists():
         return {"step": 0}
     try:
         result = atomic.read_json(path)
-        if not isinstance(result.get("step"), int):
+        sha256, step = result.pop("sha256", None), result.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise DataError(f"{path} does not hold the step of a result")
+        if sha256 is not None and sha256 != _digest(result):  # versions before had none
+            raise DataError(f"{path} was altered: its sha256 is not that of its values")
+        steps = manifest.list_steps(workdir / "checkpoints")
+        if steps and steps[-1] < step:
+            raise DataError(f"{path} is of step {step}, but the newest checkpoint is of step {steps[-1]}")
     except (DataError, OSError) as error:
         say(f"{first_line(error)}: it is ignored")
         return {"step": 0}
@@ -95,10 +113,9 @@ def read_manifest(config: Config, data_dir: epath.Path) -> dict[str, Any]:
     """
     if config.data.source == "synthetic" and not config.data.mixture:
         return synthetic.facts(config)
-    path = data_dir / "manifest.json"
-    if not path.exists():
+    facts = records.read(data_dir / "manifest.json")
+    if facts is None:
         raise InputMissing(f"{data_dir} holds no prepared data (no manifest.json): run prepare or train first")
-    facts = atomic.read_json(path)
     records.check_content(facts, data_dir)
     facts["sha256"] = records.content_sha256(facts)
     facts.setdefault("labels", [])  # written by earlier versions

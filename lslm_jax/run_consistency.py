@@ -226,11 +226,10 @@ def check_finished(config: Config, workdir: epath.Path, finished: Mapping[str, A
       CheckpointRefused: a setting, the tokenizer or the data differ, so that the result would be another one.
       ConfigError, DataError: the data directory was prepared with other settings, or its input has changed.
     """
-    path = workdir / "config.json"
-    if not path.exists():  # of a run that is complete, little may be left
+    made_with = _config_of(workdir)
+    if made_with is None:  # of a run that is complete, little may be left
         return []
-    made_with = atomic.read_json(path)
-    own_dir = resolving.data_dir(config_loading.load(str(path)), workdir)
+    own_dir = _own_data_dir(workdir) or resolving.data_dir(config, workdir)
     prepared = config.data.source == "synthetic" and not config.data.mixture
     if (data_dir / "manifest.json").exists():
         prepared = True
@@ -255,6 +254,15 @@ def check_finished(config: Config, workdir: epath.Path, finished: Mapping[str, A
         config, _ = special.resolve(config, facts)
     harmless = _WITHOUT_EFFECT + ("tokenizer.path",) * prepared  # its content was compared
     return _harmless_changes(config, made_with, workdir, finished, harmless)
+
+
+def _config_of(workdir: epath.Path) -> dict[str, Any] | None:
+    """The config that a run was started with, from its latest checkpoint if config.json is gone; None for neither."""
+    path = workdir / "config.json"
+    if path.exists():
+        return atomic.read_json(path)
+    saved = _checkpoints(workdir)[-1:]
+    return metadata.read(saved[0])["config"] if saved else None
 
 
 def _harmless_changes(
@@ -288,17 +296,34 @@ def _checkpoints(workdir: epath.Path) -> list[epath.Path]:
     return [directory / str(step) for step in manifest.list_steps(directory)]
 
 
-def check_files(workdir: epath.Path, config: Config) -> None:
-    """Compares tokenizer and data of a run, or of a copy of one, with all its checkpoints; for `verify` and `audit`.
+def check_files(workdir: epath.Path, config: Config, checkpoints: Sequence[epath.Path] | None = None) -> None:
+    """Compares config.json, tokenizer and data of a run, or of a copy of one, with its checkpoints.
+
+    For `verify` and `audit`.
+
+    Args:
+      workdir: of the run.
+      config: names the data directory.
+      checkpoints: to compare; None: all that were finished.
 
     Raises:
-      CheckpointRefused: one was made with another tokenizer or other data.
+      CheckpointRefused: one was made with another model, tokenizer or other data.
+      DataError: the data manifest was altered.
     """
+    checkpoints = _checkpoints(workdir) if checkpoints is None else checkpoints
+    metadata_by_path = {directory: metadata.read(directory) for directory in checkpoints}
+    if (path := workdir / "config.json").exists():
+        own = config_loading.to_dict(config_loading.load(str(path)))
+        for directory, saved in metadata_by_path.items():
+            for key, old, new in identity.changes(saved["config"], own):
+                if identity.is_fixed(key):
+                    raise CheckpointRefused(f"{directory} was made with {key}={old}, {path} says {new}")
     data_dir = resolving.data_dir(config, workdir)
     if not (data_dir / "manifest.json").exists():
         return
     facts = resolving.read_manifest(config, data_dir)
-    for directory in _checkpoints(workdir):
-        saved = metadata.read(directory)
+    for directory, saved in metadata_by_path.items():
+        if facts["sha256"] == saved["data_sha256"]:
+            metadata.check_manifest_sha256(directory, saved, metadata.manifest_sha256(facts))
         check_tokenizer(saved, facts, data_dir, directory)
         check_data(saved, config, facts, data_dir, workdir, int(directory.name))

@@ -156,7 +156,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         )
         summary = json_values(summary | tasks.gzip_baseline(setting, held_out))
     if distributed.is_primary():
-        atomic.write(workdir / "result.json", json.dumps(summary).encode() + b"\n")
+        resolving.write_result(workdir, summary)
     return summary
 
 

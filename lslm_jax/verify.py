@@ -4,12 +4,11 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic, config_loading, resolving, run_consistency
+from lslm_jax import config_loading, resolving, run_consistency
 from lslm_jax.config import Config
 from lslm_jax.data import records
-from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
+from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, LslmError
 from lslm_jax.progress import say
-from lslm_jax.train import metadata
 from lslm_jax.train.manifest import check_manifest
 
 
@@ -35,39 +34,44 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
     data_dir = resolving.data_dir(config, workdir)
     if not checkpoints and not (data_dir / "manifest.json").exists():
         raise InputMissing(f"{workdir} holds neither checkpoints nor data")
-    damaged = []
+    damage: dict[epath.Path, LslmError] = {}
     for path in checkpoints:
         try:
             check_manifest(path)
             say(f"{path} is whole")
         except CheckpointRefused as error:
-            damaged.append(str(error))
+            damage[path] = error
             say(str(error))
+    size = 0
     try:
-        size = records.verify(data_dir)
-        _check_data_of(checkpoints, data_dir)
-        say(f"{data_dir} is whole: {size:,} bytes")
-        for name in records.changed_inputs(records.read(data_dir / "manifest.json") or {}):
-            say(f"warning: {name} has changed since {data_dir} was prepared from it")
-    except DataError as error:
-        if not damaged:
-            raise
-        damaged.append(str(error))
-    if damaged:
-        raise CheckpointRefused("; ".join(damaged))
-    run_consistency.check_files(workdir, config)
+        size = _verify_data(data_dir, needs_data=config.data.source != "synthetic" or bool(config.data.mixture))
+        run_consistency.check_files(workdir, config, [path for path in checkpoints if path not in damage])
+    except (DataError, CheckpointRefused) as error:
+        damage[data_dir] = error
+    if len(damage) == 1:
+        raise next(iter(damage.values()))
+    if damage:
+        raise CheckpointRefused("; ".join(map(str, damage.values())))
     return {"checkpoints": [int(path.name) for path in checkpoints], "data_bytes": size}
 
 
-def _check_data_of(checkpoints: list[epath.Path], data_dir: epath.Path) -> None:
-    """Compares labels, token ids and counts of the data manifest with those that each checkpoint was trained with."""
-    path = data_dir / "manifest.json"
-    if not path.exists():
-        return
-    now = metadata.manifest_sha256(atomic.read_json(path))
-    for checkpoint in checkpoints:
-        try:
-            saved = metadata.read(checkpoint)
-        except CheckpointRefused:  # already named
-            continue
-        metadata.check_manifest_sha256(checkpoint, saved, now)
+def _verify_data(data_dir: epath.Path, *, needs_data: bool) -> int:
+    """Verifies the prepared data; returns their size in bytes, 0 where a copy of a run was made without them.
+
+    Raises:
+      DataError: they are damaged, or only their manifest is gone.
+    """
+    record = records.read(data_dir / "manifest.json")
+    if record is None:
+        is_unfinished = (data_dir / "unfinished.json").exists()
+        splits = [path.parent for pattern in ("train", "*/train") for path in data_dir.glob(f"{pattern}/manifest.json")]
+        if splits and not is_unfinished:
+            raise DataError(f"{data_dir}/manifest.json is missing, but there is {splits[0]}: restore it")
+        if needs_data:
+            say(f"{data_dir} holds {'half' if is_unfinished else 'no'} prepared data: they are not verified")
+        return 0
+    size = records.verify(data_dir)
+    say(f"{data_dir} is whole: {size:,} bytes")
+    for name in records.changed_inputs(record):
+        say(f"warning: {name} has changed since {data_dir} was prepared from it")
+    return size

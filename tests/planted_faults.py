@@ -326,7 +326,7 @@ FAULTS = [
     ),
     Fault(
         "a second run may use a directory in use",
-        "train/lock.py",
+        "file_lock.py",
         "LOCK_EX | fcntl.LOCK_NB",
         "LOCK_SH | fcntl.LOCK_NB",
         "train/test_lock.py",

@@ -17,7 +17,17 @@ PACKAGE = ROOT / "lslm_jax"
 # Each row may import from the rows above it, and a room from itself. Rooms that share a row are strangers.
 ROWS = [
     ["config", "batch", "errors"],
-    ["config_loading", "config_mesh", "devices", "progress", "atomic", "imports", "peers", "environment"],
+    ["atomic"],
+    [
+        "config_loading",
+        "config_mesh",
+        "devices",
+        "progress",
+        "file_lock",
+        "imports",
+        "peers",
+        "environment",
+    ],
     ["config_checks", "malloc", "command_flags", "setting_flags"],
     ["sharding", "distributed", "observe", "trees", "compile_cache"],
     ["data", "models"],
@@ -46,6 +56,7 @@ ROWS = [
         "train.begin",
         "train.exports",
         "train.spikes",
+        "train.setup",
         "train.loop",
         "plan",
     ],

@@ -14,8 +14,9 @@ import forked
 import numpy as np
 import pytest
 from error_table import assert_told
+from etils import epath
 
-from lslm_jax import config_loading
+from lslm_jax import config_loading, resolving
 from lslm_jax.data import pipeline, tokenizer
 from lslm_jax.main import main
 
@@ -117,7 +118,7 @@ def test_a_run_ends_with_its_result_and_leaves_the_promised_files(novels):
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"10", "20"}
     assert {path.name for path in (workdir / "samples").iterdir()} == {"10.txt", "20.txt"}
     assert (workdir / "checkpoints" / "20" / "manifest.json").exists()
-    assert json.loads((workdir / "result.json").read_text()) == result
+    assert resolving.read_result(epath.Path(workdir)) == result
     assert config_loading.load(f"{workdir}/config.json").model.vocab_size == 512
 
 

@@ -446,7 +446,7 @@ def _summary(manifest: dict[str, Any], skipped: bool, started: float) -> dict[st
     splits = manifest["splits"]
     totals = {key: sum(split[key] for split in splits.values()) for key in ("documents", "tokens", "bytes", "shards")}
     return totals | {
-        "dropped": manifest["dropped"],
+        "dropped": manifest.get("dropped", {}),
         "vocab_size": manifest["tokenizer"]["vocab_size"],
         "splits": splits,
         "skipped": skipped,

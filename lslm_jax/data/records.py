@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -44,12 +46,74 @@ def read(path: epath.Path) -> dict[str, Any] | None:
     record = atomic.read_json(path)
     if record.get("version") != VERSION:
         raise DataError(f"{path} is not a record of version {VERSION}; remove {path.parent} and prepare again")
+    needed = {"settings", "inputs", "given_tokenizer"} | ({"tokenizer", "splits"} if path.name == MANIFEST else set())
+    if missing := needed - record.keys():
+        raise DataError(f"{path} is damaged: it lacks {min(missing)}")
+    for key, is_valid in _SHAPES.items():
+        if key in record and not is_valid(record[key]):
+            raise DataError(f"{path} is damaged: {key} is {json.dumps(record[key])[:60]}")
     return record
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_plain_name(value: Any) -> bool:
+    return isinstance(value, str) and epath.Path(value).name == value and "\0" not in value
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
+
+
+def _is_input(entries: Any) -> bool:
+    """True for entries of `sources.fingerprint`; those of earlier versions hold fewer items."""
+    return isinstance(entries, list) and all(
+        isinstance(entry, list) and len(entry) in (2, 3, 4) and isinstance(entry[0], str) for entry in entries
+    )
+
+
+def _is_tokenizer(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+        return False
+    ids = [entry.get(name) for name in ("vocab_size", "bos_id", "eos_id")]
+    more = [entry[name] for name in ("pad_id", "mask_id", "separators") if entry.get(name) is not None]
+    sentinels = entry.get("sentinel_ids", [])
+    return (
+        isinstance(sentinels, list)
+        and all(map(_is_id, [*ids, *more, *sentinels]))
+        and (not entry.get("file") or _is_plain_name(entry["file"]))
+    )
+
+
+def _is_split(name: Any, split: Any) -> bool:
+    plain = pathlib.PurePosixPath(name)
+    return (
+        not plain.is_absolute()
+        and ".." not in plain.parts
+        and isinstance(split, dict)
+        and isinstance(split.get("manifest_sha256"), str)
+    )
+
+
+_SHAPES: dict[str, Callable[[Any], bool]] = {
+    "settings": lambda value: isinstance(value, dict),
+    "given_tokenizer": lambda value: isinstance(value, str),
+    "inputs": lambda value: isinstance(value, dict) and all(map(_is_input, value.values())),
+    "labels": _is_texts,
+    "source_labels": lambda value: isinstance(value, dict) and all(map(_is_texts, value.values())),
+    "tokenizer": _is_tokenizer,
+    "splits": lambda value: isinstance(value, dict) and all(_is_split(*item) for item in value.items()),
+    "dropped": lambda value: isinstance(value, dict),
+    "chat": lambda value: isinstance(value, dict) and isinstance(value.get("sha256"), str),
+    "content_sha256": lambda value: isinstance(value, str),
+}
 
 
 def check_content(record: dict[str, Any], directory: epath.Path) -> None:
     """Compares labels, tokenizer and splits of a manifest with its own hash, which older ones lack."""
-    if record.get("content_sha256") and record["content_sha256"] != content_sha256(record):
+    if "content_sha256" in record and record["content_sha256"] != content_sha256(record):
         path = directory / MANIFEST
         raise DataError(f"{path} was altered: its labels, tokenizer or splits are not those that were written")
 
@@ -110,17 +174,26 @@ def verify(directory: epath.Path) -> int:
     total = 0
     if record:
         _check_tokenizer(directory, record)
-    for name, split in record["splits"].items() if record else ():
-        path = directory / name / MANIFEST
-        if not path.exists():
-            raise DataError(f"{path} is missing")
-        if atomic.fingerprint(path)[1] != split["manifest_sha256"]:
-            raise DataError(f"{path} was altered: its sha256 is not the one in {directory / MANIFEST}")
-        Shards.open(path.parent, verify=True)
-        total += sum(file.stat().length for file in path.parent.iterdir() if file.name != MANIFEST)
+    for name in record["splits"] if record else ():
+        verify_split(directory, record, name)
+        total += sum(file.stat().length for file in (directory / name).iterdir() if file.name != MANIFEST)
     if record:
         check_content(record, directory)
     return total
+
+
+def verify_split(directory: epath.Path, record: dict[str, Any], name: str) -> None:
+    """Reads every byte of a split, as "valid" or "SOURCE/valid", and compares it with the manifests.
+
+    Raises:
+      DataError: a file is missing, truncated, too long or altered.
+    """
+    path = directory / name / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{path} is missing")
+    if atomic.fingerprint(path)[1] != record["splits"][name]["manifest_sha256"]:
+        raise DataError(f"{path} was altered: its sha256 is not the one in {directory / MANIFEST}")
+    Shards.open(path.parent, verify=True)
 
 
 def _check_tokenizer(directory: epath.Path, record: dict[str, Any]) -> None:
@@ -179,7 +252,7 @@ def check(
     remedy = f"choose another data.dir, or remove {directory}"
     check_settings(record, config, named, directory, remedy)
     for name, source in named.items():
-        if what := sources.changed(source, record["inputs"][name], missing_ok=finished):
+        if what := sources.changed(source, record["inputs"].get(name, []), missing_ok=finished):
             raise DataError(f"the input has changed since {directory} was prepared: {what}; {remedy}")
 
 

@@ -26,6 +26,9 @@ def entries(manifest: dict[str, Any], path: epath.Path) -> list[dict[str, Any]]:
         raise DataError(f"{path} lacks {', '.join(sorted(lacking))}: restore or prepare again")
     _check_numbers(manifest, path)
     found = manifest["shards"] + manifest["index"]
+    listed = {entry["file"] for entry in manifest["index"]}
+    if missing := {"starts.bin", "num_bytes.bin", *["numbers.bin"] * bool(manifest.get("numbers"))} - listed:
+        raise DataError(f"{path} does not list {min(missing)}: restore or prepare again")
     for entry in found:
         if pathlib.PurePath(entry["file"]).name != entry["file"]:
             raise DataError(f"{path} names {entry['file']!r}, which is not a file beside it")

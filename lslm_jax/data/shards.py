@@ -274,6 +274,7 @@ class Shards:
                 )
         self.numbers = numbers.reshape(self.num_examples, width)
         self._examples = local / _EXAMPLES
+        self._has_examples = any(entry["file"] == _EXAMPLES for entry in manifest["index"])
         dtype = np.dtype(token_type(self.vocab_size)).newbyteorder("<")
         self._shards = [map_array(local / entry["file"], dtype) for entry in manifest["shards"]]
         self._begins = np.cumsum([0, *(len(shard) for shard in self._shards)], dtype=np.int64)[:-1]
@@ -339,10 +340,14 @@ class Shards:
         Raises:
           InputMissing: they were not kept, as in training splits and those of plain text.
         """
-        if not self._examples.exists():
+        if not self._has_examples:
             raise InputMissing(f"{self.directory} keeps no examples as they were read (no {_EXAMPLES})")
         with self._examples.open("rb") as lines:
-            yield from map(json.loads, lines)
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{self._examples}:{number} is damaged: {error}") from error
 
     def take(self, index: np.ndarray) -> np.ndarray:
         """Token ids at places of the whole split.

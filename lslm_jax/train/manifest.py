@@ -192,7 +192,7 @@ def _read(manifest: epath.Path) -> dict[str, tuple[int, str]]:
     try:
         if (length := manifest.stat().length) > _MAX_BYTES:
             raise ValueError(f"{length:,} bytes")
-        content = json.loads(manifest.read_text())
+        content = atomic.parse_json(manifest.read_text())
         entries = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in content["files"].items()}
         if not entries:
             raise ValueError("it lists no file")

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from lslm_jax import atomic
 from lslm_jax.errors import CheckpointRefused, DataError, first_line
 
 _FACTS = ("labels", "splits", "chat")  # of a data manifest: what changes the meaning of the shards
@@ -35,7 +36,7 @@ def read(directory: epath.Path) -> dict[str, Any]:
     """
     path = epath.Path(directory) / "_CHECKPOINT_METADATA"
     try:
-        found = json.loads(path.read_text())["custom_metadata"]
+        found = atomic.parse_json(path.read_text())["custom_metadata"]
         if not isinstance(found["config"], dict):
             raise TypeError("its config is not an object")
         if missing := {"tokenizer_sha256", "data_sha256"} - found.keys():

@@ -134,7 +134,8 @@ def test_a_second_preparation_waits_for_the_first_and_finds_its_data(tmp_path):
         assert results == []
     for thread in threads:
         thread.join(60)
-    assert shown[0] == f"prepare: another process is preparing {tmp_path}/out: waiting until it is done"
+    assert shown[0].startswith(f"prepare: {tmp_path}/out is in use by process {os.getpid()} on ")
+    assert shown[0].endswith(": waiting until it is done")
     assert sorted(result["skipped"] for result in results) == [False, True]
     assert not list((tmp_path / "out").glob("*lock*"))
 

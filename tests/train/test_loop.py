@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 from jax._src.array import ArrayImpl
 
-from lslm_jax import atomic
+from lslm_jax import atomic, resolving
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
 from lslm_jax.data import prefetch
@@ -26,7 +26,7 @@ from lslm_jax.evaluate.evaluator import Report
 from lslm_jax.main import main
 from lslm_jax.models import attention
 from lslm_jax.sharding import make_mesh
-from lslm_jax.train import checkpoint, identity, ledger, loop
+from lslm_jax.train import checkpoint, identity, ledger, loop, setup
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_state, init_state
@@ -141,7 +141,7 @@ def test_the_result_is_that_of_the_last_line(finished):
     assert result.items() >= {name: train[name] for name in ("loss", "grad_norm", "learning_rate")}.items()
     assert result.items() >= {name: value for name, value in evaluation.items() if name != "step"}.items()
     assert result["tokens_per_second"] > 0 and result["gzip_bits_per_byte"] > 0 and result["mfu"] is None
-    assert json.loads((root / "work/result.json").read_text()) == result
+    assert resolving.read_result(epath.Path(root / "work")) == result
 
 
 def test_nothing_is_compiled_after_the_first_evaluation(finished):
@@ -326,8 +326,8 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.events, self.made_by = [], {}
-        self._compile = loop._compile
-        monkeypatch.setattr(loop, "_compile", self.compile)
+        self._compile = setup._compile
+        monkeypatch.setattr(setup, "_compile", self.compile)
         real = ArrayImpl._value
         monkeypatch.setattr(ArrayImpl, "_value", property(lambda array: (self.read(array), real.fget(array))[1]))
         for name in ("__array__", "item", "tolist", "block_until_ready"):
