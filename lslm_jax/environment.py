@@ -86,7 +86,12 @@ def numeric_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     options = {name.upper(): getattr(jax.config, name, None) for name in _OPTIONS}
     devices = jax.devices()
     return {
-        **{name: value for name, value in options.items() if value is not None},
+        # Some values are enumerations of texts.
+        **{
+            name: str(value) if isinstance(value, str) else value
+            for name, value in options.items()
+            if value is not None
+        },
         **{name: environ[name] for name in _VARIABLES if environ.get(name)},
         "XLA_FLAGS": " ".join(flags),
         "device_kind": devices[0].device_kind,

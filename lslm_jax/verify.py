@@ -9,7 +9,7 @@ from lslm_jax.config import Config
 from lslm_jax.data import records
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, LslmError
 from lslm_jax.progress import say
-from lslm_jax.train.manifest import check_manifest
+from lslm_jax.train.manifest import check_manifest, checkpoints_in
 
 
 def verify(workdir: epath.Path) -> dict[str, Any]:
@@ -27,8 +27,7 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
       InputMissing: there is neither.
       CheckpointRefused, DataError: something is damaged; the line names it all.
     """
-    found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
-    checkpoints = sorted(found, key=lambda path: int(path.name))
+    checkpoints = checkpoints_in(workdir / "checkpoints")
     own = workdir / "config.json"
     config = config_loading.load(str(own)) if own.exists() else Config()
     data_dir = resolving.data_dir(config, workdir)

@@ -27,7 +27,7 @@ from lslm_jax.config import CheckpointConfig
 from lslm_jax.errors import CheckpointRefused, LslmError, NumericAbort, SaveError, first_line
 from lslm_jax.progress import say
 from lslm_jax.train import identity as identities
-from lslm_jax.train import lock
+from lslm_jax.train import lock, metadata
 from lslm_jax.train.manifest import check_manifest, has_manifest, list_steps, write_manifest
 from lslm_jax.train.state import State, survey
 from lslm_jax.trees import flatten, unflatten
@@ -122,8 +122,7 @@ class Checkpoints:
 
     def memory(self, step: int) -> Mapping[str, Any]:
         """What the loop knew besides the state of a step; nothing where it was not saved."""
-        made_by: Any = self._orbax.checkpointables_metadata(step).custom_metadata
-        return made_by.get("memory", {})
+        return metadata.read(self._directory / str(step))["memory"]
 
     def restore(self, step: int, abstract: State, log: Callable[[str], None]) -> State:
         """Reads a whole state into the shapes, types and shardings of `abstract`.
@@ -134,8 +133,7 @@ class Checkpoints:
         directory = self._directory / str(step)
         if step != self._whole:
             _check(directory)
-        made_by: Any = self._orbax.checkpointables_metadata(step).custom_metadata
-        identities.check(directory, made_by, self.identity, log)
+        identities.check(directory, metadata.read(directory), self.identity, log)
         begins_average = abstract.ema is not None and not (directory / "ema").is_dir()
         wanted = _parts(abstract._replace(ema=None) if begins_average else abstract)
         loaded = _load(directory, {name: flatten(part) for name, part in wanted.items()})
@@ -164,7 +162,7 @@ class Checkpoints:
         part = "ema" if (directory / "ema").is_dir() else "model"
         _check(directory, part, "metrics")
         found: Any = ocp.metadata(directory, part)
-        made_by, stored = found.custom_metadata, found.metadata
+        made_by, stored = metadata.read(directory), found.metadata
         theirs, mine = made_by["tokenizer_sha256"], self.identity["tokenizer_sha256"]
         if theirs != mine:
             raise CheckpointRefused(

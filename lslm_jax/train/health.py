@@ -36,9 +36,9 @@ class Health:
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         """Restores what `memory` returned; nothing where a checkpoint has none."""
-        self.skipped = memory.get("skipped", 0)
-        self._recent.extend(memory.get("recent", ()))
-        self._high, self._last = memory.get("high", 0), memory.get("last", 0)
+        self.skipped = int(memory.get("skipped", 0))
+        self._recent.extend(map(int, memory.get("recent", ())))
+        self._high, self._last = int(memory.get("high", 0)), int(memory.get("last", 0))
 
     def add(self, step: int, loss: float, skipped_in_a_row: int) -> str:
         """Takes the metrics of a step.

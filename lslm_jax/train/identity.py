@@ -182,7 +182,7 @@ def check_inputs(
                 f"{directory} was made with another tokenizer ({str(expected)[:12]}, now {str(sha256)[:12]}): its "
                 "embeddings belong to other tokens"
             )
-    if facts is None or "data_facts" not in saved:
+    if facts is None or not saved.get("data_facts"):
         return
     now, before = data_facts(facts), saved["data_facts"]
     for name in ("ids", "labels"):
@@ -194,16 +194,12 @@ def check_inputs(
         check_manifest_sha256(directory, saved, manifest_sha256(facts))
 
 
-def check(
-    directory: epath.Path, saved: Mapping[str, Any] | None, mine: Mapping[str, Any], log: Callable[[str], None]
-) -> None:
+def check(directory: epath.Path, saved: Mapping[str, Any], mine: Mapping[str, Any], log: Callable[[str], None]) -> None:
     """Compares the identity in a checkpoint with that of the run that wants to go on from it.
 
     Raises:
       CheckpointRefused: another tokenizer, other data, or a setting that the arrays or the order of the data depend on.
     """
-    if saved is None:
-        raise CheckpointRefused(f"{directory} does not say what made it")
     for other, key in (("another tokenizer", "tokenizer_sha256"), ("other data", "data_sha256")):
         if saved[key] != mine[key]:
             raise CheckpointRefused(
@@ -229,13 +225,13 @@ def environment_warning(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> st
     parts = [
         f"{key} {old or 'unset'} -> {new or 'unset'}"
         for name in ("environment", "versions", "mesh")
-        if name in saved and name in mine
+        if saved.get(name) and name in mine  # checkpoints of earlier versions lack some
         for key, old, new in _differences(saved[name], mine[name])
     ]
     if not parts:
         return ""
     random = any(part.startswith(("JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE")) for part in parts)
-    placed = all(part.startswith(("device_count", *saved["mesh"])) for part in parts)
+    placed = all(part.startswith(("device_count", *saved.get("mesh", ()))) for part in parts)
     if placed and mine["config"]["train"]["reproducible"]:
         means = "with train.reproducible the bits stay the same"
     elif random:

@@ -23,6 +23,7 @@ from lslm_jax.errors import CheckpointRefused, first_line
 _NAME = "manifest.json"
 _MAX_BYTES = 1 << 28  # of a manifest; one of a large model on thousands of hosts has some ten megabytes
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 def write_manifest(directory: epath.Path) -> None:
@@ -44,9 +45,17 @@ def has_manifest(directory: epath.Path) -> bool:
 
 def list_steps(directory: epath.Path) -> list[int]:
     """Steps of the finished checkpoints in the `checkpoints` directory of a run, ascending."""
+    return [int(path.name) for path in checkpoints_in(directory) if has_manifest(path)]
+
+
+def checkpoints_in(directory: epath.Path) -> list[epath.Path]:
+    """Finished and unfinished checkpoints in the `checkpoints` directory of a run, by step.
+
+    Their names are steps as `str` gives them: 04, or digits of other scripts, name none.
+    """
     directory = epath.Path(directory)
-    found = directory.iterdir() if directory.is_dir() else ()
-    return sorted(int(path.name) for path in found if path.name.isdigit() and has_manifest(path))
+    found = [path for path in directory.iterdir() if _STEP.fullmatch(path.name)] if directory.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def check_manifest(directory: epath.Path, parts: Collection[str] = ()) -> None:
@@ -129,11 +138,9 @@ def settle(directory: epath.Path, log: Callable[[str], None]) -> int | None:
       CheckpointRefused: there are checkpoints, and none can be taken; a run never starts from scratch over them.
       SaveError: one cannot be moved.
     """
-    directory = epath.Path(directory)
-    found = [path for path in directory.iterdir() if path.name.isdigit()] if directory.is_dir() else []
-    if not found:
+    newest_first = checkpoints_in(directory)[::-1]
+    if not newest_first:
         return None
-    newest_first = sorted(found, key=lambda path: int(path.name), reverse=True)
     refused: dict[epath.Path, str] = {}
     for path in newest_first:
         try:

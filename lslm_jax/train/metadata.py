@@ -1,13 +1,15 @@
 """Metadata of a checkpoint, and content hashes of the data manifest, read without jax."""
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 
 from lslm_jax import atomic
+from lslm_jax.config import Config
 from lslm_jax.errors import CheckpointRefused, DataError, first_line
 
 _FACTS = ("labels", "splits", "chat")  # of a data manifest: what changes the meaning of the shards
@@ -37,15 +39,68 @@ def read(directory: epath.Path) -> dict[str, Any]:
     path = epath.Path(directory) / "_CHECKPOINT_METADATA"
     try:
         found = atomic.parse_json(path.read_text())["custom_metadata"]
-        if not isinstance(found["config"], dict):
-            raise TypeError("its config is not an object")
-        if missing := {"tokenizer_sha256", "data_sha256"} - found.keys():
-            raise KeyError(min(missing))
     except FileNotFoundError as error:
         raise CheckpointRefused(f"{path} is missing") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointRefused(f"{path} is damaged: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise CheckpointRefused(f"{path} is damaged: its custom_metadata is not an object")
+    for key, (default, is_valid) in _SHAPES.items():
+        value = found.setdefault(key, default)
+        if not is_valid(value):
+            state = "is missing" if value is None else f"is {json.dumps(value)[:60]}"
+            raise CheckpointRefused(f"{path} is damaged: {key} {state}")
     return found
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_config(value: Any) -> bool:
+    """True for sections of settings, with the batch size on which the place in the data depends."""
+    if not isinstance(value, dict) or not all(map(_is_object, (value.get(name, {}) for name in _SECTIONS))):
+        return False
+    size = value.get("train", {}).get("batch_size")
+    return _is_count(size) and size > 0
+
+
+def _is_detours(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(detour, list) and len(detour) >= 2 and all(map(_is_count, detour[:2])) for detour in value
+    )
+
+
+def _is_data_facts(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and isinstance(value.get("ids"), dict) and isinstance(value.get("labels"), list)
+    )
+
+
+_SECTIONS = [field.name for field in dataclasses.fields(Config) if field.name != "seed"]
+# Default, for checkpoints of earlier versions, and check of each entry. None without a default: it is required.
+_SHAPES: dict[str, tuple[Any, Callable[[Any], bool]]] = {
+    "config": (None, _is_config),
+    "tokenizer_sha256": (None, _is_text),
+    "data_sha256": (None, _is_text),
+    "manifest_sha256": ("", _is_text),
+    "data_facts": (None, _is_data_facts),
+    "mixture": ({}, _is_object),
+    "detours": ([], _is_detours),
+    "versions": ({}, _is_object),
+    "environment": ({}, _is_object),
+    "mesh": ({}, _is_object),
+    "memory": ({}, _is_object),
+    "row_offset": (0, _is_count),
+}
 
 
 def check_manifest_sha256(directory: epath.Path, saved: Mapping[str, Any], now: str) -> None:

@@ -17,6 +17,7 @@ from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.data import detours, pipeline, prefetch
 from lslm_jax.data.detours import Detour
+from lslm_jax.errors import CheckpointRefused
 from lslm_jax.evaluate.evaluator import Evaluator
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.presets import flops_per_token
@@ -147,11 +148,7 @@ def set_up(inputs: Inputs, stack: contextlib.ExitStack) -> Run:
     copies = Copies(state, mesh) if config.train.check_copies else None
     spikes, health = Detector(config.train.spike, config.train.spike_steps), Health(config)
     if start:
-        memory = inputs.checkpoints.memory(start)
-        spikes.remember(memory)
-        health.remember(memory.get("health", {}))
-        if warning := record.difference(memory.get("metrics", {})):
-            progress.message(warning)
+        _remember(inputs, start, spikes, health, record, progress)
     return Run(
         inputs=inputs,
         preemption=preemption,
@@ -172,6 +169,25 @@ def set_up(inputs: Inputs, stack: contextlib.ExitStack) -> Run:
         health=health,
         watchdog=enter(Watchdog(config.train.watchdog, workdir / f"stacks-{jax.process_index()}.txt")),
     )
+
+
+def _remember(inputs: Inputs, step: int, spikes: Detector, health: Health, record: Metrics, progress: Progress) -> None:
+    """Restores what the monitors remembered when a checkpoint was saved, and compares the record with it.
+
+    Raises:
+      CheckpointRefused: the memory in the checkpoint is damaged.
+    """
+    memory = inputs.checkpoints.memory(step)
+    try:
+        spikes.remember(memory)
+        health.remember(memory.get("health", {}))
+        warning = record.difference(memory.get("metrics", {}))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointRefused(
+            f"the checkpoint of step {step} is damaged: its memory is unreadable: {error}"
+        ) from error
+    if warning:
+        progress.message(warning)
 
 
 def _batches(inputs: Inputs, start: int, around: Sequence[Detour], stack: contextlib.ExitStack) -> Iterator[Batch]:

@@ -65,9 +65,10 @@ class Detector:
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         """Takes up where `memory` was told."""
-        self._usual.extend(memory.get("usual", ()))
-        self._high.extend(memory.get("high_steps", ()))
-        self._best, self._best_spread = memory.get("best", math.inf), memory.get("best_spread", 0.0)
+        self._usual.extend(map(float, memory.get("usual", ())))
+        self._high.extend(map(int, memory.get("high_steps", ())))
+        self._best = float(memory.get("best", math.inf))
+        self._best_spread = float(memory.get("best_spread", 0.0))
 
     def add(self, step: int, loss: float) -> None:
         """Takes the loss of a step, unless it is not finite; raises Spike where it is the last of one."""
@@ -121,7 +122,7 @@ def settle(workdir: epath.Path) -> None:
     step = detours.back_to(workdir)
     if step is None:
         return
-    for path in (workdir / "checkpoints").glob("*"):
-        if path.name.isdigit() and int(path.name) > step:
+    for path in manifest.checkpoints_in(workdir / "checkpoints"):
+        if int(path.name) > step:
             manifest.discard(path)
     detours.write(workdir, detours.read(workdir))
