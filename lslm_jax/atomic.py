@@ -21,6 +21,7 @@ from etils import epath
 from lslm_jax.errors import ConfigError, DataError, SaveError
 
 _SYNC_SECONDS = 60.0  # after which added lines are put into a bucket unasked
+_STALE_SECONDS = 3600.0  # after which nobody writes to what a killed process left
 _SCHEMES = ("gs://", "s3://", "az://", "hf://")  # that epath and fsspec open
 _LEFTOVER = re.compile(r".+\.[0-9a-f]{16}\.tmp")  # temporary file of a process that was killed
 
@@ -214,6 +215,7 @@ def whole_directory(path: epath.Path, is_ours: Callable[[str], bool], last: str)
             raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a directory")
         beside = path if exists else path.parent
         beside.mkdir(parents=True, exist_ok=True)
+        _remove_old_parts(beside, path.name)
         part = epath.Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=beside))
     try:
         yield part
@@ -231,6 +233,16 @@ def whole_directory(path: epath.Path, is_ours: Callable[[str], bool], last: str)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _remove_old_parts(directory: epath.Path, name: str) -> None:
+    """Removes what `whole_directory` left when it was killed, unless it was written to in the last hour."""
+    for path in directory.iterdir():
+        if re.fullmatch(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}\.part", path.name) and path.is_dir():
+            with contextlib.suppress(OSError):  # removed meanwhile
+                newest = max(os.stat(file).st_mtime for file in (path, *path.iterdir()))
+                if time.time() - newest > _STALE_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(path: epath.Path, is_ours: Callable[[str], bool], first: str) -> None:

@@ -1,17 +1,14 @@
 """What XLA has compiled is kept beside the runs: one that goes on, or that is looked at, need not compile again."""
 
 import contextlib
-import hashlib
 import os
 import pathlib
-import platform
-import re
 import stat
 from typing import Any, cast
 
 import jax
 
-from lslm_jax import atomic
+from lslm_jax import atomic, environment
 from lslm_jax.progress import say
 
 NAME = ".xla_cache"
@@ -27,7 +24,7 @@ def keep(workdir: str) -> None:
     parent, settings = atomic.place(workdir).parent, cast(Any, jax.config)
     if settings.jax_compilation_cache_dir:
         return
-    kind = [_processor()] if jax.default_backend() == "cpu" else []
+    kind = [environment.processor()] if jax.default_backend() == "cpu" else []
     if atomic.is_remote(parent):
         settings.update("jax_compilation_cache_dir", os.fspath(parent.joinpath(NAME, *kind)))
         return
@@ -83,11 +80,3 @@ def _beside(directory: pathlib.Path) -> list[pathlib.Path]:
         if path.name in (NAME, "xla"):
             return [path, path.parent]
     return [directory.parent]
-
-
-def _processor() -> str:
-    """The kind of this machine's processor: its instruction set, with all extensions."""
-    told = pathlib.Path("/proc/cpuinfo")
-    features = re.search(r"^(flags|Features)\s*:.*$", told.read_text(), re.MULTILINE) if told.exists() else None
-    extensions = features[0] if features else platform.processor()
-    return f"{platform.machine()}-{hashlib.sha256(extensions.encode()).hexdigest()[:8]}"

@@ -1,7 +1,10 @@
 """Process environment: limits of the operating system, and the settings of JAX and XLA that change a run's numbers."""
 
 import contextlib
+import hashlib
 import os
+import pathlib
+import platform
 import re
 import resource
 import sys
@@ -14,7 +17,14 @@ _OPEN_FILES = 4096  # wanted; Orbax opens hundreds at once
 _MIN_OPEN_FILES = 256
 # XLA flags without influence on numbers. The device count is recorded by itself.
 _NEUTRAL_FLAGS = re.compile(r"--xla_(dump_\S*|force_host_platform_device_count\S*|hlo_profile\S*)")
-_VARIABLES = ("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "XLA_PYTHON_CLIENT_ALLOCATOR")
+_VARIABLES = re.compile(
+    r"LIBTPU_INIT_ARGS|NVIDIA_TF32_OVERRIDE|XLA_PYTHON_CLIENT_ALLOCATOR|(JAX|ONEDNN|DNNL|CUBLAS|CUBLASLT|CUDNN)_\w+"
+)
+# Variables of JAX without influence on numbers, or whose effect is recorded otherwise.
+_NEUTRAL_VARIABLES = re.compile(
+    r"JAX_(\w*CACHE\w*|PLATFORMS?|PLATFORM_NAME|COORDINATOR\w*|PROCESS_ID|NUM_PROCESSES|LOCAL_DEVICE\w*|\w*LOG\w*|"
+    r"TRACEBACK\w*|DUMP\w*|DEBUG\w*|CHECK\w*|\w*PREEMPTION\w*|NUMPY_RANK_PROMOTION|CUDA_VISIBLE_DEVICES)|\w+_VERBOSE|\w+_LOG\w*"
+)
 _OPTIONS = (
     "jax_default_prng_impl",
     "jax_threefry_partitionable",
@@ -78,22 +88,57 @@ def check_jax_options() -> None:
         raise ConfigError(f"JAX_NUMPY_DTYPE_PROMOTION={mode} is not supported: unset JAX_NUMPY_DTYPE_PROMOTION")
 
 
+# Settings that may differ between the processes of a run.
+LOCAL = ("processor", "cpu_threads")
+
+
 def numeric_settings(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Settings of JAX, XLA and the devices on which the bits of a result depend, as JSON values by name."""
+    """Settings of JAX, XLA and the devices on which the bits of a result depend, as JSON values by name.
+
+    On CPUs the libraries below XLA cut products and sums by the number of threads, and use the instructions at hand.
+    """
     import jax
 
-    flags = sorted(flag for flag in environ.get("XLA_FLAGS", "").split() if not _NEUTRAL_FLAGS.fullmatch(flag))
     options = {name.upper(): getattr(jax.config, name, None) for name in _OPTIONS}
     devices = jax.devices()
+    is_cpu = devices[0].platform == "cpu"
     return {
+        **{name: value for name, value in sorted(environ.items()) if value and _changes_numbers(name)},
         # Some values are enumerations of texts.
         **{
             name: str(value) if isinstance(value, str) else value
             for name, value in options.items()
             if value is not None
         },
-        **{name: environ[name] for name in _VARIABLES if environ.get(name)},
-        "XLA_FLAGS": " ".join(flags),
+        "XLA_FLAGS": " ".join(_xla_flags(environ)),
         "device_kind": devices[0].device_kind,
         "device_count": len(devices),
+        **({"processor": processor(), "cpu_threads": _cpu_threads(environ)} if is_cpu else {}),
     }
+
+
+def _changes_numbers(name: str) -> bool:
+    return bool(_VARIABLES.fullmatch(name)) and not _NEUTRAL_VARIABLES.fullmatch(name)
+
+
+def _xla_flags(environ: Mapping[str, str]) -> list[str]:
+    """Flags of XLA without neutral ones, sorted; XLA_FLAGS may also name a file that holds them."""
+    text = environ.get("XLA_FLAGS", "").strip()
+    if text and not text.startswith("-"):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            text = pathlib.Path(text).read_text()
+    return sorted(flag for flag in text.split() if not _NEUTRAL_FLAGS.fullmatch(flag))
+
+
+def _cpu_threads(environ: Mapping[str, str]) -> int:
+    """Threads of XLA's CPU back end."""
+    text = environ.get("PJRT_NPROC") or environ.get("NPROC") or ""
+    return int(text) if text.isdecimal() else len(os.sched_getaffinity(0))
+
+
+def processor() -> str:
+    """Kind of this machine's processor: its instruction set, with all extensions."""
+    path = pathlib.Path("/proc/cpuinfo")
+    features = re.search(r"^(flags|Features)\s*:.*$", path.read_text(), re.MULTILINE) if path.exists() else None
+    extensions = features[0] if features else platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(extensions.encode()).hexdigest()[:8]}"

@@ -72,6 +72,14 @@ def is_at(descriptor: int, path: epath.Path) -> bool:
         return False
 
 
+def may_be_held(path: epath.Path) -> bool:
+    """True if the process that a lock file describes lives, or runs on another host, where this one cannot look."""
+    holder = _read(path)
+    if not holder:
+        return False
+    return _is_running(holder) if _is_here(holder) else True
+
+
 def _lock(path: epath.Path) -> int:
     """Descriptor of the locked file; BlockingIOError where another process holds it, OSError where there are none."""
     while True:
@@ -132,17 +140,25 @@ def _is_alive(path: epath.Path) -> bool:
     holder = _read(path)
     if not holder:
         return False
-    if (holder.get("host"), holder.get("pids", "")) == (socket.gethostname(), _pid_namespace()):
-        try:
-            os.kill(int(holder["pid"]), 0)
-        except (ProcessLookupError, ValueError, KeyError, TypeError, OverflowError):
-            return False
-        except PermissionError:
-            return True
-        return True
+    if _is_here(holder):
+        return _is_running(holder)
     with contextlib.suppress(OSError):
         return _now(path.parent) - os.stat(path).st_mtime < _STALE
     return False
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    return (holder.get("host"), holder.get("pids", "")) == (socket.gethostname(), _pid_namespace())
+
+
+def _is_running(holder: dict[str, Any]) -> bool:
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except (ProcessLookupError, ValueError, KeyError, TypeError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _now(directory: epath.Path) -> float:

@@ -8,6 +8,7 @@ import errno
 import json
 import keyword
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -37,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         parser().print_help()
         raise SystemExit(0)
     try:
-        result = _run(argv)
+        if (result := _run(argv)) is not None:
+            print(json.dumps(result))
+        _flush()
     except LslmError as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -49,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         peers.end(130, "interrupted")
     except ModuleNotFoundError as error:
         imports.refuse_missing(error)
+    except BrokenPipeError:  # whoever read the output has ended, as `head` does
+        _drop_stdout()
+        peers.end(128 + signal.SIGPIPE, "nobody reads the output")
     except Exception as error:
         peers.explain(error)
         if (known := _explain(error)) and "--debug" not in argv:
@@ -56,9 +62,25 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             peers.end(*known)
         traceback.print_exc()
         peers.end(1, f"{type(error).__name__}: {error}".partition("\n")[0])
-    if result is not None:
-        print(json.dumps(result))
     peers.end()
+
+
+def _flush() -> None:
+    """Writes what stdout still holds; SaveError where its file or device is full."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_stdout()
+        raise SaveError(f"could not write to stdout: {error.strerror}") from error
+
+
+def _drop_stdout() -> None:
+    """Leaves nothing in stdout for the interpreter to write when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _explain(error: Exception) -> tuple[int, str] | None:

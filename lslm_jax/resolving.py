@@ -1,5 +1,6 @@
 """Where a run and its data are, and what its config leaves to them: vocabulary, special tokens and labels."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -11,7 +12,7 @@ from etils import epath
 from lslm_jax import atomic, distributed, imports
 from lslm_jax.config import Config
 from lslm_jax.data import records, special, synthetic, tokenizer
-from lslm_jax.errors import DataError, InputMissing, SaveError, first_line
+from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError, first_line
 from lslm_jax.progress import say
 from lslm_jax.train import manifest
 
@@ -39,6 +40,7 @@ def workdir(path: str, *, reads: bool = False) -> epath.Path:
         if distributed.is_primary() and not reads:
             _try(directory)
         return directory
+    _check_no_pretrained(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,6 +48,13 @@ def workdir(path: str, *, reads: bool = False) -> epath.Path:
     if not os.access(directory, os.W_OK):
         raise SaveError(f"cannot write in {directory}: permission denied for user id {os.getuid()}")
     return directory
+
+
+def _check_no_pretrained(directory: epath.Path) -> None:
+    """Raises a ConfigError for the directory of a Hugging Face model, whose config.json a run would overwrite."""
+    with contextlib.suppress(DataError, OSError):  # no config.json, or none that can be read
+        if atomic.read_json(directory / "config.json").keys() & {"model_type", "architectures"}:
+            raise ConfigError(f"{directory} holds a Hugging Face model: choose another --workdir for the run")
 
 
 @functools.cache

@@ -6,12 +6,16 @@ the prepared data that it was trained with; what a command is about to use is co
 
 import argparse
 import json
+import os
+import secrets
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 
-from lslm_jax import atomic, config_loading, resolving, setting_flags
+from lslm_jax import atomic, config_loading, distributed, resolving, setting_flags
 from lslm_jax.config import Config
 from lslm_jax.data import records, special
 from lslm_jax.data import tokenizer as tokenizers
@@ -311,7 +315,13 @@ def check_files(workdir: epath.Path, config: Config, checkpoints: Sequence[epath
       DataError: the data manifest was altered.
     """
     checkpoints = _checkpoints(workdir) if checkpoints is None else checkpoints
-    metadata_by_path = {directory: metadata.read(directory) for directory in checkpoints}
+    metadata_by_path = {}
+    for directory in checkpoints:
+        try:
+            metadata_by_path[directory] = metadata.read(directory)
+        except CheckpointRefused:
+            if manifest.has_manifest(directory):  # else a running training has deleted it meanwhile
+                raise
     if (path := workdir / "config.json").exists():
         own = config_loading.to_dict(config_loading.load(str(path)))
         for directory, saved in metadata_by_path.items():
@@ -327,3 +337,34 @@ def check_files(workdir: epath.Path, config: Config, checkpoints: Sequence[epath
             metadata.check_manifest_sha256(directory, saved, metadata.manifest_sha256(facts))
         check_tokenizer(saved, facts, data_dir, directory)
         check_data(saved, config, facts, data_dir, workdir, int(directory.name))
+
+
+def check_shared(workdir: epath.Path, seconds: float = 30.0) -> None:
+    """Checks that all processes of a run see the same directory: hosts may each have their own of that name.
+
+    Args:
+      workdir: of the run.
+      seconds: to wait for a file that process 0 has written; network file systems show it late.
+
+    Raises:
+      ConfigError: on all processes, where one sees another directory.
+    """
+    if jax.process_count() == 1 or atomic.is_remote(workdir):
+        return
+    name = distributed.by_primary("shared", lambda: _write_probe(workdir))
+    try:
+        end = time.monotonic() + seconds
+        while not (is_there := name in os.listdir(workdir)) and time.monotonic() < end:
+            time.sleep(0.1)
+        what = {f"a --workdir={workdir} that process 0 can write to": is_there}
+        distributed.check_equal("shared", what, remedy="put it on a file system that all hosts share")
+    finally:
+        if distributed.is_primary():
+            (workdir / name).unlink(missing_ok=True)
+
+
+def _write_probe(workdir: epath.Path) -> str:
+    """Writes an empty file; returns its name."""
+    name = f".shared-{secrets.token_hex(8)}"
+    atomic.write(workdir / name, b"")
+    return name

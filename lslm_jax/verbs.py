@@ -87,6 +87,7 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         say(line)
     with contextlib.ExitStack() as stack:
         distributed.by_primary("lock", lambda: stack.enter_context(lock.hold(workdir)))
+        run_consistency.check_shared(workdir)
         while True:
             try:
                 return _train(config, workdir, mesh)
@@ -174,7 +175,13 @@ def audit(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     run_consistency.check_files(workdir, config)
     config, _ = resolving.by_data(config, data_dir)
     data = pipeline.open_train(config, data_dir, config.model.vocab_size)
-    return ledger.audit(workdir, data, config.train.batch_size)
+    audited = ledger.audit(workdir, data, config.train.batch_size)
+    saved = manifest.list_steps(workdir / "checkpoints")
+    if saved and audited["steps"] < saved[-1]:  # the ledger is synced before a checkpoint is saved
+        raise DataError(
+            f"{workdir}/ledger ends at step {audited['steps']}, but there is a checkpoint of step {saved[-1]}"
+        )
+    return audited
 
 
 def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:

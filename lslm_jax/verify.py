@@ -1,15 +1,22 @@
 """`verify`: whether the files of a run are those that were written, byte for byte."""
 
+import contextlib
+import hashlib
+import os
+import time
 from typing import Any
 
 from etils import epath
 
-from lslm_jax import config_loading, resolving, run_consistency
+from lslm_jax import atomic, config_loading, file_lock, resolving, run_consistency
 from lslm_jax.config import Config
 from lslm_jax.data import records
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, LslmError
 from lslm_jax.progress import say
-from lslm_jax.train.manifest import check_manifest, checkpoints_in
+from lslm_jax.train import metadata
+from lslm_jax.train.manifest import check_manifest, checkpoints_in, has_manifest
+
+_RECENT = 60.0  # seconds without a write after which nobody is writing to a checkpoint
 
 
 def verify(workdir: epath.Path) -> dict[str, Any]:
@@ -39,9 +46,12 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
             check_manifest(path)
             say(f"{path} is whole")
         except CheckpointRefused as error:
+            if _is_in_progress(workdir, path):
+                say(f"{path} is being saved or deleted by a running training: it is not verified")
+                continue
             damage[path] = error
             say(str(error))
-    size = 0
+    checkpoints, size = [path for path in checkpoints if path in damage or has_manifest(path)], 0
     try:
         size = _verify_data(data_dir, needs_data=config.data.source != "synthetic" or bool(config.data.mixture))
         run_consistency.check_files(workdir, config, [path for path in checkpoints if path not in damage])
@@ -51,7 +61,29 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
         raise next(iter(damage.values()))
     if damage:
         raise CheckpointRefused("; ".join(map(str, damage.values())))
+    for path in checkpoints[-1:] if checkpoints and has_manifest(checkpoints[-1]) else ():
+        _check_record(workdir / "metrics.jsonl", path)
     return {"checkpoints": [int(path.name) for path in checkpoints], "data_bytes": size}
+
+
+def _is_in_progress(workdir: epath.Path, checkpoint: epath.Path) -> bool:
+    """True for a checkpoint without a manifest that a running training works on; a manifest is written last."""
+    if has_manifest(checkpoint) or atomic.is_remote(workdir) or not file_lock.may_be_held(workdir / "lock"):
+        return False
+    times = [time.time()]  # of one that is gone
+    with contextlib.suppress(OSError):
+        times = [os.stat(path).st_mtime for path in (checkpoint, *checkpoint.rglob("*"))]
+    return time.time() - max(times) < _RECENT
+
+
+def _check_record(path: epath.Path, checkpoint: epath.Path) -> None:
+    """Warns where the metrics up to a checkpoint are not those that were on the record when it was saved."""
+    memory = metadata.read(checkpoint)["memory"].get("metrics")
+    if not isinstance(memory, dict) or not isinstance(count := memory.get("lines"), int):  # of an earlier version
+        return
+    lines = path.read_bytes().splitlines(keepends=True)[:count] if path.is_file() else []
+    if hashlib.sha256(b"".join(lines)).hexdigest() != memory.get("sha256"):
+        say(f"warning: {path} is not the record that {checkpoint} was saved with: lines of it were altered or removed")
 
 
 def _verify_data(data_dir: epath.Path, *, needs_data: bool) -> int:

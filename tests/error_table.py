@@ -85,6 +85,11 @@ def cut(name: str) -> Callable[[pathlib.Path], object]:
     return lambda root: (root / name).write_bytes((root / name).read_bytes()[:-1])
 
 
+def last_line(name: str) -> Callable[[pathlib.Path], object]:
+    """The last line of a file is gone."""
+    return lambda root: (root / name).write_text("".join((root / name).read_text().splitlines(keepends=True)[:-1]))
+
+
 def flip(pattern: str) -> Callable[[pathlib.Path], object]:
     """A bit in the middle of the largest file of each directory that matches."""
 
@@ -123,7 +128,21 @@ def foreign_ids(root: pathlib.Path) -> None:
     np.full(path.stat().st_size // 2, 999, np.uint16).tofile(path)
 
 
+def change(name: str, *keys: str, value: object) -> Callable[[pathlib.Path], object]:
+    """An entry of a JSON file has another value."""
+
+    def arrange(root: pathlib.Path) -> None:
+        entry = content = json.loads((root / name).read_text())
+        for key in keys[:-1]:
+            entry = entry[key]
+        entry[keys[-1]] = value
+        (root / name).write_text(json.dumps(content))
+
+    return arrange
+
+
 SHARD = "work/data/train/tokens-00000.bin"
+HELD_OUT = "work/data/valid/tokens-00000.bin"
 FRESH = "--config.data.dir=DIR/fresh"  # data that are yet to be prepared
 
 SETTINGS = [
@@ -232,6 +251,20 @@ SETTINGS = [
         write("odd.json", '{"model": {"num_layer": 2}}'),
     ),
     Case(
+        "A key that a config file has twice",
+        2,
+        "DIR/twice.json is not JSON: the key 'seed' is there twice",
+        "--config=DIR/twice.json",
+        write("twice.json", '{"seed": 0, "seed": 1}'),
+    ),
+    Case(
+        "A config file that is nested too deeply",
+        2,
+        "DIR/deep.json is not JSON: nested too deeply",
+        "--config=DIR/deep.json",
+        write("deep.json", "[" * 100_000),
+    ),
+    Case(
         "A run directory that cannot be made",
         74,
         "cannot create DIR/file/below: Not a directory",
@@ -302,6 +335,30 @@ DATA = [
         "DIR/work/data/train lacks tokens-00000.bin of its manifest.json: restore or prepare again",
         "",
         remove(SHARD),
+    ),
+    Case(
+        "A held-out shard with a flipped bit",
+        65,
+        f"DIR/{HELD_OUT} was altered: its sha256 is not the one in manifest.json",
+        "",
+        flip(HELD_OUT),
+        "evaluate",
+    ),
+    Case(
+        "A record of prepared data that is damaged",
+        65,
+        "DIR/work/data/manifest.json is damaged: splits is null",
+        "",
+        change("work/data/manifest.json", "splits", value=None),
+        "evaluate",
+    ),
+    Case(
+        "A record of prepared data that is missing",
+        65,
+        "DIR/work/data/manifest.json is missing, but there is DIR/work/data/train: restore it",
+        "",
+        remove("work/data/manifest.json"),
+        "verify",
     ),
     Case("A manifest that was altered", 65, "DIR/work/data/train/manifest.json was altered: *", "", escape),
     Case(
@@ -462,6 +519,22 @@ RUNS = [
         "",
         flip("work/checkpoints/2/model"),
         "verify",
+    ),
+    Case(
+        "A config of a run that was altered",
+        76,
+        "DIR/work/checkpoints/2 was made with model.activation=gelu, DIR/work/config.json says relu",
+        "",
+        change("work/config.json", "model", "activation", value="relu"),
+        "verify",
+    ),
+    Case(
+        "A ledger that was cut",
+        65,
+        "DIR/work/ledger ends at step 3, but there is a checkpoint of step 4",
+        "",
+        last_line("work/ledger/0.jsonl"),
+        "audit",
     ),
     Case("No ledger", 66, "DIR/work has no ledger of what was read", "", remove("work/ledger"), "audit"),
     Case(

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from lslm_jax import atomic
-from lslm_jax.errors import ConfigError, SaveError
+from lslm_jax.errors import ConfigError, DataError, SaveError
 
 
 def test_a_path_holds_in_any_directory_and_an_address_is_one_already(monkeypatch, tmp_path):
@@ -99,3 +99,50 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("x")
     atomic.remove_leftovers(epath.Path(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(set(names) - {names[1]})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "is not JSON"),
+        (b"[1]", "does not hold a JSON object"),
+    ],
+)
+def test_json_that_was_damaged_or_edited_is_one_line(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        atomic.read_json(epath.Path(tmp_path / "a.json"))
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("directory", "pipe", "zero"):
+        with pytest.raises(DataError, match=f"{name} is a .*, not a file"):
+            atomic.read_json(epath.Path(tmp_path / name))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_one_line_of_any_growing_file():
+    """/dev/full refuses every byte as a full disk does (ENOSPC)."""
+    lines = atomic.Lines(epath.Path("/dev/full"))
+    for write in (lambda: lines.add("one"), lines.sync, lines.close):
+        with pytest.raises(SaveError, match=r"^could not write /dev/full: No space left on device$"):
+            write()
+
+
+def test_what_a_killed_export_left_is_removed_once_nobody_writes_to_it(tmp_path):
+    old, young, other = (tmp_path / f".{name}.part" for name in ("out.abcdefgh", "out.abcd1234", "else.abcdefgh"))
+    for path in (old, young, other):
+        path.mkdir()
+        (path / "model.safetensors").write_text("weights")
+    for path in (old, old / "model.safetensors", other, other / "model.safetensors"):
+        os.utime(path, (1, 1))
+    with atomic.whole_directory(epath.Path(tmp_path / "out"), lambda name: True, "config.json") as part:
+        (part / "config.json").write_text("{}")
+    assert {path.name for path in tmp_path.iterdir()} == {young.name, other.name, "out"}

@@ -1,6 +1,7 @@
 """Process environment: limits of the system, and options of JAX that are rejected or recorded."""
 
 import contextlib
+import os
 import resource
 
 import jax
@@ -63,3 +64,28 @@ def test_what_changes_numbers_is_recorded_and_nothing_else():
     with option("jax_default_prng_impl", "rbg"):
         other = environment.numeric_settings({"XLA_FLAGS": flags})
     assert other["JAX_DEFAULT_PRNG_IMPL"] == "rbg" != found["JAX_DEFAULT_PRNG_IMPL"]
+
+
+def test_variables_that_change_numbers_are_recorded_but_not_those_of_caches_and_logs():
+    variables = {"JAX_RANDOM_SEED_OFFSET": "3", "ONEDNN_MAX_CPU_ISA": "SSE41", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    neutral = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": "/x",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "1",
+        "JAX_COORDINATOR_ADDRESS": "a:1",
+        "JAX_PROCESS_ID": "1",
+        "JAX_LOG_COMPILES": "1",
+        "JAX_LOGGING_LEVEL": "DEBUG",
+        "ONEDNN_VERBOSE": "1",
+    }
+    found, before = environment.numeric_settings(variables | neutral), environment.numeric_settings({})
+    assert {name: value for name, value in found.items() if name not in before} == variables
+
+
+def test_the_machine_is_recorded_where_its_processor_computes(tmp_path):
+    found = environment.numeric_settings({"PJRT_NPROC": "8"})
+    assert found["cpu_threads"] == 8 and found["processor"] == environment.processor()
+    assert environment.numeric_settings({})["cpu_threads"] == len(os.sched_getaffinity(0))
+    (tmp_path / "flags").write_text("--xla_cpu_enable_fast_math=true --xla_dump_to=/x\n")
+    assert environment.numeric_settings({"XLA_FLAGS": f"{tmp_path}/flags"})["XLA_FLAGS"].endswith("fast_math=true")

@@ -1,6 +1,7 @@
 """The command line: help, and how soon a mistake is told. Which ones are told is in test_errors.py."""
 
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ import time
 import pytest
 from etils import epath
 
-from lslm_jax.main import main, unreadable
+from lslm_jax.main import main
 
 
 def test_a_mistake_is_told_within_three_seconds_and_without_importing_jax(tmp_path):
@@ -39,18 +40,46 @@ def test_a_file_that_may_not_be_opened_is_reported_in_one_line(tmp_path, monkeyp
     with pytest.raises(SystemExit) as stop:
         main([f"--config={tmp_path}/c.json", f"--workdir={tmp_path}/run"])
     assert stop.value.code == 66
-    assert capsys.readouterr().err == f"lslm: could not read {tmp_path}/c.json: Permission denied\n"
+    assert capsys.readouterr().err == f"lslm: cannot use {tmp_path}/c.json: Permission denied\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "lslm_jax.main", "--config.help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (74, "lslm: could not write to stdout: No space left on device\n")
+
+
+def test_a_reader_that_ends_early_makes_no_noise():
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` after its lines
+    command = [sys.executable, "-m", "lslm_jax.main", "--config.help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("error", "code", "line"),
     [
-        (PermissionError(errno.EACCES, "Permission denied", "a.txt"), "could not read a.txt: Permission denied"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), ""),
-        (OSError(errno.ENOSPC, "No space left on device", "a.txt"), ""),
-        (PermissionError("nothing is known"), ""),
-        (ValueError("a.txt"), ""),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b"), 66, "cannot use /a/b: No such file"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/a"), 66, "cannot use /a: Is a directory"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), 66, "cannot use /a: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a"), 74, "could not write /a: No space left on device"),
+        (OSError(errno.EROFS, "Read-only file system", "/a"), 74, "could not write /a: Read-only file system"),
+        (MemoryError(), 1, "out of memory"),
     ],
 )
-def test_only_files_that_may_not_be_opened_are_an_error_of_the_user(error, message):
-    assert unreadable(error) == message
+def test_an_error_of_the_system_that_nobody_expected_is_one_line(monkeypatch, capsys, error, code, line):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr(sys.modules["lslm_jax.main"], "_run", fail)
+    with pytest.raises(SystemExit) as stop:
+        main(["verify"])
+    text = capsys.readouterr().err
+    assert stop.value.code == code and text.startswith(f"lslm: {line}") and text.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["verify", "--debug"])
+    assert "Traceback" in capsys.readouterr().err

@@ -9,10 +9,11 @@ import shutil
 import struct
 
 import forked
+import jax
 import pytest
 from etils import epath
 
-from lslm_jax import config_loading, run_consistency
+from lslm_jax import config_loading, distributed, resolving, run_consistency
 from lslm_jax.config import Config, DataConfig
 from lslm_jax.errors import CheckpointRefused
 from lslm_jax.main import main
@@ -170,11 +171,12 @@ def test_a_tokenizer_or_data_put_in_place_of_the_own_are_rejected(command, made,
     name = json.loads((run / "data" / "manifest.json").read_text())["tokenizer"]["file"]
     shutil.copy(made / "b" / name, run / "data" / name)  # its manifest still names the former one
     # `verify` compares files with the manifest beside them, and that one with the checkpoints.
-    code, expected = (65, "was altered") if command == "verify" else (76, "was trained with another tokenizer")
-    assert expected in lslm(capsys, *flags, code=code)
+    expected = "was trained with another tokenizer"
+    code, message = (65, "was altered") if command == "verify" else (76, expected)
+    assert message in lslm(capsys, *flags, code=code)
     shutil.rmtree(run / "data")
     shutil.copytree(made / "b", run / "data")
-    assert expected in lslm(capsys, *flags, code=code)
+    assert expected in lslm(capsys, *flags, code=76)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -184,8 +186,7 @@ def test_other_data_of_the_same_tokenizer_in_place_of_the_own_are_rejected(comma
     tokenizer = f"--config.tokenizer.path={made}/run/data/tokenizer.model"
     lslm(capsys, "prepare", f"--config={made}/config.json", f"--workdir={run}", *files, tokenizer)
     flags = [*command.replace("OUT", f"{tmp_path}/out").split(), f"--workdir={run}"]
-    code, expected = (65, "was altered") if command == "verify" else (76, "was trained on other data")
-    assert expected in lslm(capsys, *flags, code=code)
+    assert "was trained on other data" in lslm(capsys, *flags, code=76)
     if command == "evaluate":  # which scores any text with the tokenizer of the run, but says which
         (tmp_path / "config.json").write_text((run / "config.json").read_text())
         found = evaluated(capsys, f"--workdir={made}/run", f"--config.data.dir={run}/data")
@@ -226,7 +227,7 @@ def test_a_run_that_does_not_exist_is_named(made, capsys):
 
 
 def test_a_complete_run_gives_its_result_only_for_what_it_was_trained_with(made, run, tmp_path, capsys):
-    flags, result = train_flags(made, run), json.loads((run / "result.json").read_text())
+    flags, result = train_flags(made, run), resolving.read_result(epath.Path(run))
     assert json.loads(lslm(capsys, *flags)) == result
     assert json.loads(lslm(capsys, *flags, "--config.log.every=5", "--config.checkpoint.keep=9")) == result
     for setting, old, new in (
@@ -248,6 +249,11 @@ def test_a_complete_run_gives_its_result_only_for_what_it_was_trained_with(made,
     assert message.startswith(f"{run} is complete and was trained on the data in ")
     message = lslm(capsys, *flags, f"--config.data.files={made}/b.txt", code=2)
     assert "was prepared with data.files=" in message
+    (run / "config.json").rename(tmp_path / "config.json")  # the checkpoint holds it as well
+    assert json.loads(lslm(capsys, *flags)) == result
+    message = lslm(capsys, *flags, "--config.optimizer.learning_rate=0.2", code=76)
+    assert message.startswith(f"{run} is complete and was made with optimizer.learning_rate=0.1")
+    (tmp_path / "config.json").rename(run / "config.json")
     shutil.rmtree(run / "data")  # to save space: the result is still that of the same command
     assert json.loads(lslm(capsys, *flags)) == result
     message = lslm(capsys, *flags, f"--config.data.files={made}/b.txt", code=76)
@@ -325,3 +331,19 @@ def test_a_run_that_may_only_be_read_is_evaluated_and_asked(made, tmp_path):
             shutil.rmtree(pathlib.Path(found["evaluation"]).parent)
     for path in [root, *root.rglob("*")]:
         path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+# Directories of several hosts.
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_processes_must_see_the_same_run_directory(tmp_path, monkeypatch, is_shared):
+    """As seen by process 1: the file that process 0 has written is there, or in another directory of that name."""
+    values = {}
+    probe = run_consistency._write_probe(epath.Path(tmp_path)) if is_shared else ".shared-elsewhere"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
+    monkeypatch.setattr(distributed, "by_primary", lambda name, work: probe)
+    monkeypatch.setattr(distributed, "check_equal", lambda name, found, remedy: values.update(found))
+    run_consistency.check_shared(epath.Path(tmp_path), seconds=0.2)
+    assert values == {f"a --workdir={tmp_path} that process 0 can write to": is_shared}

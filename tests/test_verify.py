@@ -1,8 +1,10 @@
 """`verify` tells a run's damaged files, on a machine that need not be able to train it."""
 
 import json
+import os
 import random
 import shutil
+import socket
 
 import forked
 import pytest
@@ -54,7 +56,13 @@ def test_a_copy_of_a_run_is_whole(copy):
     assert told.returncode == 0, told.stderr
     size = sum(path.stat().st_size for path in copy.glob("data/*/*") if path.name != "manifest.json")
     assert json.loads(told.stdout) == {"checkpoints": [2, 4], "data_bytes": size}
-    assert told.stderr.count(" is whole") == 3
+    assert told.stderr.count(" is whole") == 3 and "warning" not in told.stderr
+    record = copy / "metrics.jsonl"
+    record.write_text(record.read_text().replace('"step": 2', '"step": 2.0', 1))
+    told = lslm(copy.parent, "verify", "--workdir=copy")
+    assert (
+        told.returncode == 0 and "metrics.jsonl is not the record that copy/checkpoints/4 was saved with" in told.stderr
+    )
 
 
 def test_a_flipped_bit_anywhere_is_found_and_named(copy):
@@ -78,6 +86,21 @@ def test_a_flipped_bit_anywhere_is_found_and_named(copy):
         assert error.value.exit_code in (65, 76) and str(named) in str(error.value)
         flip(path, place)
     verify(epath.Path(copy))
+
+
+def test_a_checkpoint_that_a_running_training_saves_is_no_damage(copy):
+    (copy / "checkpoints" / "4" / "manifest.json").unlink()
+    told = lslm(copy.parent, "verify", "--workdir=copy")  # the lock file is that of a process which has ended
+    assert told.returncode == 76 and "4 has no manifest.json: it was never finished" in told.stderr
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "pids": os.readlink("/proc/self/ns/pid")}
+    (copy / "lock").write_text(json.dumps(own | {"started": "now"}))
+    (copy / "checkpoints" / "4").touch()
+    told = lslm(copy.parent, "verify", "--workdir=copy")
+    assert told.returncode == 0 and json.loads(told.stdout)["checkpoints"] == [2], told.stderr
+    assert "checkpoints/4 is being saved or deleted by a running training: it is not verified" in told.stderr
+    for path in (copy / "checkpoints" / "4", *(copy / "checkpoints" / "4").rglob("*")):
+        os.utime(path, (1, 1))
+    assert lslm(copy.parent, "verify", "--workdir=copy").returncode == 76  # nobody writes to it
 
 
 @pytest.mark.parametrize(("pattern", "code"), [("checkpoints/4/model/**/d/*", 76), ("data/train/tokens*", 65)])

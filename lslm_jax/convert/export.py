@@ -128,13 +128,15 @@ def export(directory: epath.Path, model: Any, exporter: Exporter, metrics: Mappi
 
 
 def require_export_directory(directory: epath.Path) -> None:
-    """Refuses a run directory, whose config.json an export would take for its own.
+    """Refuses a run directory, and those within one, whose files an export would take for its own.
 
     Raises:
       ConfigError: it is one.
     """
     if atomic.exists(directory / "checkpoints"):
         raise ConfigError(f"--to={directory} is a run directory: choose another for the export")
+    if atomic.exists(directory / "manifest.json"):
+        raise ConfigError(f"--to={directory} holds prepared data or a checkpoint: choose another for the export")
 
 
 def num_parameters(sources: Mapping[str, Source]) -> int:

@@ -36,7 +36,8 @@ def local(path: epath.Path | str) -> epath.Path:
 def _download(address: str) -> epath.Path:
     found = _ADDRESS.fullmatch(address)
     # A revision is part of a path in the cache and of a URL: no part of it may lead elsewhere.
-    if not found or any(part in ("", ".", "..") for name in found.groups() if name for part in name.split("/")):
+    parts = [part for name in found.groups() if name for part in name.split("/")] if found else []
+    if not found or ".." in address or any(part in ("", ".") for part in parts):
         raise ConfigError(f"{address} does not name a model: write hf://ORG/NAME or hf://ORG/NAME@REVISION")
     try:
         import huggingface_hub
@@ -45,8 +46,6 @@ def _download(address: str) -> epath.Path:
     except ImportError as error:
         raise ConfigError(f"{address} needs huggingface_hub: pip install huggingface_hub") from error
     name, revision = found.groups()
-    if ".." in name or ".." in (revision or ""):
-        raise ConfigError(f"{address} does not name a model: it may not hold '..'")
     try:
         commit = _commit(huggingface_hub, name, revision)
         where = {

@@ -85,9 +85,12 @@ def write(workdir: epath.Path, detours: Sequence[Detour], back_to: int | None = 
 
 
 def back_to(workdir: epath.Path) -> int | None:
-    """The step to which a run is yet to go back."""
+    """The step to which a run is yet to go back; None for none. DataError where the file is damaged."""
     path = _file(workdir)
-    return atomic.read_json(path).get("back_to") if path.exists() else None
+    step = atomic.read_json(path).get("back_to") if path.exists() else None
+    if step is not None and not (isinstance(step, int) and step >= 0):
+        raise DataError(f"{path} does not hold the step to go back to: {step!r}")
+    return step
 
 
 def _file(workdir: epath.Path) -> epath.Path:

@@ -6,6 +6,7 @@ and the tokenizer at hand.
 
 import importlib.metadata
 import json
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -108,8 +109,9 @@ def check_processes(config: Config, flags: Mapping[str, Any]) -> None:
     given = {f"--{name}": value for name, value in flags.items() if name not in own and value not in (None, False)}
     if "--workdir" in given:
         given["--workdir"] = str(atomic.place(given["--workdir"]))
-    versions = {name: _version(name) for name in PACKAGES}
-    values = {"command": flags.get("verb"), **given, **settings, **environment.numeric_settings(), **versions}
+    versions = {name: _version(name) for name in (*PACKAGES, "numpy")} | {"python": platform.python_version()}
+    shared = {key: value for key, value in environment.numeric_settings().items() if key not in environment.LOCAL}
+    values = {"command": flags.get("verb"), **given, **settings, **shared, **versions}
     distributed.check_equal("settings", values, remedy="start all processes with the same settings and environment")
 
 
@@ -227,6 +229,7 @@ def environment_warning(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> st
         for name in ("environment", "versions", "mesh")
         if saved.get(name) and name in mine  # checkpoints of earlier versions lack some
         for key, old, new in _differences(saved[name], mine[name])
+        if key in saved[name] or key not in environment.LOCAL  # earlier versions did not record these
     ]
     if not parts:
         return ""

@@ -25,6 +25,7 @@ from lslm_jax.data.detours import Detour, Rows, at, parse, rows
 from lslm_jax.errors import DataError, InputMissing, first_line
 
 _PIECE = 1 << 16  # rows that are looked up at once
+_MAX_ROWS = 1 << 24  # of a batch
 
 
 class Ledger:
@@ -198,7 +199,7 @@ def _check(
     if not np.array_equal(taken, np.arange(batch_size)):
         raise DataError(f"{workdir}/ledger: start {attempt} took {len(taken)} of the {batch_size} rows of a batch")
     for process, part in enumerate(parts):
-        step = part.begin
+        step, has_fed = part.begin, any("fed" in span for span in part.spans)
         for span in part.spans:
             first, last = span["steps"]
             if first != step + 1:
@@ -210,7 +211,9 @@ def _check(
                 )
             if _digest(part.of(data), part.detours, part.slots, first, last) != span["sha256"]:
                 raise DataError(f"{_file(workdir, process)}: steps {first} to {last} read other rows than were due")
-            if "fed" in span and _digest_of_batches(part.of(data), part.detours, first, last) != span["fed"]:
+            if has_fed and "fed" not in span:  # starts of earlier versions have none
+                raise DataError(f"{_file(workdir, process)} does not tell what steps {first} to {last} trained on")
+            if has_fed and _digest_of_batches(part.of(data), part.detours, first, last) != span["fed"]:
                 raise DataError(
                     f"{_file(workdir, process)}: steps {first} to {last} trained on other arrays than their rows make"
                 )
@@ -290,12 +293,10 @@ def _starts(workdir: epath.Path) -> dict[int, list[_Start]]:
             for line in _lines(path):
                 if "attempt" in line:
                     # A start that ended before process 0 had put it on its ledger has the number of the next one.
-                    number = line["attempt"]
-                    slots = np.concatenate([np.arange(first, end) for first, end in line["slots"]])
-                    sizes = line.get("batch_size"), line.get("offset", 0)
-                    mine[number] = _Start(line["from"], slots, parse(line.get("detours", []), path), [], *sizes)
+                    number = _count_of(line, "attempt")
+                    mine[number] = _start_of(line, path)
                 else:  # `of`: lines of an older process may lie behind the start of a newer one
-                    mine[line.get("of", number)].spans.append(line)
+                    mine[line.get("of", number)].spans.append(_checked_span(line))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is damaged: {first_line(error)}") from error
         for number, start in mine.items():
@@ -303,12 +304,53 @@ def _starts(workdir: epath.Path) -> dict[int, list[_Start]]:
     return found
 
 
+def _start_of(line: dict[str, Any], path: epath.Path) -> _Start:
+    """Parses the line of a start; ValueError, TypeError or KeyError where it is damaged."""
+    ranges = [(_is_count(first) and _is_count(end) and first < end <= _MAX_ROWS) for first, end in line["slots"]]
+    if not ranges or not all(ranges):
+        raise ValueError(f"slots {line['slots']}")
+    slots = np.concatenate([np.arange(first, end) for first, end in line["slots"]])
+    size = _count_of(line, "batch_size") if "batch_size" in line else None
+    if size is not None and not 0 < size <= _MAX_ROWS:
+        raise ValueError(f"batch_size {size}")
+    offset = line.get("offset", 0)
+    if not isinstance(offset, int) or abs(offset) >= 1 << 62:
+        raise ValueError(f"offset {offset}")
+    return _Start(_count_of(line, "from"), slots, parse(line.get("detours", []), path), [], size, offset)
+
+
+def _checked_span(line: dict[str, Any]) -> dict[str, Any]:
+    """The line of some steps; ValueError, TypeError or KeyError where it is damaged."""
+    first, last = line["steps"]
+    skipped = line.get("skipped", [])
+    if not (_is_count(first) and _is_count(last) and 1 <= first <= last):
+        raise ValueError(f"steps {line['steps']}")
+    if not (isinstance(skipped, list) and all(_is_count(step) and first <= step <= last for step in skipped)):
+        raise ValueError(f"skipped {skipped}")
+    if not all(isinstance(line.get(name, ""), str) for name in ("sha256", "fed")) or "sha256" not in line:
+        raise ValueError("sha256")
+    return line
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
+
+
+def _count_of(line: dict[str, Any], name: str) -> int:
+    if not _is_count(line[name]):
+        raise ValueError(f"{name} {line[name]}")
+    return line[name]
+
+
 def _lines(path: epath.Path) -> Iterator[dict[str, Any]]:
-    for line in _whole_lines(path).splitlines():
+    for number, line in enumerate(_whole_lines(path).splitlines(), 1):
         try:
-            yield json.loads(line)
+            entry = atomic.parse_json(line)
         except ValueError as error:
-            raise DataError(f"{path} is damaged: {first_line(error)}") from error
+            raise DataError(f"{path}:{number} is damaged: {first_line(error)}") from error
+        if not isinstance(entry, dict):
+            raise DataError(f"{path}:{number} is damaged: it is not a JSON object")
+        yield entry
 
 
 def _whole_lines(path: epath.Path) -> bytes:

@@ -6,6 +6,7 @@ Its list is exact in both directions: a file that it does not list is damage as 
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -174,10 +175,11 @@ def set_aside(checkpoint: epath.Path, name: str) -> epath.Path:
     Raises:
       SaveError: it cannot be moved.
     """
-    target = f"{checkpoint.name}-{int(time.time())}"
-    directory = checkpoint.parent
+    stamp, directory = f"{checkpoint.name}-{int(time.time())}", checkpoint.parent
     for parent in (directory.parent / name, directory / name):
-        to = parent / target
+        # The clock may stand still or jump back: a name that is taken is not used again.
+        names = itertools.chain((stamp,), (f"{stamp}-{number}" for number in itertools.count(2)))
+        to = next(parent / each for each in names if not (parent / each).exists())
         with atomic.saving(to):
             parent.mkdir(exist_ok=True)
             try:

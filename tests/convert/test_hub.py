@@ -19,6 +19,7 @@ from lslm_jax.config_checks import fill_sizes
 from lslm_jax.convert import hub
 from lslm_jax.convert.export import Exporter, export
 from lslm_jax.data.tokenizer import Bytes
+from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
 
 pytest.importorskip("huggingface_hub")
@@ -233,3 +234,9 @@ def test_without_a_network_it_says_so_soon(server, start):
 
 def test_a_path_is_itself(tmp_path):
     assert hub.local(tmp_path) == hub.local(str(tmp_path)) == epath.Path(tmp_path)
+
+
+@pytest.mark.parametrize("address", ["m@v1..2", "m@a/../b", "m@./a", "m@/a", "m@a//b", "m@a/..", "a..b", "o/m@.."])
+def test_no_part_of_an_address_leads_elsewhere(address):
+    with pytest.raises(ConfigError, match=f"hf://{address} does not name a model"):
+        hub.local(f"hf://{address}")

@@ -118,6 +118,54 @@ def test_settings_that_came_later_do_not_make_older_data_others(tmp_path):
             run(dataclasses.replace(config, clean=clean), tmp_path / "out")
 
 
+RECORD = {
+    "version": 1,
+    "settings": {},
+    "given_tokenizer": "",
+    "inputs": {"": [["a.txt", 3, 4, "0"]]},
+    "labels": [],
+    "source_labels": {"": []},
+    "tokenizer": {"sha256": "0", "vocab_size": 259, "bos_id": 1, "eos_id": 2, "mask_id": None, "file": "bytes.json"},
+    "splits": {"train": {"manifest_sha256": "0"}},
+    "dropped": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("settings", None),
+        ("given_tokenizer", 0),
+        ("inputs", []),
+        ("inputs", {"": [3]}),
+        ("inputs", {"": [["a.txt"]]}),
+        ("labels", 3),
+        ("labels", [1]),
+        ("source_labels", {"": None}),
+        ("tokenizer", None),
+        ("tokenizer", RECORD["tokenizer"] | {"file": "../a.json"}),
+        ("tokenizer", RECORD["tokenizer"] | {"eos_id": "2"}),
+        ("tokenizer", RECORD["tokenizer"] | {"vocab_size": 1 << 40}),
+        ("splits", []),
+        ("splits", {"train": None}),
+        ("splits", {"../train": {"manifest_sha256": "0"}}),
+        ("dropped", 5),
+        ("chat", None),
+        ("content_sha256", None),
+    ],
+)
+def test_an_entry_of_a_manifest_of_a_wrong_type_is_named(tmp_path, key, value):
+    path = epath.Path(tmp_path / "manifest.json")
+    path.write_text(json.dumps(RECORD))
+    assert records.read(path) == RECORD
+    path.write_text(json.dumps(RECORD | {key: value}))
+    with pytest.raises(DataError, match=f"manifest.json is damaged: {key} is "):
+        records.read(path)
+    path.write_text(json.dumps({name: entry for name, entry in RECORD.items() if name != "splits"}))
+    with pytest.raises(DataError, match=r"manifest.json is damaged: it lacks splits"):
+        records.read(path)
+
+
 # Several processes.
 
 

@@ -107,6 +107,25 @@ def commands():
             yield [word.rstrip(".,'") for word in re.findall(r"--[\w.]+=\S+", line)]
 
 
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("Dockerfile.*")), ids=lambda path: path.name)
+def test_an_image_is_of_one_exact_version_and_does_not_run_as_root(path):
+    text = path.read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    (base,) = re.findall(r"^ARG BASE=(.+)$", text, re.MULTILINE)
+    version = re.fullmatch(r"python:(3\.\d+)\.\d+-slim-\w+", base)  # a patch release of Python and a release of Debian
+    assert version and f"inspect {base} --format" in text, "the way to pin its digest names the same tag"
+    assert re.findall(r"^FROM (.+)$", text, re.MULTILINE) == ["${BASE}"]
+    constraints = f"constraints/py{version[1].replace('.', '')}.txt"
+    installs = re.findall(r"pip install .+", text)
+    assert all(constraints in install or "--no-deps" in install for install in installs) and len(installs) == 2
+    assert (ROOT / constraints).is_file()
+    # Everything after USER, and so the command, is run by that user; a form without a shell gets SIGTERM.
+    (user,) = (number for number, line in enumerate(lines) if line.startswith("USER "))
+    assert lines[user] == "USER lslm" and "useradd --create-home --uid 1000 lslm" in text
+    assert not any(line.startswith(("RUN", "COPY", "USER")) for line in lines[user + 1 :])
+    assert lines[-1] == 'ENTRYPOINT ["python", "-m", "lslm_jax.main"]'
+
+
 def test_every_setting_that_they_name_is_one():
     seen = 0
     for arguments in commands():

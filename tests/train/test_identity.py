@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import pytest
 
+from lslm_jax import environment
 from lslm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
 from lslm_jax.data import order
@@ -82,10 +83,38 @@ def test_a_loaded_tokenizer_is_compared_too(directory):
         identity.check_inputs(directory, CONFIG, None, "u" * 64)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"custom_metadata": {"config": 3}}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"custom_metadata": {"config": 3}}'])
 def test_damaged_metadata_are_refused_in_one_line(directory, content):
     (directory / "_CHECKPOINT_METADATA").write_text(content)
     with pytest.raises(CheckpointRefused, match="_CHECKPOINT_METADATA is damaged"):
+        metadata.read(directory)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("config", {}),
+        ("config", {"train": {"batch_size": "8"}}),
+        ("config", {"train": {"batch_size": 8}, "model": None}),
+        ("tokenizer_sha256", None),
+        ("data_sha256", 3),
+        ("manifest_sha256", 5),
+        ("data_facts", {}),
+        ("mixture", None),
+        ("detours", 3),
+        ("detours", [[1]]),
+        ("versions", None),
+        ("environment", "x"),
+        ("mesh", []),
+        ("memory", "x"),
+        ("row_offset", "x"),
+    ],
+)
+def test_an_entry_of_the_metadata_of_a_wrong_type_is_named(directory, key, value):
+    path = directory / "_CHECKPOINT_METADATA"
+    entries = json.loads(path.read_text())["custom_metadata"]
+    path.write_text(json.dumps({"custom_metadata": entries | {key: value}}))
+    with pytest.raises(CheckpointRefused, match=f"_CHECKPOINT_METADATA is damaged: {key} is "):
         metadata.read(directory)
 
 
@@ -102,6 +131,10 @@ def test_an_environment_that_changes_numbers_is_named_with_what_it_means():
     assert "JAX_DEFAULT_PRNG_IMPL rbg -> threefry2x32; random draws (dropout, masks) differ" in prng
     level = identity.environment_warning(with_environment(XLA_FLAGS="--xla_x=1"), with_environment(XLA_FLAGS=""))
     assert "XLA_FLAGS --xla_x=1 -> unset; the run goes on, but its bits may differ" in level
+    machine = identity.environment_warning(with_environment(processor="x86_64-0", cpu_threads=1), made_by())
+    assert "processor x86_64-0 -> " in machine and "cpu_threads 1 -> " in machine and "its bits may differ" in machine
+    before = {name: value for name, value in made_by()["environment"].items() if name not in environment.LOCAL}
+    assert identity.environment_warning(made_by() | {"environment": before}, made_by()) == ""
     version = made_by() | {"versions": made_by()["versions"] | {"jax": "0.1"}}
     assert "jax 0.1 -> " in identity.environment_warning(version, made_by())
     same = replace(CONFIG, train=replace(CONFIG.train, reproducible=True))

@@ -219,3 +219,59 @@ def test_lines_of_an_orphan_behind_the_start_of_its_successor_are_its_own(workdi
     go_on(workdir, 3, 6)
     path.write_text(path.read_text() + lines[3])  # steps 7 to 9, of start 0
     assert audit(workdir, Data(), BATCH)["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("number", "key", "value"),
+    [
+        (0, "attempt", "x"),
+        (0, "from", -1),
+        (0, "slots", [[0, 10**12]]),
+        (0, "slots", [[-5, 3]]),
+        (0, "slots", []),
+        (0, "slots", "ab"),
+        (0, "batch_size", 0),
+        (0, "batch_size", 10**12),
+        (0, "offset", 10**30),
+        (0, "detours", 3),
+        (0, "detours", [[1]]),
+        (1, "steps", [1, 0]),
+        (1, "steps", [0, 3]),
+        (1, "steps", [1, 10**12]),
+        (1, "steps", "ab"),
+        (1, "sha256", 4),
+        (1, "fed", 4),
+        (1, "skipped", [9]),
+        (1, "skipped", "ab"),
+        (1, "of", 9),
+        (1, "of", [1]),
+    ],
+)
+def test_a_line_with_a_value_that_cannot_be_is_damage(workdir, number, key, value):
+    train(workdir, 0, 9)
+    path = workdir / "ledger" / "0.jsonl"
+    lines = path.read_text().splitlines()
+    lines[number] = json.dumps(json.loads(lines[number]) | {key: value})
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"0\.jsonl"):
+        audit(workdir, Fed(), BATCH)
+
+
+@pytest.mark.parametrize("line", ["3", "[]", "[" * 100_000, '{"steps": [1, 3], "steps": [1, 3]}'])
+def test_a_line_that_is_no_object_is_damage_for_a_run_that_goes_on_too(workdir, line):
+    train(workdir, 0, 9)
+    path = workdir / "ledger" / "0.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    for read in (lambda: audit(workdir, Fed(), BATCH), lambda: attempts(workdir)):
+        with pytest.raises(DataError, match=r"0\.jsonl:5 is damaged"):
+            read()
+
+
+def test_a_digest_of_arrays_that_was_removed_is_found(workdir):
+    train(workdir, 0, 9)
+    path = workdir / "ledger" / "0.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    del lines[2]["fed"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match="does not tell what steps 4 to 6 trained on"):
+        audit(workdir, Fed(), BATCH)
