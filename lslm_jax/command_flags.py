@@ -6,6 +6,7 @@ imports nothing slow, so that a mistake is reported at once.
 
 import argparse
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -292,7 +293,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             raise ConfigError(_of_another_command(_NAMED[name], flags.verb))
     for message in _exclusions(flags):
         raise ConfigError(message)
+    _expand_home(flags)
     return flags
+
+
+def _expand_home(flags: argparse.Namespace) -> None:
+    """Expands `~` in all flags that name a file or directory: shells do not expand it behind a `=`."""
+    for name, flag in _NAMED.items():
+        value = getattr(flags, name)
+        if value and str(flag.options.get("metavar", "")).startswith(("FILE", "DIR")):
+            is_list = isinstance(value, list)
+            setattr(flags, name, [*map(os.path.expanduser, value)] if is_list else os.path.expanduser(value))
 
 
 def given(flags: argparse.Namespace) -> list[str]:

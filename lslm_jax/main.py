@@ -103,7 +103,6 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
     settings, rest = setting_flags.split(argv)
     flags = command_flags.parse(rest)
     if flags.workdir:
-        flags.workdir = os.path.expanduser(flags.workdir)
         atomic.place(flags.workdir)  # rejects an unknown scheme
     environment.raise_open_file_limit()
     if flags.verb == "verify":  # which needs no config

@@ -305,3 +305,26 @@ def test_a_missing_package_names_the_interpreter_and_the_cure(tmp_path):
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.startswith(f"lslm: {sys.executable} has no package 'etils': ")
     assert process.stderr.count("\n") == 1
+
+
+def test_the_home_directory_is_expanded_in_every_flag_that_names_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = {
+        "evaluate": "--workdir=~/run --config=~/c.py --files ~/a.txt ~/b*.txt",
+        "generate": "--pretrained=~/model --context=~/text --prompts=~/prompts.jsonl",
+        "export": "--workdir=~ --to=~/out",
+        "import": "--pretrained=hf://a/b --reference=~/x.safetensors",
+        "plan": "--config=~/c.py --picture=~/p.html",
+    }
+    found = {verb: command_flags.parse([verb, *line.split()]) for verb, line in words.items()}
+    assert (
+        found["evaluate"].files == ["/home/me/a.txt", "/home/me/b*.txt"] and found["evaluate"].config == "/home/me/c.py"
+    )
+    assert [getattr(found["generate"], name) for name in ("pretrained", "context", "prompts")] == [
+        "/home/me/model",
+        "/home/me/text",
+        "/home/me/prompts.jsonl",
+    ]
+    assert (found["export"].workdir, found["export"].to) == ("/home/me", "/home/me/out")
+    assert (found["import"].pretrained, found["import"].reference) == ("hf://a/b", "/home/me/x.safetensors")
+    assert found["plan"].picture == "/home/me/p.html"

@@ -82,7 +82,8 @@ DIR stands for a directory, * for what differs from case to case.
 |---|---|
 | 0 | Done. |
 {codes}| 130 | Interrupted before there was anything to save. |
-| 1 | A bug of ours, with its traceback. |
+| 141 | Nobody reads what is written to stdout, as after `head`. |
+| 1 | A bug of ours, with its traceback; or memory that ran out. |
 """
     head = "\n\n| what | exit code | message |\n|---|---|---|\n"
     for title, cases in error_table.TABLE.items():
