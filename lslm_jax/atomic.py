@@ -105,10 +105,14 @@ class Lines:
 
     def close(self) -> None:
         """Syncs, and ends."""
-        self.sync()
-        if self._stream is not None:
-            with saving(self._path):
-                self._stream.close()
+        try:
+            self.sync()
+            if self._stream is not None:
+                with saving(self._path):
+                    self._stream.close()
+        finally:
+            if self._stream is not None:
+                _abandon(self._stream)
 
 
 def open_plain(path: epath.Path, flags: int, mode: str) -> IO[Any]:

@@ -4,6 +4,7 @@ python -m lslm_jax.main [VERB] --config=FILE --workdir=DIR [--config.KEY=VALUE .
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import keyword
@@ -73,25 +74,28 @@ def _flush() -> None:
         raise
     except OSError as error:
         _drop_stdout()
-        raise SaveError(f"could not write to stdout: {error.strerror}") from error
+        raise SaveError(f"could not write the output: {error.strerror}") from error
 
 
 def _drop_stdout() -> None:
     """Leaves nothing in stdout for the interpreter to write when it ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:  # stdout may be no file
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _explain(error: Exception) -> tuple[int, str] | None:
     """Exit code and line for an error of the operating system that no caller expected; None for other errors."""
     if isinstance(error, MemoryError):
         return 1, f"out of memory: {error}".removesuffix(": ")
-    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        if error.filename is None:  # as of stdout
+            _drop_stdout()
+        return SaveError.exit_code, f"could not write {error.filename or 'the output'}: {error.strerror}"
+    if error.filename is None:
         return None
     cause = f"{error.filename}: {error.strerror}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-        return SaveError.exit_code, f"could not write {cause}"
     return InputMissing.exit_code, f"cannot use {cause}"
 
 

@@ -72,7 +72,8 @@ def _is_in_progress(workdir: epath.Path, checkpoint: epath.Path) -> bool:
         return False
     times = [time.time()]  # of one that is gone
     with contextlib.suppress(OSError):
-        times = [os.stat(path).st_mtime for path in (checkpoint, *checkpoint.rglob("*"))]
+        paths = [os.path.join(parent, name) for parent, _, names in os.walk(checkpoint) for name in ("", *names)]
+        times = [os.stat(path).st_mtime for path in paths] or times
     return time.time() - max(times) < _RECENT
 
 

@@ -48,7 +48,7 @@ def test_output_that_cannot_be_written_is_one_line():
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "lslm_jax.main", "--config.help"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (74, "lslm: could not write to stdout: No space left on device\n")
+    assert (done.returncode, done.stderr) == (74, "lslm: could not write the output: No space left on device\n")
 
 
 def test_a_reader_that_ends_early_makes_no_noise():

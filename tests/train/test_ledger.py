@@ -127,7 +127,7 @@ def test_a_ledger_with_a_line_or_a_process_missing_proves_nothing(workdir):
     with pytest.raises(DataError, match="does not tell what was read in steps 4 to 6"):
         audit(workdir, Data(), BATCH)
     path.write_text("".join([*lines[:2], "{", *lines[3:]]))
-    with pytest.raises(DataError, match="jsonl is damaged"):
+    with pytest.raises(DataError, match=r"jsonl:3 is damaged"):
         audit(workdir, Data(), BATCH)
 
 
