@@ -171,14 +171,14 @@ def verify(directory: epath.Path) -> int:
       DataError: a file is missing, truncated, too long or altered, or so is the record of labels and tokenizer.
     """
     record = read(directory / MANIFEST)
+    if record is None:
+        return 0
     total = 0
-    if record:
-        _check_tokenizer(directory, record)
-    for name in record["splits"] if record else ():
+    _check_tokenizer(directory, record)
+    for name in record["splits"]:
         verify_split(directory, record, name)
         total += sum(file.stat().length for file in (directory / name).iterdir() if file.name != MANIFEST)
-    if record:
-        check_content(record, directory)
+    check_content(record, directory)
     return total
 
 
