@@ -137,6 +137,11 @@ class Family:
             theirs |= setting.write(model)
         return theirs | dict(self.demands)
 
+    def sizes(self, model: ModelConfig) -> str:
+        """Settings of config.json that determine the names and shapes of tensors, as messages list them."""
+        is_size = lambda key, value: type(value) is int or key == "tie_word_embeddings"
+        return ", ".join(f"{key}={value}" for key, value in self.spell(model).items() if is_size(key, value))
+
     def places(self, objective: str) -> dict[str, str | Part]:
         """Names of the body and of the head for an objective, ours to theirs."""
         return {**self.modules, **self.heads.get(objective, {})}

@@ -91,7 +91,7 @@ def _flat(theirs: Settings) -> Settings:
 def _number(inner: Settings, name: str, default: Any) -> float:
     value = inner.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ConfigError(f"rotary positions with {name}={value!r}: it must be a positive number")
+        raise ConfigError(f"rope_parameters or rope_scaling: {name}={value!r} must be a positive number")
     return float(value)
 
 
@@ -254,7 +254,7 @@ def layers_without_rope() -> Setting:
         has = theirs.get("no_rope_layers")
         has = [(i + 1) % every for i in range(layers)] if has is None else has
         if len(has) != layers or not all(isinstance(rope, int) for rope in has):
-            raise ConfigError(f"no_rope_layers must list {layers} numbers, one for each layer, not {len(has)}")
+            raise ConfigError(f"no_rope_layers must list num_hidden_layers={layers} numbers, not {len(has)}")
         if any(kind != "full_attention" for kind in theirs.get("layer_types") or ()):
             raise ConfigError("layer_types of smollm3 are not supported, only full_attention")
         return {"layer_types": _shortest(["full" if rope else "no_rope" for rope in has])}
@@ -272,14 +272,14 @@ def _seen(window: int | None, theirs: Settings, sees_all: Callable[[int], bool])
     if kinds is None:
         kinds = ["full_attention" if sees_all(i) else "sliding_attention" for i in range(layers)]
     if len(kinds) != layers:
-        raise ConfigError(f"layer_types must list {layers} layers, not {len(kinds)}")
+        raise ConfigError(f"layer_types must list num_hidden_layers={layers} layers, not {len(kinds)}")
     unknown = [kind for kind in kinds if kind not in _SEEN]
     if unknown:
         raise ConfigError(f"layer_types: layers of type {unknown[0]!r} are not supported, only {_KINDS}")
     if "sliding_attention" not in kinds:
         return {}
     if not window:
-        raise ConfigError("layer_types has sliding_attention, but sliding_window is null or not used")
+        raise ConfigError("layer_types has sliding_attention, but sliding_window is null or use_sliding_window false")
     return {"window": window, "layer_types": _shortest([_SEEN[kind] for kind in kinds])}
 
 

@@ -77,15 +77,19 @@ def load(
     heads = [name for name in _unfit_heads(tensors, uses) if name in given]
     parts = [(name, use) for name, several in uses.items() for use in several]
     if lacking := {name for name, use in parts if name not in tensors and use.ours not in heads}:
-        raise DataError(f"the weights lack {len(lacking)} tensors of a {family.model_type}: {_some(lacking)}")
+        raise DataError(
+            f"the weights lack {len(lacking)} tensors of a {family.model_type}: {_some(lacking)} "
+            f"(config.json: {family.sizes(config)})"
+        )
     uses = {name: kept for name, several in uses.items() if (kept := [use for use in several if use.ours not in heads])}
     skipped = [name for name in tensors if name not in uses and name not in stand_ins]
     if strangers := [name for name in skipped if not _is_known(name, family, config)]:
         raise DataError(
-            f"a {family.model_type} like this has no place for {len(strangers)} tensors: {_some(strangers)}"
+            f"a {family.model_type} like this has no place for {len(strangers)} tensors: {_some(strangers)} "
+            f"(config.json: {family.sizes(config)})"
         )
     _check_copies(tensors, skipped, family, objective)
-    arrays = _read(tensors, uses, wanted, config)
+    arrays = _read(tensors, uses, wanted, family, config)
     return Loaded(unflatten(abstract, arrays | adapters | {name: given[name] for name in heads}), heads, skipped)
 
 
@@ -115,13 +119,17 @@ def _unfit_heads(tensors: Mapping[str, Stored], uses: Mapping[str, list[_Use]]) 
 
 
 def _read(
-    tensors: Mapping[str, Stored], uses: Mapping[str, list[_Use]], wanted: Mapping[str, Any], config: ModelConfig
+    tensors: Mapping[str, Stored],
+    uses: Mapping[str, list[_Use]],
+    wanted: Mapping[str, Any],
+    family: Family,
+    config: ModelConfig,
 ) -> dict[str, jax.Array]:
     arrays: dict[str, jax.Array] = {}
     present = {name: tensor for name, tensor in tensors.items() if name in uses}
     for name, tensor in present.items():
         for use in uses[name]:
-            _check(name, tensor, use, config)
+            _check(name, tensor, use, family, config)
     for name, tensor in sorted(present.items(), key=lambda item: (str(item[1].path), item[1].begin)):
         for use in uses[name]:
             if use.ours not in arrays and use.at:
@@ -326,13 +334,16 @@ def _shape(tensor: Stored, use: _Use) -> tuple[int, ...]:
     return tensor.shape[1:] if tensor.shape == (1, *use.layout.shape) else tensor.shape
 
 
-def _check(name: str, tensor: Stored, use: _Use, config: ModelConfig) -> None:
+def _check(name: str, tensor: Stored, use: _Use, family: Family, config: ModelConfig) -> None:
     expected, found = use.layout.shape, _shape(tensor, use)
     if use.ours in _VOCAB and found[:1] != (config.vocab_size,):
         rows = found[0] if found else 0
         raise DataError(f"{tensor.path}: {name} has {rows} rows where config.json says vocab_size={config.vocab_size}")
     if found != expected:
-        raise DataError(f"{tensor.path}: {name} is {list(found)} where config.json makes it {list(expected)}")
+        raise DataError(
+            f"{tensor.path}: {name} is {list(found)} where config.json makes it {list(expected)} "
+            f"({family.sizes(config)})"
+        )
     if tensor.dtype.kind in "iub":
         raise DataError(f"{tensor.path}: {name} is of whole numbers ({tensor.dtype}), not weights")
 

@@ -16,8 +16,9 @@ import numpy as np
 from etils import epath
 
 from lslm_jax import atomic
+from lslm_jax.data import tokenizer_classes
 from lslm_jax.data.tokenizer_base import WELL_KNOWN, Spans, Tokenizer, any_of, joined, sentinels, tokenizers
-from lslm_jax.data.tokenizer_files import Beside, check_class, from_word_pieces, with_added
+from lslm_jax.data.tokenizer_files import CONFIG, Beside, from_word_pieces, with_added
 from lslm_jax.data.tokenizer_files import read as read_beside
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
@@ -419,7 +420,7 @@ def _read(path: epath.Path) -> Tokenizer:
     if path.suffix == ".json" or path.name == _WORD_PIECES:
         content = path.read_bytes() if path.suffix == ".json" else from_word_pieces(path, tokenizers())
         if path.suffix == ".json":
-            check_class(beside, json.loads(content), path.parent)
+            tokenizer_classes.check(beside.settings, beside.model_type, json.loads(content), path.parent / CONFIG)
         return HuggingFace(with_added(content, beside, path), beside.named, beside.settings)
     return SentencePiece(path.read_bytes(), beside)
 

@@ -23,16 +23,6 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "separate_vocabs": (False, None),
     "token_healing": (False, None),
 }
-_LOWER = {"do_lower_case": ("lowercase", True), "strip_accents": ("strip_accents", None)}
-_LOWER |= {"tokenize_chinese_chars": ("handle_chinese_chars", True)}
-_WORD_PIECES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
-_BYTE_LEVEL = ("GPT2Tokenizer", "RobertaTokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer")
-_CLASSES = {
-    "bert": "BertTokenizer",
-    "distilbert": "BertTokenizer",
-    "roberta": "RobertaTokenizer",
-    "gpt2": "GPT2Tokenizer",
-}
 
 
 class Beside(NamedTuple):
@@ -127,9 +117,7 @@ def _named(settings: Mapping[str, Any], model: Mapping[str, Any], directory: epa
 def _added(settings: Mapping[str, Any], directory: epath.Path) -> list[dict[str, Any]]:
     tokens: dict[int, dict[str, Any]] = {}
     roles = {str(_text(value)) for key, value in settings.items() if key.endswith("_token")}
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        more = settings.get(key) or []
-        roles |= {str(_text(token)) for token in (more.values() if isinstance(more, dict) else more)}
+    roles |= set(_more(settings))
     if "added_tokens_decoder" in settings:
         for id, token in (settings["added_tokens_decoder"] or {}).items():
             if not isinstance(token, dict) or not isinstance(token.get("content"), str):
@@ -140,6 +128,15 @@ def _added(settings: Mapping[str, Any], directory: epath.Path) -> list[dict[str,
             special = text in roles
             tokens[_id(id, directory / _ADDED)] = _token(text, special=special, normalized=not special)
     return [{"id": id} | token for id, token in sorted(tokens.items())]
+
+
+def _more(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens besides those with a role, and the setting that names them."""
+    found: dict[str, str] = {}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key) or []
+        found |= {str(_text(token)): key for token in (more.values() if isinstance(more, dict) else more)}
+    return found
 
 
 def _token(content: str, special: bool = False, normalized: bool = False, **flags: Any) -> dict[str, Any]:
@@ -157,44 +154,11 @@ def _id(value: Any, path: epath.Path) -> int:
     return id
 
 
-def check_class(beside: Beside, content: Mapping[str, Any], directory: epath.Path) -> None:
-    """Compares tokenizer_config.json with tokenizer.json, which is used as it is.
-
-    transformers 5 builds the tokenizers of some classes anew, from the settings and not from tokenizer.json.
-
-    Raises:
-      ConfigError: the two differ in a setting.
-    """
-    settings, path = beside.settings, directory / CONFIG
-    name = str(settings.get("tokenizer_class") or _CLASSES.get(beside.model_type, "")).removesuffix("Fast")
-    if name in _WORD_PIECES:
-        normalizer = content.get("normalizer") or {}
-        for key, (theirs, default) in _LOWER.items():
-            if normalizer.get("type") != "BertNormalizer":
-                continue
-            given, actual = settings.get(key, default), normalizer.get(theirs)
-            if given != actual:
-                raise ConfigError(f"{path}: {key}={given!r}, but tokenizer.json has {actual!r}: make them agree")
-    if name in _BYTE_LEVEL:
-        given, actual = bool(settings.get("add_prefix_space")), _adds_space(content.get("pre_tokenizer"))
-        if actual is not None and given != actual:
-            raise ConfigError(f"{path}: add_prefix_space={given}, but tokenizer.json has {actual}: make them agree")
-
-
-def _adds_space(part: Any) -> bool | None:
-    if not isinstance(part, dict):
-        return None
-    if part.get("type") == "ByteLevel":
-        return bool(part.get("add_prefix_space", True))
-    found = [_adds_space(each) for each in part.get("pretokenizers") or ()]
-    return next((one for one in found if one is not None), None)
-
-
 def with_added(content: bytes, beside: Beside, path: epath.Path) -> bytes:
     """A tokenizer.json with the added tokens that the files beside it declare.
 
     Raises:
-      ConfigError: a token has another id there than the tokenizer would give it.
+      ConfigError: a token has another id there than the tokenizer would give it, or none at all.
     """
     parts = json.loads(content)
     own = {token["content"]: token["id"] for token in parts.get("added_tokens") or ()}
@@ -202,6 +166,10 @@ def with_added(content: bytes, beside: Beside, path: epath.Path) -> bytes:
     known = dict(vocab) if isinstance(vocab, dict) else {piece[0]: id for id, piece in enumerate(vocab)}
     known |= own
     missing = [token for token in beside.added if token["content"] not in own]
+    declared = {*known, *(token["content"] for token in beside.added)}
+    for text, key in _more(beside.settings).items():
+        if text not in declared:
+            raise ConfigError(f"{path.parent / CONFIG}: {key} names {text!r}, which {path.name} lacks: add it there")
     if not missing:
         return content
     following = max(known.values(), default=-1) + 1

@@ -8,6 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
+from lslm_jax.data import tokenizer_classes
 from lslm_jax.data.tokenizer import SPACE_MARK, Bytes, HuggingFace
 from lslm_jax.data.tokenizer_base import BYTE_PIECE, Tokenizer
 from lslm_jax.data.tokenizer_files import CONFIG
@@ -29,11 +32,16 @@ def files(words: Tokenizer, family: str, model_type: str, max_length: int) -> di
     Raises:
       ConfigError: a package is missing.
     """
-    settings = _spell(settings_of(words, family, model_type, max_length))
+    own = settings_of(words, family, model_type, max_length)
+    settings = _spell(own)
     if words.kind == "sentencepiece" and changes_text(words):
         name = "spiece.model" if model_type == "t5" else "tokenizer.model"
         return {name: words.content, CONFIG: settings}
-    return {"tokenizer.json": _spell(convert(words, family)), CONFIG: settings}
+    content = convert(words, family)
+    tokenizer_classes.report(
+        tokenizer_classes.class_of(own, model_type, content), content, epath.Path("tokenizer.json")
+    )
+    return {"tokenizer.json": _spell(content), CONFIG: settings}
 
 
 def _spell(value: Mapping[str, Any]) -> bytes:

@@ -262,8 +262,12 @@ def test_a_model_that_no_family_has_is_refused_by_name():
 
 BROKEN = {
     "another vocabulary": ({"vocab_size": 600}, 65, "model.embed_tokens.weight has 512 rows where config.json says"),
-    "another width": ({"intermediate_size": 100}, 65, "is [64, 172] where config.json makes it [64, 100]"),
-    "more layers": ({"num_hidden_layers": 6}, 65, "the weights lack 9 tensors of a llama: model.layers.5"),
+    "another width": (
+        {"intermediate_size": 100},
+        65,
+        "makes it [64, 100] (vocab_size=512, max_position_embeddings=512, hidden_size=64",
+    ),
+    "more layers": ({"num_hidden_layers": 6}, 65, "num_hidden_layers=6"),
     "fewer layers": ({"num_hidden_layers": 4}, 65, "a llama like this has no place for 9 tensors: model.layers.4"),
     "biases": ({"attention_bias": True}, 2, "llama with attention_bias=True is not supported, only False"),
     "yarn": ({"rope_parameters": {"rope_type": "yarn"}}, 2, "rotary positions of type yarn are not supported"),

@@ -7,7 +7,8 @@ import pytest
 from etils import epath
 
 from lslm_jax.config import Config, DataConfig, TaskConfig, TokenizerConfig
-from lslm_jax.data import heads, special, tokenizer_json, vocabulary
+from lslm_jax.convert import pretrained
+from lslm_jax.data import heads, special, tokenizer_classes, tokenizer_json, vocabulary
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.data.shards import Shards, ShardWriter
 
@@ -76,3 +77,23 @@ def test_a_pair_of_a_given_tokenizer_is_what_transformers_makes_of_it(kind, tmp_
         assert encoded["input_ids"] == ids
         assert kind == "roberta" or encoded["token_type_ids"] == types
     assert type(again) is type(theirs)
+
+
+@pytest.mark.parametrize("name", sorted(tokenizer_classes._RULES))
+def test_rules_of_a_class_are_those_of_transformers(name):
+    made = json.loads(getattr(transformers, name)().backend_tokenizer.to_str())
+    for part, rules in tokenizer_classes._RULES[name].items():
+        assert tokenizer_classes._agrees(rules, made[part]), made[part]
+
+
+def test_registered_classes_are_those_of_transformers():
+    from transformers.models.auto import tokenization_auto
+
+    registered = tokenization_auto.TOKENIZER_MAPPING_NAMES
+    incorrect = tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    kinds = {family.model_type for family in pretrained.FAMILIES} - {"marian"}  # Marian's is not a tokenizer.json
+    for kind in kinds:
+        name = (registered.get(kind) or "").removesuffix("Fast")
+        assert ("" if name == "TokenizersBackend" else name) == tokenizer_classes._REGISTERED.get(kind, ""), kind
+        assert (name == "TokenizersBackend") == (kind in tokenizer_classes._GENERIC), kind
+        assert (kind in incorrect and kind not in tokenizer_classes._GENERIC) == (kind in tokenizer_classes._FORCED)

@@ -1,0 +1,77 @@
+"""Classes of tokenizers that transformers builds by other rules than those of tokenizer.json."""
+
+import json
+
+import pytest
+import tokenizers as package
+from etils import epath
+
+from lslm_jax.config import TokenizerConfig
+from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data import tokenizer_classes, tokenizer_json, vocabulary
+from lslm_jax.errors import ConfigError
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}]}
+
+
+@pytest.fixture(scope="module")
+def content():
+    """A tokenizer.json as GPT2Tokenizer has it."""
+    made = package.ByteLevelBPETokenizer()
+    made.train_from_iterator(["the cat sat"] * 9, vocab_size=270, special_tokens=["<|end|>"], show_progress=False)
+    return json.loads(made.to_str())
+
+
+def load(directory, content, settings, model_type="llama"):
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"} | settings))
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return tokenizers.load(epath.Path(directory / "tokenizer.json"))
+
+
+DIFFERENT = {  # changes of the file, its class, the type of the model, the part that transformers replaces
+    "as the class": ({}, "GPT2Tokenizer", "llama", None),
+    "digits apart": ({"pre_tokenizer": DIGITS}, "GPT2TokenizerFast", "llama", "pre_tokenizer"),
+    "lower case": ({"normalizer": {"type": "Lowercase"}}, "GPT2Tokenizer", "llama", "normalizer"),
+    "class of the model": ({"pre_tokenizer": DIGITS}, None, "gpt2", "pre_tokenizer"),
+    "class of the model in spite of another": ({}, "PreTrainedTokenizerFast", "qwen2", "normalizer"),
+    "a class that reads the file": ({"pre_tokenizer": DIGITS}, "PreTrainedTokenizerFast", "gpt2", None),
+    "a model whose class reads the file": ({"pre_tokenizer": DIGITS}, "GPT2Tokenizer", "mistral", None),
+    "byte-level Llama": ({}, "LlamaTokenizer", "llama", None),
+    "Llama of version 4": ({"normalizer": PREPEND, "pre_tokenizer": None}, "LlamaTokenizer", "llama", "normalizer"),
+    "Llama of version 5": ({"pre_tokenizer": METASPACE}, "LlamaTokenizer", "llama", None),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_rules_that_transformers_replaces_are_reported(case, content, tmp_path, capsys):
+    changes, name, model_type, part = DIFFERENT[case]
+    load(tmp_path, content | changes, {"tokenizer_class": name} if name else {}, model_type)
+    found = capsys.readouterr().err
+    assert (f"{tmp_path}/tokenizer.json: its {part} is used as it is" in found) if part else not found
+
+
+CONTRADICTIONS = {
+    "add_prefix_space": ({"pre_tokenizer": METASPACE}, {"add_prefix_space": False}),
+    "legacy": ({"pre_tokenizer": METASPACE}, {"legacy": True}),
+    "additional_special_tokens": ({}, {"additional_special_tokens": ["<|turn|>"]}),
+    "extra_special_tokens": ({}, {"extra_special_tokens": {"turn": {"content": "<|turn|>"}}}),
+}
+
+
+@pytest.mark.parametrize("key", CONTRADICTIONS)
+def test_settings_that_contradict_the_file_are_rejected_by_name(key, content, tmp_path):
+    changes, settings = CONTRADICTIONS[key]
+    with pytest.raises(ConfigError, match=rf"tokenizer_config\.json: {key}"):
+        load(tmp_path, content | changes, {"tokenizer_class": "LlamaTokenizer"} | settings)
+
+
+def test_an_exported_tokenizer_that_transformers_would_build_otherwise_is_reported(capsys):
+    words = vocabulary.train(iter(["the cat sat on the mat"] * 9), TokenizerConfig(vocab_size=270))
+    tokenizer_json.files(words, "decoder", "llama", 64)
+    assert not capsys.readouterr().err
+    tokenizer_classes._report.cache_clear()
+    tokenizer_json.files(words, "decoder", "qwen2", 64)  # whose tokenizer is always Qwen2Tokenizer
+    assert "AutoTokenizer of transformers 5 replaces it by that of Qwen2Tokenizer" in capsys.readouterr().err
