@@ -26,6 +26,25 @@ _KEYS = {
 _REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 _REQUIRED += ("attention.layer_norm_rms_epsilon",)
 _FAMILIES = ("llama", "qwen2", "qwen3")
+# Further keys of an architecture without effect, and those with the values by which they have none.
+_IRRELEVANT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length")
+_INERT: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.attn_factor": (1,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.sliding_window": (0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "logit_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "use_parallel_residual": (False,),
+}
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -88,14 +107,30 @@ def settings(path: epath.Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: stretched rotary positions are not read from GGUF: take the model's safetensors")
     if lacking := [key for key in _REQUIRED if f"{kind}.{key}" not in theirs]:
         raise DataError(f"{path} lacks {kind}.{lacking[0]}")
+    _check_keys(theirs, kind, path)
     found = {name: theirs[f"{kind}.{key}"] for name, key in _KEYS.items() if f"{kind}.{key}" in theirs}
     found = {"num_key_value_heads": found["num_attention_heads"], "head_dim": _head_dim(found, path)} | found
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if theirs.get(f"{kind}.{key}", found["head_dim"]) != found["head_dim"]:
+            raise ConfigError(
+                f"{path}: {kind}.{key}={theirs[f'{kind}.{key}']} is not supported, only the features of a head, "
+                f"{found['head_dim']}"
+            )
     return found | {
         "model_type": kind,
         "architectures": [f"{kind}ForCausalLM"],
         "vocab_size": len(tokens),
         "tie_word_embeddings": "output.weight" not in names,
     }
+
+
+def _check_keys(theirs: dict[str, Any], kind: str, path: epath.Path) -> None:
+    """Raises ConfigError where a key of the architecture has an effect that is not supported, or is not known."""
+    known = {*_KEYS.values(), *_IRRELEVANT, "rope.dimension_count", "attention.value_length"}
+    for name, value in theirs.items():
+        key = name.removeprefix(f"{kind}.")
+        if key != name and key not in known and value not in _INERT.get(key, ()):
+            raise ConfigError(f"{path}: {name}={value!r} is not supported")
 
 
 def _head_dim(found: dict[str, Any], path: epath.Path) -> int:

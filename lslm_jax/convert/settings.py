@@ -68,7 +68,7 @@ def rope(default_theta: float, key: str = "rope_theta", fraction: tuple[str, flo
         ours = {"rope_theta": _number(inner, "rope_theta", theirs.get(key, default_theta))}
         share = _number(inner, "partial_rotary_factor", theirs.get(fraction[0], fraction[1]) if fraction else 1.0)
         if fraction:
-            ours["rope_fraction"] = share
+            ours["rope_fraction"] = _even_share(share, fraction[0], theirs)
         elif share != 1.0:
             raise ConfigError(f"partial_rotary_factor={share} is not supported, only 1.0")
         return ours | _read_scaling(inner, theirs)
@@ -93,6 +93,17 @@ def _number(inner: Settings, name: str, default: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise ConfigError(f"rope_parameters or rope_scaling: {name}={value!r} must be a positive number")
     return float(value)
+
+
+def _even_share(share: float, key: str, theirs: Settings) -> float:
+    """The share of a head's features that are rotated. transformers rotates one more where their number is odd."""
+    width = theirs["hidden_size"] // theirs["num_attention_heads"]
+    if int(width * share) % 2:
+        raise ConfigError(
+            f"partial_rotary_factor={share} of rope_parameters (or {key}) rotates {int(width * share)} of {width} "
+            "features of a head: their number must be even"
+        )
+    return share
 
 
 def _read_scaling(inner: Settings, theirs: Settings) -> dict[str, Any]:

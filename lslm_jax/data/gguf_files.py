@@ -11,9 +11,13 @@ from lslm_jax.data.tokenizer import SPACE_MARK
 from lslm_jax.data.tokenizer_json import BLANKS, DECODERS, added, frame, merges
 from lslm_jax.errors import ConfigError, DataError
 
-_CONTROL, _BYTE = 3, 6  # types of tokens
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # types of tokens
 _LEAST_BYTES = 13  # of an entry: the length of its name, its type and a value
 _ROLES = {"bos": "bos", "eos": "eos", "pad": "padding"}
+_PREFIX = "tokenizer.ggml."
+_READ = ("model", "tokens", "token_type", "pre", "merges", "scores", "add_bos_token", "add_space_prefix")
+# Roles of tokens that no text is framed by; eos stands behind each text that is trained on anyway.
+_IRRELEVANT = ("add_eos_token", "add_sep_token", "token_type_count", "chat_template", "chat_templates")
 # How a text is split before pairs of letters are merged; each splits as the models' own tokenizer.json does.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -84,6 +88,13 @@ def vocabulary(path: epath.Path) -> tuple[bytes, dict[str, int], dict[str, Any]]
     kind, tokens = settings.get("tokenizer.ggml.model"), settings.get("tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not tokens:
         raise ConfigError(f"vocabularies of kind {kind} are not supported, only gpt2 and llama")
+    for key in (name.removeprefix(_PREFIX) for name in settings if name.startswith(_PREFIX)):
+        if (
+            key not in (*_READ, *_IRRELEVANT)
+            and not key.endswith(("_token_id", "_token_ids"))
+            and settings[_PREFIX + key]
+        ):
+            raise ConfigError(f"{_PREFIX}{key}={str(settings[_PREFIX + key])[:40]} is not supported")
     types = settings.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     ids = {role: settings.get(f"tokenizer.ggml.{name}_token_id") for role, name in _ROLES.items()}
     ids = {role: id for role, id in ids.items() if id is not None}
@@ -95,7 +106,7 @@ def vocabulary(path: epath.Path) -> tuple[bytes, dict[str, int], dict[str, Any]]
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added({i: tokens[i] for i, kind in enumerate(types) if kind == _CONTROL}),
+        "added_tokens": _added(tokens, types),
         "post_processor": frame({tokens[ids["bos"]]: ids["bos"]}, {}) if begins else None,
     }
     parts = _byte_level(settings) if kind == "gpt2" else _sentences(settings, tokens, types)
@@ -103,6 +114,13 @@ def vocabulary(path: epath.Path) -> tuple[bytes, dict[str, int], dict[str, Any]]
     template = settings.get("tokenizer.chat_template")
     kept = {"tokenizer_class": "PreTrainedTokenizerFast"} | names | ({"chat_template": template} if template else {})
     return json.dumps(content | parts).encode(), ids, kept
+
+
+def _added(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
+    """Control tokens, which are special, and user-defined ones, which ordinary text spells too."""
+    special = added({i: tokens[i] for i, kind in enumerate(types) if kind == _CONTROL})
+    user = added({i: tokens[i] for i, kind in enumerate(types) if kind == _USER_DEFINED})
+    return sorted([*special, *(token | {"special": False} for token in user)], key=lambda token: token["id"])
 
 
 def _byte_level(settings: dict[str, Any]) -> dict[str, Any]:
@@ -122,9 +140,8 @@ def _byte_level(settings: dict[str, Any]) -> dict[str, Any]:
 def _sentences(settings: dict[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
     """SentencePiece as Llama 2 has it: a blank before the text, bytes for what the vocabulary lacks."""
     scores = settings.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
-    plain = {
-        token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind not in (_CONTROL, _BYTE)
-    }
+    apart = (_CONTROL, _USER_DEFINED, _BYTE)
+    plain = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind not in apart}
     prefixed = settings.get("tokenizer.ggml.add_space_prefix", True)
     before = [{"type": "Prepend", "prepend": SPACE_MARK}] if prefixed else []
     first = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else []

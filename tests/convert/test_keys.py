@@ -8,6 +8,7 @@ from etils import epath
 
 from lslm_jax.convert import adapter, generation, gguf, keys, pretrained
 from lslm_jax.convert.family import Family
+from lslm_jax.data import gguf_files, tokenizer
 from lslm_jax.data.tokenizer import Bytes
 from lslm_jax.errors import ConfigError, DataError, LslmError
 
@@ -79,6 +80,11 @@ REJECTED = [
     ("llama", {"num_attention_heads": 0}, "num_attention_heads=0 must be from 1"),
     ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 must be from 1 to 10,000"),
     ("llama", {"head_dim": -8}, "head_dim=-8 must be positive"),
+    (
+        "gpt_neox",
+        {"hidden_size": 48, "num_attention_heads": 4},
+        "rope_parameters (or rotary_pct) rotates 3 of 12 features",
+    ),
     ("gpt2", {"n_head": 0}, "n_head=0 must be from 1"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "gpt2 with scale_attn_by_inverse_layer_idx=True"),
     ("gpt2", {"n_layer": 4, "num_hidden_layers": 5}, "num_hidden_layers=5 contradicts n_layer=4"),
@@ -267,3 +273,44 @@ def test_a_gguf_file_without_a_size_is_refused_by_its_key(tmp_path, monkeypatch)
     monkeypatch.setattr(gguf, "open_file", lambda path: (theirs, []))
     with pytest.raises(DataError, match="head_count=0 must be a positive number"):
         gguf.settings(epath.Path(tmp_path))
+
+
+GGUF = {"block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 64}
+GGUF |= {"attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": 8}
+GGUF_CHANGES = {  # further keys, and whether they are accepted
+    "rope.dimension_count": (4, False),
+    "attention.value_length": (16, False),
+    "rope.scale_linear": (4.0, False),
+    "rope.scaling.factor": (1.0, True),
+    "expert_count": (8, False),
+    "attention.sliding_window": (4096, False),
+    "vocab_size": (2, True),
+    "a.later.key": (1, False),
+}
+
+
+@pytest.mark.parametrize("key", GGUF_CHANGES)
+def test_a_key_of_a_gguf_file_is_read_or_without_effect_or_rejected_by_name(key, monkeypatch):
+    value, accepted = GGUF_CHANGES[key]
+    theirs = {f"llama.{name}": known for name, known in (GGUF | {key: value}).items()}
+    theirs |= {"general.architecture": "llama", "tokenizer.ggml.tokens": ["a", "b"]}
+    monkeypatch.setattr(gguf, "open_file", lambda path: (theirs, []))
+    if accepted:
+        assert gguf.settings(epath.Path("model.gguf"))["head_dim"] == 8
+    else:
+        with pytest.raises(ConfigError, match=rf"model\.gguf: llama\.{key}={value}"):
+            gguf.settings(epath.Path("model.gguf"))
+
+
+def test_user_defined_tokens_of_a_gguf_file_are_tokens_in_text(monkeypatch):
+    tokens = ["<s>", "</s>", "<think>", "<", "t", "h", ">", "th"]
+    theirs = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["t h"]}
+    theirs |= {"tokenizer.ggml.token_type": [3, 3, 4, 1, 1, 1, 1, 1], "tokenizer.ggml.fim_pre_token_id": 1}
+    theirs |= {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1}
+    monkeypatch.setattr(gguf_files, "open_file", lambda path: (theirs, []))
+    words = tokenizer.HuggingFace(*gguf_files.vocabulary(epath.Path("model.gguf")))
+    assert words.encode("<think>th<s>").tolist() == [2, 7, 3, 6], "<s> is no text"
+    assert words.decode([2, 7]) == "<think>th"
+    theirs["tokenizer.ggml.remove_extra_whitespaces"] = True
+    with pytest.raises(ConfigError, match=r"tokenizer\.ggml\.remove_extra_whitespaces=True is not supported"):
+        gguf_files.vocabulary(epath.Path("model.gguf"))
