@@ -469,13 +469,21 @@ class GenerateConfig:
     early_stopping: Literal["exact", "never", "heuristic", "first"] = "exact"
     """`exact`: no better text can follow. Others: as transformers (never, false, true), by length ** length_penalty."""
     renormalize: bool = True
-    """Renormalizes the probabilities of beams after tokens that are never written are left out."""
+    """Renormalizes the probabilities of beams after tokens that may not be written are left out."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end the text besides the vocabulary's own, as the end of a turn in a chat."""
     never_ids: tuple[int, ...] = ()
     """Tokens that are never written, as Marian's padding."""
+    begin_suppress_tokens: tuple[int, ...] = ()
+    """Tokens that are not written first."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that are never written, as a JSON list of lists."""
+    no_repeat_ngram_size: int = 0
+    """No sequence of this many tokens stands twice in prompt and text. 0: any may."""
+    min_new_tokens: int = 0
+    """Tokens written before the text may end at a token that ends it."""
     eos: bool = True
     """Ends a text at the end-of-text token of the tokenizer; some pretrained models name others only."""
     forced_eos: bool = False

@@ -402,7 +402,13 @@ def generate_problems(generate: GenerateConfig) -> Iterator[str]:
         yield "generate.forced_eos does not go with generate.lookup"
     if not 0 <= generate.lookup <= 16:  # each is drawn for in a part of the program of its own
         yield f"generate.lookup must be in [0, 16], got {generate.lookup}"
+    if not all(generate.bad_words_ids):
+        yield "generate.bad_words_ids holds an empty sequence, which would forbid every token"
+    if generate.no_repeat_ngram_size < 0 or generate.min_new_tokens < 0:
+        yield "generate.no_repeat_ngram_size and generate.min_new_tokens must not be negative"
     neutral = [GenerateConfig(), GenerateConfig(temperature=0.0)]
+    if generate.early_stopping != "exact":  # a search as in transformers
+        neutral.append(GenerateConfig(repetition_penalty=generate.repetition_penalty))
     drawing = [name for name in _DRAWING if getattr(generate, name) not in [getattr(each, name) for each in neutral]]
     if generate.beams > 1 and drawing:
         yield (

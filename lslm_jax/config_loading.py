@@ -221,6 +221,10 @@ def _parse(text: str, hint: Any, key: str) -> Any:
         kind = get_args(hint)[0]
         if dataclasses.is_dataclass(kind):
             raise ConfigError(f"{key} cannot be set by a flag: write it in the config file")
+        if get_origin(kind) is tuple:
+            with contextlib.suppress(ValueError):
+                return _typed(json.loads(text), hint, key)
+            raise ConfigError(f"{key} wants a JSON list of lists, got {text!r}")
         return tuple(_parse(part, kind, key) for part in items(text, paths=key.endswith("files")))
     try:
         if hint is bool:

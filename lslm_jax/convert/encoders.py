@@ -99,6 +99,8 @@ def _read_positions(theirs: Settings) -> dict[str, Any]:
     pad, rows = theirs["pad_token_id"], theirs["max_position_embeddings"]
     if pad is None or not 0 <= pad < rows - 1:
         raise ConfigError(f"pad_token_id={pad} must be from 0 to max_position_embeddings - 2 = {rows - 2}")
+    if role := next((key for key in ("bos_token_id", "eos_token_id") if pad == theirs[key]), None):
+        raise ConfigError(f"pad_token_id={pad} is the {role} too: transformers does not count the positions of such")
     return {"position_offset": pad + 1, "max_length": rows - pad - 1}
 
 
@@ -131,7 +133,7 @@ ROBERTA = Family(
                 "pad_token_id": model.position_offset - 1,
                 "max_position_embeddings": model.max_length + model.position_offset,
             },
-            ("pad_token_id", "max_position_embeddings"),
+            ("pad_token_id", "max_position_embeddings", "bos_token_id", "eos_token_id"),
         ),
     ),
     fixed=_POST_NORM,
@@ -230,7 +232,7 @@ MODERNBERT = Family(
     },
     settings=(
         activation("hidden_activation", "gelu"),
-        activation("classifier_activation", "gelu", "head_activation"),
+        activation("classifier_activation", "gelu", "head_activation", ("gelu", "relu")),
         modern_window(),
         two_ropes("global_rope_theta", 160_000.0, "local_rope_theta", 10_000.0, scales_both=True),
         Setting(

@@ -302,7 +302,15 @@ def export_settings(
       tokens: ids of `bos`, `eos` and `pad`.
       labels: of classes or tags.
       multi_label: whether each class is judged by itself.
+
+    Raises:
+      ConfigError: the family has no such models, or would count the positions of another padding token.
     """
+    if model.position_offset and tokens["pad"] != model.position_offset - 1:
+        raise ConfigError(
+            f"a {family.model_type} counts positions from the id of its padding token on, which is {tokens['pad']}: "
+            f"model.position_offset={model.position_offset} must be {(tokens['pad'] or 0) + 1}"
+        )
     ids = {f"{role}_token_id": id for role, id in tokens.items()}
     settings = ids | family.write(model) | {"architectures": [family.classes[objective]], "torch_dtype": dtype}
     if model.family == "encoder_decoder":

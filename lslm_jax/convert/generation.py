@@ -20,9 +20,9 @@ Settings = Mapping[str, Any]
 
 READ = frozenset(
     """
-    bad_words_ids bos_token_id decoder_start_token_id do_sample early_stopping eos_token_id forced_eos_token_id
-    length_penalty max_length max_new_tokens min_length min_new_tokens min_p num_beams pad_token_id repetition_penalty
-    suppress_tokens temperature top_k top_p renormalize_logits
+    bad_words_ids begin_suppress_tokens bos_token_id decoder_start_token_id do_sample early_stopping eos_token_id
+    forced_eos_token_id length_penalty max_length max_new_tokens min_length min_new_tokens min_p no_repeat_ngram_size
+    num_beams pad_token_id renormalize_logits repetition_penalty suppress_tokens temperature top_k top_p
     """.split()
 )
 # Memory, speed, further outputs, provenance, and settings that only have an effect beside one that is rejected.
@@ -86,6 +86,10 @@ def _read(given: Settings, config: Settings, words: Tokenizer, *, strict: bool) 
         eos=words.eos_id in ends,
         stop_ids=tuple(id for id in ends if id != words.eos_id),
         never_ids=_never(known, ends),
+        bad_words_ids=tuple(word for word in _bad_words(known) if len(word) > 1),
+        begin_suppress_tokens=tuple(_ids(known.get("begin_suppress_tokens"), "begin_suppress_tokens")),
+        no_repeat_ngram_size=_whole(get("no_repeat_ngram_size") or 0, "no_repeat_ngram_size", 0),
+        min_new_tokens=_least(known, config),
         forced_eos=_forced(get("forced_eos_token_id"), words),
     )
     if "max_new_tokens" in known:
@@ -115,15 +119,20 @@ def _sampling(ours: GenerateConfig, get: Any) -> GenerateConfig:
 
 def _searching(ours: GenerateConfig, get: Any, penalty: float) -> GenerateConfig:
     stop, length = get("early_stopping"), get("length_penalty")
-    if penalty != 1.0:
-        raise ConfigError(f"repetition_penalty={penalty} with num_beams={ours.beams} is not supported")
     if not isinstance(stop, bool | str) or stop not in _STOPS:
         raise ConfigError(f"early_stopping={stop!r} is not among false, true and 'never'")
     if isinstance(length, bool) or not isinstance(length, int | float):
         raise ConfigError(f"length_penalty={length!r} is not a number")
-    if ours.never_ids and not get("renormalize_logits"):
+    ours = replace(ours, repetition_penalty=penalty)
+    if _changes_scores(ours) and not get("renormalize_logits"):
         ours = replace(ours, renormalize=False)
     return replace(ours, early_stopping=_STOPS[stop], length_penalty=float(length))
+
+
+def _changes_scores(ours: GenerateConfig) -> bool:
+    """True if the scores of a beam search are no longer logarithms of probabilities that sum to 1."""
+    names = ("never_ids", "bad_words_ids", "begin_suppress_tokens", "no_repeat_ngram_size", "min_new_tokens")
+    return ours.repetition_penalty != 1.0 or any(getattr(ours, name) for name in names)
 
 
 def _check_start(known: Settings, config: Settings) -> None:
@@ -146,9 +155,6 @@ def _require_default(key: str, value: Any, defaults: Settings) -> None:
 
 
 def _check_lengths(known: Settings, config: Settings) -> None:
-    for key in ("min_length", "min_new_tokens"):
-        if known.get(key):
-            raise ConfigError(f"{key}={known[key]!r} is not supported, only 0")
     longest = known.get("max_length")
     limit = keys.default(config, "max_position_embeddings")
     if "max_new_tokens" in known or longest is None or config.get("is_encoder_decoder"):
@@ -161,14 +167,27 @@ def _check_lengths(known: Settings, config: Settings) -> None:
         raise ConfigError(f"max_length={longest} of prompt and text together is not supported: give max_new_tokens")
 
 
+def _least(known: Settings, config: Settings) -> int:
+    """Tokens before a text may end. `min_length` counts what the decoder begins with, too: one token, or the prompt."""
+    if known.get("min_new_tokens") is not None:
+        return _whole(known["min_new_tokens"], "min_new_tokens", 0)
+    least = _whole(known.get("min_length") or 0, "min_length", 0)
+    if least > 1 and not config.get("is_encoder_decoder"):
+        raise ConfigError(f"min_length={least} of prompt and text together is not supported: give min_new_tokens")
+    return max(least - 1, 0)
+
+
+def _bad_words(known: Settings) -> list[tuple[int, ...]]:
+    words = known.get("bad_words_ids") or []
+    if not isinstance(words, list) or not all(isinstance(word, list) and word for word in words):
+        raise ConfigError(f"bad_words_ids={keys.short(words)} is no list of lists of token ids")
+    return [tuple(_ids(word, "bad_words_ids")) for word in words]
+
+
 def _never(known: Settings, ends: list[int]) -> tuple[int, ...]:
-    never = _ids(known.get("suppress_tokens"), "suppress_tokens")
-    for ids in known.get("bad_words_ids") or ():
-        if not isinstance(ids, list) or len(ids) != 1:
-            raise ConfigError(f"bad_words_ids={ids!r}: words of several tokens are not supported")
-        # transformers leaves out the ends of a text.
-        never += [id for id in _ids(ids, "bad_words_ids") if ids not in [[end] for end in ends]]
-    return tuple(dict.fromkeys(never))
+    # Of single tokens transformers leaves out the ends of a text.
+    single = [word[0] for word in _bad_words(known) if len(word) == 1 and word[0] not in ends]
+    return tuple(dict.fromkeys([*_ids(known.get("suppress_tokens"), "suppress_tokens"), *single]))
 
 
 def _forced(value: Any, words: Tokenizer) -> bool:
@@ -220,17 +239,23 @@ def write(settings: GenerateConfig, tokens: Mapping[str, int], family: str) -> d
         theirs["decoder_start_token_id"] = tokens["bos"]
     if settings.never_ids:
         theirs["suppress_tokens"] = list(settings.never_ids)
+    theirs |= {key: value for key in ("no_repeat_ngram_size", "min_new_tokens") if (value := getattr(settings, key))}
+    if settings.begin_suppress_tokens:
+        theirs["begin_suppress_tokens"] = list(settings.begin_suppress_tokens)
+    if settings.bad_words_ids:
+        theirs["bad_words_ids"] = [list(word) for word in settings.bad_words_ids]
     if settings.forced_eos:
         theirs["forced_eos_token_id"] = tokens["eos"]
     if settings.beams > 1 and settings.early_stopping != "exact":
         stop = next(theirs for theirs, ours in _STOPS.items() if ours == settings.early_stopping)
         theirs |= {"early_stopping": stop, "length_penalty": settings.length_penalty}
-        theirs |= {"renormalize_logits": True} if settings.renormalize and settings.never_ids else {}
+        theirs |= {"renormalize_logits": True} if settings.renormalize and _changes_scores(settings) else {}
     elif settings.beams > 1:
         # The nearest that transformers has: its penalty is a power of the length, without the constant.
         theirs |= {"early_stopping": "never", "length_penalty": settings.length_penalty}
-    if settings.temperature > 0 and settings.beams == 1:
+    theirs["do_sample"] = settings.temperature > 0 and settings.beams == 1  # else pipelines of transformers 5 draw
+    if theirs["do_sample"]:
         drawing = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-        theirs |= {"do_sample": True} | drawing
+        theirs |= drawing
         theirs |= {"min_p": settings.min_p} if settings.min_p else {}
     return theirs | {"repetition_penalty": settings.repetition_penalty}

@@ -62,10 +62,32 @@ def _same_mlp(gated: bool) -> Setting:
     def read(theirs: Settings) -> dict[str, Any]:
         for name, value in derived.items():
             if theirs.get(name, value) != value:
-                raise ConfigError(f"t5 with {name}={theirs[name]!r} is not supported, only {value!r}")
+                kind = theirs["feed_forward_proj"]
+                raise ConfigError(f"t5 with {name}={theirs[name]!r} beside feed_forward_proj={kind} is not supported")
         return {}
 
     return Setting(read, lambda model: {}, tuple(derived))
+
+
+def _read_distances(theirs: Settings) -> dict[str, Any]:
+    """Relative positions: an encoder has two buckets for each of the nearest distances, one for each direction."""
+    buckets, farthest = theirs["relative_attention_num_buckets"], theirs["relative_attention_max_distance"]
+    if buckets < 4 or farthest <= buckets // 2:
+        raise ConfigError(
+            f"relative_attention_num_buckets={buckets} must be at least 4, relative_attention_max_distance={farthest} "
+            f"above {buckets // 2}, half of it"
+        )
+    return {"relative_buckets": buckets, "relative_distance": farthest}
+
+
+_DISTANCES = Setting(
+    _read_distances,
+    lambda model: {
+        "relative_attention_num_buckets": model.relative_buckets,
+        "relative_attention_max_distance": model.relative_distance,
+    },
+    ("relative_attention_num_buckets", "relative_attention_max_distance"),
+)
 
 
 def _t5(*, gated: bool) -> Family:
@@ -90,8 +112,6 @@ def _t5(*, gated: bool) -> Family:
             "d_ff": "d_ff",
             "num_layers": "num_layers",
             "num_heads": "num_heads",
-            "relative_buckets": "relative_attention_num_buckets",
-            "relative_distance": "relative_attention_max_distance",
             "norm_eps": "layer_norm_epsilon",
             "dropout": "dropout_rate",
         },
@@ -102,6 +122,7 @@ def _t5(*, gated: bool) -> Family:
                 ("num_decoder_layers", "num_layers"),
             ),
             _same_mlp(gated),
+            _DISTANCES,
             Setting(_read_tied, _write_tied, ("tie_word_embeddings", "scale_decoder_outputs")),
         ),
         fixed={

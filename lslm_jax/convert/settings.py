@@ -21,13 +21,15 @@ _SEEN = {"full_attention": "full", "sliding_attention": "window"}
 _KINDS = ", ".join(_SEEN)
 
 
-def activation(key: str, default: str, ours: str = "activation") -> Setting:
+def activation(
+    key: str, default: str, ours: str = "activation", among: tuple[str, ...] = tuple(_ACTIVATIONS)
+) -> Setting:
     """The MLP's activation, or another one; `default` is the family's own name where several mean the same."""
 
     def read(theirs: Settings) -> dict[str, Any]:
         name = theirs[key]
-        if name not in _ACTIVATIONS:
-            raise ConfigError(f"{key}={name} is not among {', '.join(_ACTIVATIONS)}")
+        if name not in among:
+            raise ConfigError(f"{key}={name} is not among {', '.join(among)}")
         return {ours: _ACTIVATIONS[name]}
 
     def write(model: ModelConfig) -> dict[str, Any]:

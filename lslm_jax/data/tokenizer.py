@@ -17,7 +17,17 @@ from etils import epath
 
 from lslm_jax import atomic
 from lslm_jax.data import tokenizer_classes
-from lslm_jax.data.tokenizer_base import WELL_KNOWN, Spans, Tokenizer, any_of, joined, sentinels, tokenizers
+from lslm_jax.data.tokenizer_base import (
+    WELL_KNOWN,
+    Spans,
+    Tokenizer,
+    any_of,
+    is_panic,
+    joined,
+    sentinels,
+    tokenizers,
+    without_panic_text,
+)
 from lslm_jax.data.tokenizer_files import CONFIG, Beside, from_word_pieces, with_added
 from lslm_jax.data.tokenizer_files import read as read_beside
 from lslm_jax.errors import ConfigError, DataError, InputMissing
@@ -343,7 +353,7 @@ def _encoding() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
+        if type(error) is not Exception and not is_panic(error):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"the tokenizer cannot encode a text: {reason}") from error
@@ -389,7 +399,8 @@ def load(path: epath.Path | str) -> Tokenizer:
             raise DataError(f"{path} defines other bytes than this program's")
         return Bytes()
     try:
-        return _read(path)
+        with without_panic_text():
+            return _read(path)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except InputMissing:
@@ -397,14 +408,9 @@ def load(path: epath.Path | str) -> Tokenizer:
     except DataError as error:
         raise error if str(path.parent) in str(error) else DataError(f"{path} {error}") from error
     except BaseException as error:  # what the two libraries raise on a bad file is Exception itself, or RuntimeError
-        if not _is_of_library(error):
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise DataError(f"{path} is not a {_FORMATS.get(path.suffix, 'SentencePiece model')}") from error
-
-
-def _is_of_library(error: BaseException) -> bool:
-    """True if a library raised it: panics of Rust are no Exception."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _read(path: epath.Path) -> Tokenizer:

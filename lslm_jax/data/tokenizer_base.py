@@ -1,11 +1,15 @@
 """What every vocabulary can do, whatever kind it is of."""
 
 import abc
+import contextlib
 import functools
 import hashlib
 import itertools
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -195,6 +199,38 @@ def sentinels(find: Callable[[str], int | None]) -> tuple[int, ...]:
     """Ids of T5's sentinels, in the order of their use, in a vocabulary whose ids `find` tells by their names."""
     found = (find(f"<extra_id_{i}>") for i in itertools.count())
     return tuple(id for id in itertools.takewhile(lambda id: id is not None, found) if id is not None)
+
+
+_stderr = threading.RLock()
+
+
+@contextlib.contextmanager
+def without_panic_text() -> Iterator[None]:
+    """Withholds what Rust writes on stderr when it panics, several lines: the exception has the reason."""
+    with _stderr, tempfile.TemporaryFile() as written:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # closed, as in some services: nothing to withhold
+            yield
+            return
+        os.dup2(written.fileno(), 2)
+        panicked = False
+        try:
+            yield
+        except BaseException as error:
+            panicked = is_panic(error)
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            if not panicked and (text := written.read()):
+                os.write(2, text)
+
+
+def is_panic(error: BaseException) -> bool:
+    """True for a panic of Rust, which is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 @functools.cache

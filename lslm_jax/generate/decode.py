@@ -17,7 +17,8 @@ import numpy as np
 from lslm_jax import config_checks
 from lslm_jax.config import GenerateConfig, ModelConfig
 from lslm_jax.errors import ConfigError
-from lslm_jax.generate import beam, lookup, reading, sampling
+from lslm_jax.generate import beam, constraints, lookup, reading, sampling
+from lslm_jax.generate.constraints import Text
 from lslm_jax.generate.reading import Memory, Prompts
 from lslm_jax.generate.text import Result, Row
 from lslm_jax.progress import say
@@ -265,8 +266,11 @@ def _draw(prompts: Prompts, state: _State, logits_BTV: jax.Array, guesses_BK: ja
     ids_BN, done_B, seen_BV = state.ids_BN, state.done_B, state.seen_BV
     step, right = state.step, jnp.bool(True)  # whether all before was guessed: if not, nothing here counts
     for t in range(logits_BTV.shape[1]):
+        text_BL = jnp.concatenate([jnp.asarray(prompts.tokens_BP), ids_BN], axis=1)
+        text = Text(text_BL, prompts.start_B, prompts.tokens_BP.shape[1] + state.step + t)
+        count = state.step + t + 1
         ids_B = sampling.sample(
-            _last_only(_tokens_only(logits_BTV[:, t], rules), state.step + t + 1, prompts.limit_B, rules),
+            _last_only(_tokens_only(logits_BTV[:, t], text, count, rules), count, prompts.limit_B, rules),
             sampling.step_keys(keys_B, state.step + t),
             rules.settings,
             seen_BV,
@@ -282,11 +286,11 @@ def _draw(prompts: Prompts, state: _State, logits_BTV: jax.Array, guesses_BK: ja
     return _State(step, state.memory, ids_BN, done_B, seen_BV)
 
 
-def _tokens_only(logits_BV: jax.Array, rules: _Rules) -> jax.Array:
-    """The logits, -inf for what the tokenizer cannot spell, as the vocabulary's padding, and what may not be said."""
-    ids_V = jnp.arange(logits_BV.shape[-1])
-    is_token_V = (ids_V < rules.vocab_size) & ~jnp.isin(ids_V, jnp.array(rules.settings.never_ids, jnp.int32))
-    return jnp.where(is_token_V[None], logits_BV, -jnp.inf)
+def _tokens_only(logits_BV: jax.Array, text: Text, count: jax.Array, rules: _Rules) -> jax.Array:
+    """The logits, -inf for ids that are no tokens, as the vocabulary's padding, and for those that may not follow."""
+    is_token_V = jnp.arange(logits_BV.shape[-1]) < rules.vocab_size
+    forbidden_BV = constraints.forbidden(text, count, rules.settings, rules.eos_ids, logits_BV.shape[-1])
+    return jnp.where(is_token_V[None] & ~forbidden_BV, logits_BV, -jnp.inf)
 
 
 def _last_only(scores_BV: jax.Array, count: jax.Array, limit_B: jax.Array, rules: _Rules) -> jax.Array:
@@ -298,16 +302,19 @@ def _last_only(scores_BV: jax.Array, count: jax.Array, limit_B: jax.Array, rules
     return jnp.where((count >= limit_B)[:, None], forced_BV, scores_BV)
 
 
-def _search_scores(logits_BV: jax.Array, count: jax.Array, limit_B: jax.Array, rules: _Rules) -> jax.Array:
+def _search_scores(logits_BV: jax.Array, text: Text, count: jax.Array, limit_B: jax.Array, rules: _Rules) -> jax.Array:
     """Scores of what the `count`th token may be, as `beam.search` takes them."""
-    masked_BV = _tokens_only(logits_BV, rules)
-    if rules.settings.early_stopping == "exact":
-        return _last_only(masked_BV, count, limit_B, rules)
-    # transformers takes logarithms of probabilities first, over all rows of the output layer, unless told otherwise.
-    is_row_V = jnp.arange(logits_BV.shape[-1]) < rules.model_vocab_size
-    of_all_BV = masked_BV if rules.settings.renormalize else jnp.where(is_row_V[None], logits_BV, -jnp.inf)
-    norm_B1 = jax.nn.logsumexp(of_all_BV.astype(jnp.float32), axis=-1, keepdims=True)
-    return _last_only(masked_BV.astype(jnp.float32) - norm_B1, count, limit_B, rules)
+    settings, V = rules.settings, logits_BV.shape[-1]
+    if settings.early_stopping == "exact":
+        return _last_only(_tokens_only(logits_BV, text, count, rules), count, limit_B, rules)
+    # transformers takes logarithms of probabilities first, over all rows of the output layer.
+    logits_BV = jnp.where(jnp.arange(V)[None] < rules.model_vocab_size, logits_BV.astype(jnp.float32), -jnp.inf)
+    scores_BV = jax.nn.log_softmax(logits_BV)
+    if settings.repetition_penalty != 1.0:
+        scores_BV = sampling.penalize(scores_BV, constraints.seen(text, V), settings.repetition_penalty)
+    scores_BV = _tokens_only(scores_BV, text, count, rules)
+    scores_BV = jax.nn.log_softmax(scores_BV) if settings.renormalize else scores_BV
+    return _last_only(scores_BV, count, limit_B, rules)
 
 
 def _pinned(state: _State) -> _State:
@@ -328,19 +335,23 @@ def _search(model: Any, prompts: Prompts, rules: _Rules, room: int) -> tuple[jax
     logits_BV, memory = reading.begin(model, prompts, room)
     # To the model beams are rows.
     prompts_of_beams, cross = jax.tree.map(lambda a: jnp.repeat(a, W, axis=0), (prompts, memory.cross))
+    P, limit_B = prompts.tokens_BP.shape[1], jnp.asarray(prompts.limit_B)
+    text_BL = jnp.pad(jnp.asarray(prompts.tokens_BP), ((0, 0), (0, room)))
 
     def step(cache: Any, tokens_BW: jax.Array, count: jax.Array) -> tuple[jax.Array, Any]:
-        memory = Memory(jax.tree.map(lambda a: a.reshape(B * W, *a.shape[2:]), cache), cross)
-        logits_BTV, memory = reading.go_on(model, prompts_of_beams, memory, tokens_BW.reshape(-1, 1), count)
-        scores_BV = _search_scores(logits_BTV[:, 0], count + 1, prompts_of_beams.limit_B, rules)
-        found = scores_BV, memory.cache
-        return jax.tree.map(lambda a: a.reshape(B, W, *a.shape[1:]), found)
+        caches, text_BL = jax.tree.map(lambda a: a.reshape(B * W, *a.shape[2:]), cache)
+        tokens_B1, end = tokens_BW.reshape(-1, 1), P + count
+        text_BL = jax.lax.dynamic_update_slice_in_dim(text_BL, tokens_B1, end - 1, axis=1)
+        logits_BTV, memory = reading.go_on(model, prompts_of_beams, Memory(caches, cross), tokens_B1, count)
+        text = Text(text_BL, prompts_of_beams.start_B, end)
+        scores_BV = _search_scores(logits_BTV[:, 0], text, count + 1, prompts_of_beams.limit_B, rules)
+        return jax.tree.map(lambda a: a.reshape(B, W, *a.shape[1:]), (scores_BV, (memory.cache, text_BL)))
 
     found = beam.search(
         step,
-        _search_scores(logits_BV, jnp.int32(1), jnp.asarray(prompts.limit_B), rules),
-        memory.cache,
-        jnp.asarray(prompts.limit_B),
+        _search_scores(logits_BV, Text(text_BL, prompts.start_B, jnp.int32(P)), jnp.int32(1), limit_B, rules),
+        (memory.cache, text_BL),
+        limit_B,
         beams=W,
         room=room,
         eos_ids=rules.eos_ids,

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 from etils import epath
 
+from lslm_jax import config_checks
 from lslm_jax.convert import adapter, generation, gguf, keys, pretrained
 from lslm_jax.convert.family import Family
 from lslm_jax.data import gguf_files, tokenizer
@@ -99,8 +100,11 @@ REJECTED = [
     ("bert", {"position_embedding_type": "relative_key"}, "bert with position_embedding_type='relative_key'"),
     ("bert", {"is_decoder": True}, "bert with is_decoder=True"),
     ("roberta", {"pad_token_id": None}, "pad_token_id=None must be from 0"),
+    ("roberta", {"pad_token_id": 2}, "pad_token_id=2 is the eos_token_id too"),
     ("modernbert", {"classifier_pooling": "max"}, "classifier_pooling=max is not among cls, mean"),
     ("t5", {"d_kv": 16, "feed_forward_proj": "silu"}, "t5 with feed_forward_proj='silu'"),
+    ("t5", {"relative_attention_max_distance": 16}, "relative_attention_max_distance=16 above 16, half of it"),
+    ("t5", {"dense_act_fn": "gelu_new"}, "dense_act_fn='gelu_new' beside feed_forward_proj=relu"),
     ("marian", {"decoder_vocab_size": 7}, "marian with decoder_vocab_size=7 and vocab_size=58101"),
 ]
 
@@ -158,11 +162,8 @@ def test_each_key_of_generation_and_adapters_has_a_status():
 
 
 UNSUPPORTED = {
-    "no_repeat_ngram_size": 3,
-    "min_new_tokens": 4,
     "min_length": 5,
-    "begin_suppress_tokens": [5],
-    "bad_words_ids": [[4, 5]],
+    "bad_words_ids": [[4, 5], []],
     "forced_bos_token_id": 4,
     "sequence_bias": [[[5], 1.0]],
     "encoder_repetition_penalty": 1.5,
@@ -199,6 +200,22 @@ def test_settings_of_generation_are_those_of_transformers(tmp_path):
     (tmp_path / "generation_config.json").unlink()
     config = {"model_type": "llama", "eos_token_id": [2, 9]}
     assert generation.read(epath.Path(tmp_path), config, Bytes()).stop_ids == (9,), "config.json stands in"
+
+
+CONSTRAINTS = {"no_repeat_ngram_size": 3, "min_new_tokens": 4, "begin_suppress_tokens": [5], "bad_words_ids": [[4, 5]]}
+CONSTRAINTS |= {"repetition_penalty": 1.5, "suppress_tokens": [6], "eos_token_id": 2}
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_constraints_of_a_text_are_read_and_written(beams, tmp_path):
+    ours = generation_of(tmp_path, CONSTRAINTS, num_beams=beams)
+    assert (ours.no_repeat_ngram_size, ours.min_new_tokens, ours.begin_suppress_tokens) == (3, 4, (5,))
+    assert (ours.bad_words_ids, ours.repetition_penalty, ours.never_ids) == (((4, 5),), 1.5, (6,))
+    assert ours.renormalize == (beams == 1), "transformers does not, unless renormalize_logits is true"
+    theirs = generation.write(ours, {"bos": 1, "eos": 2, "pad": 0}, "decoder")
+    assert CONSTRAINTS.items() <= theirs.items() and not list(config_checks.generate_problems(ours))
+    pair = {"model_type": "t5", "is_encoder_decoder": True}
+    assert generation_of(tmp_path, {"min_length": 5, "eos_token_id": 2}, pair).min_new_tokens == 4, "start is one"
 
 
 def adapter_of(tmp_path, **changes):

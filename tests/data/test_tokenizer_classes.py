@@ -1,6 +1,7 @@
 """Classes of tokenizers that transformers builds by other rules than those of tokenizer.json."""
 
 import json
+import os
 
 import pytest
 import tokenizers as package
@@ -8,8 +9,8 @@ from etils import epath
 
 from lslm_jax.config import TokenizerConfig
 from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data import tokenizer_classes, tokenizer_json, vocabulary
-from lslm_jax.errors import ConfigError
+from lslm_jax.data import tokenizer_base, tokenizer_classes, tokenizer_json, vocabulary
+from lslm_jax.errors import ConfigError, DataError
 
 DIGITS = {"type": "Digits", "individual_digits": True}
 METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
@@ -75,3 +76,13 @@ def test_an_exported_tokenizer_that_transformers_would_build_otherwise_is_report
     tokenizer_classes._report.cache_clear()
     tokenizer_json.files(words, "decoder", "qwen2", 64)  # whose tokenizer is always Qwen2Tokenizer
     assert "AutoTokenizer of transformers 5 replaces it by that of Qwen2Tokenizer" in capsys.readouterr().err
+
+
+def test_a_panic_of_the_library_is_one_line_and_other_output_is_kept(content, tmp_path, capfd):
+    with tokenizer_base.without_panic_text():
+        os.write(2, b"kept")
+    assert capfd.readouterr().err == "kept"
+    broken = content | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}
+    with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer\.json"):
+        load(tmp_path, broken, {})
+    assert capfd.readouterr().err == ""
