@@ -84,5 +84,6 @@ def test_constraints_give_the_texts_of_transformers(label, beams, directory):
 def texts_of(path, case, ids):
     """Tokens that transformers writes before the first that ends a text."""
     written, _ = their_text(path, case, ids)
+    assert written is not None
     end = next((i for i, id in enumerate(written) if id in COMMON["eos_token_id"]), len(written))
     return written[:end]

@@ -18,11 +18,14 @@ def texts(request):
     """Rows of few different tokens, each from a slot of its own to a common end."""
     rng = np.random.default_rng(request.param)
     end = request.param
-    return Text(rng.integers(0, V, (B, L)), rng.integers(0, end, B), jnp.int32(end))
+    return Text(jnp.asarray(rng.integers(0, V, (B, L))), jnp.asarray(rng.integers(0, end, B)), jnp.int32(end))
 
 
 def rows(texts):
-    return [row[start : int(texts.end)].tolist() for row, start in zip(texts.tokens_BL, texts.start_B, strict=True)]
+    return [
+        row[start : int(texts.end)].tolist()
+        for row, start in zip(np.asarray(texts.tokens_BL), texts.start_B, strict=True)
+    ]
 
 
 def found(mask_BV):
