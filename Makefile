@@ -18,7 +18,7 @@ WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 8 ? co
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 ELSEWHERE := tests/launch/test_schemas.py
 PARITY := $(addprefix tests/convert/test_,parity.py check.py peft.py trained.py marian.py harness.py chat_parity.py \
-  keys_parity.py tokenizer_parity.py) \
+  keys_parity.py tokenizer_parity.py generation_parity.py pipelines.py) \
   tests/launch/test_schemas.py tests/test_bucket.py
 
 # The whole specification in its fast form. SEED=N runs it in a random order.
@@ -36,9 +36,9 @@ test-all: $(READY)
 # Against Hugging Face transformers, EleutherAI's lm-eval, a bucket's emulator, and the schemas of Kubernetes and SkyPilot,
 # which the project itself does not install; with models from the package index. FUZZ=200 perturbs each family's settings
 # so many times, which takes hours.
-# SELECT="--changed-since=REVISION --share=K/N" runs what depends on a change, and a share of the rest.
+# SELECT="--changed-since=REVISION --share=K/N" runs what depends on a change, and a share of the rest, in the fast form.
 test-parity: parity-packages
-	$(PY) -m pytest -q -n $(WORKERS) $(PARITY) $(SELECT)
+	$(PY) -m pytest -q -n $(WORKERS) $(PARITY) $(if $(SELECT),-m "not exhaustive" $(SELECT))
 
 # Plants faults of one line in copies of the package; each must be caught.
 test-faults: $(READY)

@@ -28,7 +28,7 @@ from lslm_jax.data.tokenizer_base import (
     tokenizers,
     without_panic_text,
 )
-from lslm_jax.data.tokenizer_files import CONFIG, Beside, from_word_pieces, with_added
+from lslm_jax.data.tokenizer_files import CONFIG, ENCODER_KEYS, Beside, from_word_pieces, with_added
 from lslm_jax.data.tokenizer_files import read as read_beside
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
@@ -250,6 +250,11 @@ class HuggingFace(Tokenizer):
         tokenizer.no_truncation()
         first = tokenizer.encode("a").ids[:1]
         tokenizer.encode_special_tokens = True  # that is: as the ordinary text they are in a document
+        for role, token in named.items():
+            if isinstance(token, str) and token and tokenizer.token_to_id(token) is None:
+                key = f"{role}_token"
+                key = key if (settings or {}).get(key) else ENCODER_KEYS.get(role, key)
+                raise ConfigError(f"{key} {token!r} is not in the vocabulary")
         ids = {role: self._find(names, named.get(role)) for role, names in WELL_KNOWN.items()}
         vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         if vocab_size > _MAX_SIZE:
@@ -264,8 +269,6 @@ class HuggingFace(Tokenizer):
     def _find(self, names: Sequence[str], first: str | int | None) -> int | None:
         if isinstance(first, int):
             return first
-        if first and self._tokenizer.token_to_id(first) is None:
-            raise ConfigError(f"the special token {first!r} is not in the vocabulary")
         ids = (self._tokenizer.token_to_id(name) for name in ([first] if first else []) + list(names))
         return next((id for id in ids if id is not None), None)
 

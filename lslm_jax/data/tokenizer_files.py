@@ -12,6 +12,7 @@ from lslm_jax.errors import ConfigError, DataError
 
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
+ENCODER_KEYS = {"bos": "cls_token", "eos": "sep_token"}  # that take the place of bos_token and eos_token
 IDS = "special_ids.json"  # in prepared data: special tokens by id, where another file of the model named them
 _MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
 _MAX_ID = 1 << 24
@@ -100,7 +101,7 @@ def _named(settings: Mapping[str, Any], model: Mapping[str, Any], directory: epa
             raise DataError(f"{directory / CONFIG}: {role}_token is not text")
         if token:
             named[role] = token
-    for role, other in (("bos", "cls_token"), ("eos", "sep_token")):  # of encoders
+    for role, other in ENCODER_KEYS.items():
         if role not in named and isinstance(token := _text(settings.get(other)), str):
             named[role] = token
     if "bos" not in named and settings.get("bos_token", "") is None:
