@@ -116,6 +116,14 @@ def run(
     return process
 
 
+def timed(command: Sequence[str]) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Runs a new process; returns it and its seconds of a processor, which load by others hardly changes."""
+    begin = os.times()
+    process = subprocess.run(command, capture_output=True, text=True)
+    end = os.times()
+    return process, end.children_user + end.children_system - begin.children_user - begin.children_system
+
+
 def _command(arguments: Sequence[str]) -> NoReturn:
     from lslm_jax.main import main
 

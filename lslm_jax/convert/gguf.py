@@ -45,6 +45,7 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "residual_scale": (0, 1),
     "use_parallel_residual": (False,),
 }
+_HEAD_SIZES = ("rope.dimension_count", "attention.value_length")  # read only where they equal head_dim
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -110,7 +111,7 @@ def settings(path: epath.Path) -> dict[str, Any]:
     _check_keys(theirs, kind, path)
     found = {name: theirs[f"{kind}.{key}"] for name, key in _KEYS.items() if f"{kind}.{key}" in theirs}
     found = {"num_key_value_heads": found["num_attention_heads"], "head_dim": _head_dim(found, path)} | found
-    for key in ("rope.dimension_count", "attention.value_length"):
+    for key in _HEAD_SIZES:
         if theirs.get(f"{kind}.{key}", found["head_dim"]) != found["head_dim"]:
             raise ConfigError(
                 f"{path}: {kind}.{key}={theirs[f'{kind}.{key}']} is not supported, only the features of a head, "
@@ -126,7 +127,7 @@ def settings(path: epath.Path) -> dict[str, Any]:
 
 def _check_keys(theirs: dict[str, Any], kind: str, path: epath.Path) -> None:
     """Raises ConfigError where a key of the architecture has an effect that is not supported, or is not known."""
-    known = {*_KEYS.values(), *_IRRELEVANT, "rope.dimension_count", "attention.value_length"}
+    known = {*_KEYS.values(), *_IRRELEVANT, *_HEAD_SIZES}
     for name, value in theirs.items():
         key = name.removeprefix(f"{kind}.")
         if key != name and key not in known and value not in _INERT.get(key, ()):

@@ -272,7 +272,7 @@ def _fetch(arrays: Mapping[str, jax.Array], use: _Use, config: ModelConfig) -> n
 
 def fetch(array: jax.Array, *at: int) -> np.ndarray:
     """An array, or one layer, or expert, of it, on the host; every process of a run over several must take part."""
-    if not at and array.is_fully_addressable:
+    if not at and array.is_fully_addressable:  # joined on the host, without a program for each shape
         return np.asarray(array)
     sharding = array.sharding
     whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None

@@ -155,7 +155,7 @@ class Deduplicator:
         return found
 
     def find(self, digest: bytes, signature: np.ndarray | None) -> Literal["duplicate", "near_duplicate"] | None:
-        """True if an equal document is remembered, or a near one of those with a signature."""
+        """Finds a remembered document that one repeats: an equal one, or a near one of those with a signature."""
         if digest in self._digests:
             return "duplicate"
         return "near_duplicate" if signature is not None and self._has_near(signature) else None

@@ -159,9 +159,8 @@ def read_csv(path: epath.Path, stream: IO[bytes], wanted: list[Column], keep_bad
     """A header, then records, whose quoted fields may hold line breaks; separated by whatever separates the header."""
     csv.field_size_limit(MAX_RECORD)  # its default rejects documents over 128 kB
     text = _text_lines(path, stream)
-    first_line = next(text, "")
-    delimiter = _delimiter(first_line, wanted)
-    reader = csv.reader(itertools.chain([first_line], text), delimiter=delimiter, strict=True)
+    first_row = next(text, "")
+    reader = csv.reader(itertools.chain([first_row], text), delimiter=_delimiter(first_row, wanted), strict=True)
     first = 1
     try:
         header = next(reader, [])

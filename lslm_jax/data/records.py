@@ -63,10 +63,6 @@ def _is_plain_name(value: Any) -> bool:
     return isinstance(value, str) and epath.Path(value).name == value and "\0" not in value
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
-
-
 def _is_input(entries: Any) -> bool:
     """True for entries of `sources.fingerprint`; those of earlier versions hold fewer items."""
     return isinstance(entries, list) and all(
@@ -82,7 +78,7 @@ def _is_tokenizer(entry: Any) -> bool:
     sentinels = entry.get("sentinel_ids", [])
     return (
         isinstance(sentinels, list)
-        and all(map(_is_id, [*ids, *more, *sentinels]))
+        and all(map(atomic.is_count, [*ids, *more, *sentinels]))
         and (not entry.get("file") or _is_plain_name(entry["file"]))
     )
 

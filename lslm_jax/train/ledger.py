@@ -306,7 +306,9 @@ def _starts(workdir: epath.Path) -> dict[int, list[_Start]]:
 
 def _start_of(line: dict[str, Any], path: epath.Path) -> _Start:
     """Parses the line of a start; ValueError, TypeError or KeyError where it is damaged."""
-    ranges = [(_is_count(first) and _is_count(end) and first < end <= _MAX_ROWS) for first, end in line["slots"]]
+    ranges = [
+        (atomic.is_count(first) and atomic.is_count(end) and first < end <= _MAX_ROWS) for first, end in line["slots"]
+    ]
     if not ranges or not all(ranges):
         raise ValueError(f"slots {line['slots']}")
     slots = np.concatenate([np.arange(first, end) for first, end in line["slots"]])
@@ -323,21 +325,17 @@ def _checked_span(line: dict[str, Any]) -> dict[str, Any]:
     """The line of some steps; ValueError, TypeError or KeyError where it is damaged."""
     first, last = line["steps"]
     skipped = line.get("skipped", [])
-    if not (_is_count(first) and _is_count(last) and 1 <= first <= last):
+    if not (atomic.is_count(first) and atomic.is_count(last) and 1 <= first <= last):
         raise ValueError(f"steps {line['steps']}")
-    if not (isinstance(skipped, list) and all(_is_count(step) and first <= step <= last for step in skipped)):
+    if not (isinstance(skipped, list) and all(atomic.is_count(step) and first <= step <= last for step in skipped)):
         raise ValueError(f"skipped {skipped}")
     if not all(isinstance(line.get(name, ""), str) for name in ("sha256", "fed")) or "sha256" not in line:
         raise ValueError("sha256")
     return line
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
-
-
 def _count_of(line: dict[str, Any], name: str) -> int:
-    if not _is_count(line[name]):
+    if not atomic.is_count(line[name]):
         raise ValueError(f"{name} {line[name]}")
     return line[name]
 
