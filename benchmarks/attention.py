@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from measure import about, spread, tell, windows
 
-from lslm_jax import malloc
 from lslm_jax.models import attention
+from lslm_jax.runtime import huge_pages
 
 HEADS = {"64": (12, 12, 64), "128": (32, 8, 128)}  # of queries, of keys, and their width
 
@@ -155,5 +155,5 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    malloc.ensure_large_pages()
+    huge_pages.ensure_large_pages()
     main()

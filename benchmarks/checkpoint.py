@@ -14,8 +14,8 @@ import jax
 from etils import epath
 from measure import about, add_model, configured, spread, tell
 
-from lslm_jax import malloc
 from lslm_jax.config import Config
+from lslm_jax.runtime import huge_pages
 from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train import identity
 from lslm_jax.train.checkpoint import Checkpoints
@@ -63,5 +63,5 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
 
 
 if __name__ == "__main__":
-    malloc.ensure_large_pages()
+    huge_pages.ensure_large_pages()
     main()

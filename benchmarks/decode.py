@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from measure import about, add_model, busiest, configured, copy_rate, spread, tell
 
-from lslm_jax import malloc
 from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.generate.decode import generate
 from lslm_jax.models import presets
 from lslm_jax.models.quantized import KINDS, quantize
+from lslm_jax.runtime import huge_pages
 from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train.state import num_parameters
 
@@ -119,5 +119,5 @@ def parse_args() -> tuple[argparse.Namespace, Config]:
 
 
 if __name__ == "__main__":
-    malloc.ensure_large_pages()
+    huge_pages.ensure_large_pages()
     main()

@@ -19,12 +19,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from lslm_jax import malloc
 from lslm_jax.batch import Batch
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
 from lslm_jax.data.pipeline import SyntheticInput
 from lslm_jax.models import attention
+from lslm_jax.runtime import huge_pages
 from lslm_jax.sharding import make_mesh, to_global
 from lslm_jax.train import identity
 from lslm_jax.train.checkpoint import Checkpoints
@@ -143,5 +143,5 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    malloc.ensure_large_pages()
+    huge_pages.ensure_large_pages()
     main()

@@ -17,7 +17,7 @@ import sys
 
 from measure import tell
 
-from lslm_jax import malloc
+from lslm_jax.runtime import huge_pages
 
 HERE = pathlib.Path(__file__).parent
 
@@ -27,7 +27,7 @@ def main() -> None:
     args = parse_args()
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         sys.exit(f"peers.py needs {' and '.join(missing)}: pip install torch transformers")
-    plain, large = dict(os.environ), malloc.environment(os.environ)  # which the trainer gives itself; few peers do
+    plain, large = dict(os.environ), huge_pages.environment(os.environ)  # which the trainer gives itself; few peers do
     sides = {"ours": (ours(args), plain)}
     for name, more in variants(args).items():
         sides |= {name: (theirs(args, more), plain)}

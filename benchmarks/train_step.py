@@ -17,11 +17,12 @@ from typing import Any
 import jax
 from measure import about, add_model, busiest, configured, matmul_rate, spread, tell, windows
 
-from lslm_jax import malloc, observe
+from lslm_jax import observe
 from lslm_jax.config import Config
 from lslm_jax.data.synthetic import SyntheticInput
 from lslm_jax.evaluate.evaluator import choose_backend
 from lslm_jax.models.presets import flops_per_token
+from lslm_jax.runtime import huge_pages
 from lslm_jax.sharding import make_mesh, to_global, use
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_state, init_state, num_parameters
@@ -119,5 +120,5 @@ def option(text: str) -> tuple[str, str | bool]:
 
 
 if __name__ == "__main__":
-    malloc.ensure_large_pages()
+    huge_pages.ensure_large_pages()
     main()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import atomic, config_checks, config_loading
+from lslm_jax import config_checks, config_loading
 from lslm_jax.config import Config, DataConfig
 from lslm_jax.convert import check, pretrained, theirs, weights
 from lslm_jax.convert.check import Comparison
@@ -16,10 +16,11 @@ from lslm_jax.convert.pretrained import Pretrained
 from lslm_jax.data import records, tokenizer
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
+from lslm_jax.runtime import atomic_io
+from lslm_jax.runtime.pytree import flatten
 from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.state import State, abstract_model, num_parameters
-from lslm_jax.trees import flatten
 
 _PREPARED = {"data.source": "shards"}  # what the manifest says it was prepared with: nothing but a vocabulary
 
@@ -98,7 +99,7 @@ def compare(loaded: Any, source: Pretrained, config: Config, file: str | None, t
     """
     objective = config.task.objective
     if file:
-        reference = check.read_reference(atomic.place(file), config.model)
+        reference = check.read_reference(atomic_io.place(file), config.model)
     else:
         reference = theirs.read(source, objective, check.sample_rows(source, config.seed))
     return check.compare(loaded.model, objective, reference, tolerance, heads=not loaded.fresh)
@@ -122,7 +123,7 @@ def require_free(workdir: epath.Path) -> None:
       ConfigError: it does.
     """
     manifest = workdir / "data" / "manifest.json"
-    has_data = manifest.exists() and atomic.read_json(manifest).get("settings") != _PREPARED
+    has_data = manifest.exists() and atomic_io.read_json(manifest).get("settings") != _PREPARED
     if has_data or (workdir / "metrics.jsonl").exists() or checkpoint.list_steps(workdir / "checkpoints"):
         raise ConfigError(f"{workdir} holds a run already: choose another --workdir")
 
@@ -142,7 +143,7 @@ def write(workdir: epath.Path, model: Any, config: Config, facts: dict[str, Any]
     """
     data_dir = workdir / "data"
     words = tokenizer.load(epath.Path(config.tokenizer.path))
-    with atomic.saving(data_dir):
+    with atomic_io.saving(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
     manifest = {
         "version": records.VERSION,
@@ -154,8 +155,8 @@ def write(workdir: epath.Path, model: Any, config: Config, facts: dict[str, Any]
         "splits": {},
         "dropped": {},
     }
-    atomic.write_json(data_dir / "manifest.json", manifest)
-    atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
+    atomic_io.write_json(data_dir / "manifest.json", manifest)
+    atomic_io.write(workdir / "config.json", config_loading.to_json(config).encode())
     made_by = identity.make(config, words.sha256, records.content_sha256(manifest), mesh)
     checkpoints = Checkpoints(workdir, config.checkpoint, made_by)
     zero = jnp.zeros((), jnp.int32)

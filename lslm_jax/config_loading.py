@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax import config as schema
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError, InputMissing, LslmError
+from lslm_jax.runtime import atomic_io
 
 
 def load(spec: str) -> Config:
@@ -55,7 +55,7 @@ def load(spec: str) -> Config:
 
 def _read_json(path: epath.Path) -> Config:
     try:
-        tree = atomic.parse_json(path.read_text())
+        tree = atomic_io.parse_json(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     return _of_file(path, tree)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lslm_jax import environment, errors, peers, progress
+from lslm_jax import errors, peers
 from lslm_jax.errors import ConfigError, LslmError, PeerLost, first_line
+from lslm_jax.runtime import environment, progress
 
 _JOIN_SECONDS = 600.0  # for the other processes to come
 _ABORT_SECONDS = 100.0  # of silence until JAX aborts everyone: the last resort, where nobody watches

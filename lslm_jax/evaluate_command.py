@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import atomic, config_loading, distributed, resolving, run_consistency
+from lslm_jax import config_loading, distributed, resolving, run_consistency
 from lslm_jax.config import Config
 from lslm_jax.data import examples, held_out_files, pipeline, records
 from lslm_jax.data.held_out_files import HeldOutFiles
@@ -30,8 +30,9 @@ from lslm_jax.errors import InputMissing
 from lslm_jax.evaluate import tasks
 from lslm_jax.evaluate.evaluator import Report
 from lslm_jax.observe import json_values
-from lslm_jax.progress import say
 from lslm_jax.run_consistency import Run
+from lslm_jax.runtime import atomic_io
+from lslm_jax.runtime.progress import say
 from lslm_jax.sharding import local_rows
 
 _SPLITS = {"valid": "valid_files, _fraction or _split", "test": "test_files or _split"}  # keys that hold examples out
@@ -128,7 +129,7 @@ def write_report(
     prefix = f"{step}-{what.name}-{hashlib.sha256(identity.encode()).hexdigest()[:_DIGEST]}"
     paths = {"evaluation": directory / f"{prefix}.json"}
     for name, text in report.files.items():
-        atomic.write(directory / f"{prefix}-{name}", text.encode())
+        atomic_io.write(directory / f"{prefix}-{name}", text.encode())
     if report.predictions:
         path = directory / f"{prefix}-predictions.jsonl"
         try:
@@ -137,13 +138,13 @@ def write_report(
         except InputMissing as error:  # of data that an older version prepared
             say(f"no predictions are written: {error}")
     record = results | {"dtype": dtype, "config": settings} | {name: str(path) for name, path in paths.items()}
-    atomic.write_json(paths["evaluation"], record)
+    atomic_io.write_json(paths["evaluation"], record)
     return {name: str(path) for name, path in paths.items()}
 
 
 def _write_lines(path: epath.Path, report: Report, what: HeldOut) -> None:
     assert report.predictions is not None
-    file = atomic.WholeFile(path)
+    file = atomic_io.WholeFile(path)
     for line in report.predictions():
         origin = {"origin": what.origins[line["example"]]} if what.origins else {}
         file.write(json.dumps(json_values(line | origin), ensure_ascii=False).encode() + b"\n")
@@ -152,7 +153,7 @@ def _write_lines(path: epath.Path, report: Report, what: HeldOut) -> None:
 
 def _writable(directory: epath.Path) -> epath.Path:
     """The directory, or a temporary one where it cannot be written, with a line that says so."""
-    if atomic.is_remote(directory):
+    if atomic_io.is_remote(directory):
         return directory
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -16,17 +16,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from lslm_jax import imports
+from lslm_jax.runtime import lazy_imports
 
 try:
     from etils import epath
 
-    from lslm_jax import atomic, command_flags, config_checks, config_loading, environment, malloc, peers, setting_flags
+    from lslm_jax import command_flags, config_checks, config_loading, peers, setting_flags
     from lslm_jax.config import Config
     from lslm_jax.errors import ConfigError, InputMissing, LslmError, SaveError
+    from lslm_jax.runtime import atomic_io, environment, huge_pages
     from lslm_jax.train import preemption
 except ModuleNotFoundError as missing:  # started by an interpreter that has not the packages of the project
-    imports.refuse_missing(missing)
+    lazy_imports.refuse_missing(missing)
 
 VERBS = command_flags.COMMANDS
 parser = command_flags.parser
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print("lslm: interrupted", file=sys.stderr)
         peers.end(130, "interrupted")
     except ModuleNotFoundError as error:
-        imports.refuse_missing(error)
+        lazy_imports.refuse_missing(error)
     except BrokenPipeError:  # whoever read the output has ended, as `head` does
         _drop_stdout()
         peers.end(128 + signal.SIGPIPE, "nobody reads the output")
@@ -107,7 +108,7 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
     settings, rest = setting_flags.split(argv)
     flags = command_flags.parse(rest)
     if flags.workdir:
-        atomic.place(flags.workdir)  # rejects an unknown scheme
+        atomic_io.place(flags.workdir)  # rejects an unknown scheme
     environment.raise_open_file_limit()
     if flags.verb == "verify":  # which needs no config
         from lslm_jax.verify import verify
@@ -122,7 +123,8 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         topology.prepare(flags.topology)
     # Not before the config is known to be sound: this imports jax.
     environment.quiet_libraries()
-    from lslm_jax import compile_cache, distributed, verbs
+    from lslm_jax import distributed, verbs
+    from lslm_jax.runtime import compile_cache
     from lslm_jax.train import identity, reproducible
 
     environment.check_jax_options()
@@ -165,7 +167,7 @@ def _load(flags: argparse.Namespace, assignments: list[tuple[str, str]]) -> Conf
 def _own_config(workdir: str) -> Config | None:
     """The config that a run was started with; None where it has none."""
     path = f"{workdir}/config.json"
-    return config_loading.load(path) if atomic.exists(epath.Path(path)) else None
+    return config_loading.load(path) if atomic_io.exists(epath.Path(path)) else None
 
 
 def _base(flags: argparse.Namespace) -> Config:
@@ -201,9 +203,9 @@ def _require_run(workdir: str | None) -> None:
     if not workdir:
         return
     path = epath.Path(workdir)
-    if atomic.is_remote(path) or path.is_dir():
+    if atomic_io.is_remote(path) or path.is_dir():
         return
-    near = atomic.similar(path)
+    near = atomic_io.similar(path)
     hint = f"did you mean {near}?" if near else "--workdir names the directory of a trained run"
     raise InputMissing(f"there is no run {workdir}: {hint}")
 
@@ -216,7 +218,7 @@ def _named(workdir: str | None) -> str:
 
 def run() -> NoReturn:
     """The command, in a process of its own."""
-    malloc.ensure_large_pages()
+    huge_pages.ensure_large_pages()
     preemption.end_on_signals(sys.argv[1:])
     try:
         main()

@@ -18,10 +18,11 @@ from typing import Any, Self
 import jax
 from etils import epath
 
-from lslm_jax import atomic, devices
+from lslm_jax import devices
 from lslm_jax.config import LogConfig
-from lslm_jax.imports import import_metric_writers, import_tensorflow
-from lslm_jax.progress import say
+from lslm_jax.runtime import atomic_io
+from lslm_jax.runtime.lazy_imports import import_metric_writers, import_tensorflow
+from lslm_jax.runtime.progress import say
 
 LOSSES = ("train/loss", "eval/loss")  # tags that TensorBoard shows in one chart
 FLUSH_SECONDS = 5.0  # after which TensorBoard is shown what is new
@@ -154,7 +155,7 @@ class Metrics:
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._log = log
         self._primary = primary
-        self._file: atomic.Lines | None = None
+        self._file: atomic_io.Lines | None = None
         self._count, self._digest, self._last = 0, hashlib.sha256(), 0
         self._tensorboard = TensorBoard(f"{workdir}/tensorboard") if primary and log.tensorboard else None
 
@@ -185,7 +186,7 @@ class Metrics:
         clock = {name: _number(value) for name, value in (timing or {}).items()}
         line = {"step": step, **scalars, **(clock if self._log.timing else {})}
         if self._file is None:
-            self._file = atomic.Lines(self._path)
+            self._file = atomic_io.Lines(self._path)
         text = json.dumps(json_values(line))
         self._file.add(text)
         self._account(text.encode() + b"\n", step)
@@ -210,12 +211,12 @@ class Metrics:
             self._tensorboard.purge(step + 1)
         if not self._primary or not self._path.exists():
             return 0
-        with atomic.saving(self._path):
+        with atomic_io.saving(self._path):
             lines = self._path.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
                 self._close_file()
-                atomic.write(self._path, b"".join(kept))
+                atomic_io.write(self._path, b"".join(kept))
         self._count, self._digest, self._last = 0, hashlib.sha256(), 0
         for line in kept:
             self._account(line, int(_step_of(line)))

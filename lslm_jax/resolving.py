@@ -9,11 +9,12 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic, distributed, imports
+from lslm_jax import distributed
 from lslm_jax.config import Config
 from lslm_jax.data import records, special, synthetic, tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError, first_line
-from lslm_jax.progress import say
+from lslm_jax.runtime import atomic_io, lazy_imports
+from lslm_jax.runtime.progress import say
 from lslm_jax.train import manifest
 
 
@@ -29,14 +30,14 @@ def workdir(path: str, *, reads: bool = False) -> epath.Path:
       InputMissing: it is to be read, and is not there.
       SaveError: it cannot be written.
     """
-    directory = atomic.place(path)
-    if reads and not atomic.is_remote(directory):
+    directory = atomic_io.place(path)
+    if reads and not atomic_io.is_remote(directory):
         if not directory.is_dir():
             raise InputMissing(f"{directory} is no run directory")
         return directory
-    if atomic.is_remote(directory):
+    if atomic_io.is_remote(directory):
         if path.startswith("gs://"):
-            imports.require_google_cloud(path)
+            lazy_imports.require_google_cloud(path)
         if distributed.is_primary() and not reads:
             _try(directory)
         return directory
@@ -53,7 +54,7 @@ def workdir(path: str, *, reads: bool = False) -> epath.Path:
 def _check_no_pretrained(directory: epath.Path) -> None:
     """Raises a ConfigError for the directory of a Hugging Face model, whose config.json a run would overwrite."""
     with contextlib.suppress(DataError, OSError):  # no config.json, or none that can be read
-        if atomic.read_json(directory / "config.json").keys() & {"model_type", "architectures"}:
+        if atomic_io.read_json(directory / "config.json").keys() & {"model_type", "architectures"}:
             raise ConfigError(f"{directory} holds a Hugging Face model: choose another --workdir for the run")
 
 
@@ -71,7 +72,7 @@ def _try(directory: epath.Path) -> None:
 
 def write_result(workdir: epath.Path, result: dict[str, Any]) -> None:
     """Writes the result that a run ended with, with the sha256 of its values; SaveError where the disk refuses."""
-    atomic.write(workdir / "result.json", json.dumps(result | {"sha256": _digest(result)}).encode() + b"\n")
+    atomic_io.write(workdir / "result.json", json.dumps(result | {"sha256": _digest(result)}).encode() + b"\n")
 
 
 def _digest(result: dict[str, Any]) -> str:
@@ -84,7 +85,7 @@ def read_result(workdir: epath.Path) -> dict[str, Any]:
     if not path.exists():
         return {"step": 0}
     try:
-        result = atomic.read_json(path)
+        result = atomic_io.read_json(path)
         sha256, step = result.pop("sha256", None), result.get("step")
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise DataError(f"{path} does not hold the step of a result")
@@ -101,7 +102,7 @@ def read_result(workdir: epath.Path) -> dict[str, Any]:
 
 def data_dir(config: Config, workdir: epath.Path) -> epath.Path:
     """Where the prepared data of a run are."""
-    return atomic.place(config.data.dir) if config.data.dir else workdir / "data"
+    return atomic_io.place(config.data.dir) if config.data.dir else workdir / "data"
 
 
 def by_data(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any]]:

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from lslm_jax import atomic, config_loading, distributed, resolving, setting_flags
+from lslm_jax import config_loading, distributed, resolving, setting_flags
 from lslm_jax.config import Config
 from lslm_jax.data import records, special
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, ConfigError, InputMissing
+from lslm_jax.runtime import atomic_io
 from lslm_jax.train import checkpoint, identity, manifest, metadata
 
 _SHOWN = 12  # characters of a sha256 in messages
@@ -264,7 +265,7 @@ def _config_of(workdir: epath.Path) -> dict[str, Any] | None:
     """The config that a run was started with, from its latest checkpoint if config.json is gone; None for neither."""
     path = workdir / "config.json"
     if path.exists():
-        return atomic.read_json(path)
+        return atomic_io.read_json(path)
     saved = _checkpoints(workdir)[-1:]
     return metadata.read(saved[0])["config"] if saved else None
 
@@ -349,7 +350,7 @@ def check_shared(workdir: epath.Path, seconds: float = 30.0) -> None:
     Raises:
       ConfigError: on all processes, where one sees another directory.
     """
-    if jax.process_count() == 1 or atomic.is_remote(workdir):
+    if jax.process_count() == 1 or atomic_io.is_remote(workdir):
         return
     name = distributed.by_primary("shared", lambda: _write_probe(workdir))
     try:
@@ -366,5 +367,5 @@ def check_shared(workdir: epath.Path, seconds: float = 30.0) -> None:
 def _write_probe(workdir: epath.Path) -> str:
     """Writes an empty file; returns its name."""
     name = f".shared-{secrets.token_hex(8)}"
-    atomic.write(workdir / name, b"")
+    atomic_io.write(workdir / name, b"")
     return name

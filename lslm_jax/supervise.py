@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.errors import ConfigError, LslmError, PeerLost, Preempted
-from lslm_jax.progress import clock_time, say
+from lslm_jax.runtime import atomic_io
+from lslm_jax.runtime.progress import clock_time, say
 
 HOPELESS = {error.exit_code for error in LslmError.__subclasses__()} - {Preempted.exit_code, PeerLost.exit_code}
 CRASHES = 3  # without a step between them that end it
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         flags.error("say what to run behind --" if not command else f"unknown: {' '.join(unknown)}")
     workdir = asked.workdir or _workdir_of(command)
     try:
-        directory = None if workdir is None else atomic.place(workdir)
+        directory = None if workdir is None else atomic_io.place(workdir)
         sys.exit(Supervisor(command, asked.restarts, directory).run())
     except LslmError as error:
         print(f"supervise: {error}", file=sys.stderr)

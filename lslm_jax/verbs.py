@@ -15,11 +15,9 @@ from jax.sharding import Mesh
 
 from lslm_jax import (
     adopt,
-    atomic,
     config_loading,
     distributed,
     evaluate_command,
-    imports,
     interactive,
     resolving,
     respond,
@@ -42,8 +40,9 @@ from lslm_jax.models import quantized
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import json_values
 from lslm_jax.plan.verb import plan as plan
-from lslm_jax.progress import say
 from lslm_jax.run_consistency import Run
+from lslm_jax.runtime import atomic_io, lazy_imports
+from lslm_jax.runtime.progress import say
 from lslm_jax.sharding import local_rows, make_mesh, use
 from lslm_jax.train import checkpoint, identity, ledger, lock, manifest, metadata, reproducible, rewind, spikes
 from lslm_jax.train.begin import check_tokenizer, find_start
@@ -112,7 +111,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     data_dir = resolving.data_dir(config, workdir)
     if distributed.is_primary():
         for directory in (workdir, workdir / "samples"):
-            atomic.remove_leftovers(directory)
+            atomic_io.remove_leftovers(directory)
     _prepare(config, data_dir)
     if config.data.verify:
         distributed.on_each("verify", lambda: records.verify(data_dir), records.place(data_dir))
@@ -123,7 +122,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
         config = run_length.resolve(config, data)
         if distributed.is_primary():
-            atomic.write(workdir / "config.json", config_loading.to_json(config).encode())
+            atomic_io.write(workdir / "config.json", config_loading.to_json(config).encode())
         if length := run_length.describe(config, data):
             say(length)
         for remark in data.remarks():
@@ -233,7 +232,7 @@ def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str,
     if not flags.workdir:
         return results
     what = HeldOut("lm_eval", {"tasks": list(asked.tasks), "fewshot": asked.fewshot, "limit": asked.limit}, {}, [], "")
-    workdir, dtype = atomic.place(flags.workdir), flags.dtype or config.model.dtype
+    workdir, dtype = atomic_io.place(flags.workdir), flags.dtype or config.model.dtype
     return results | evaluate_command.write_report(workdir, config, step, what, report, results, dtype)
 
 
@@ -292,7 +291,7 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         model, step = _load_model(config, flags, mesh, at, facts)
         metrics = resolving.read_result(workdir)
         measured = metrics if metrics.get("step") == step else {}
-        to = atomic.place(flags.to)
+        to = atomic_io.place(flags.to)
         if flags.adapter:
             return {"step": step} | write_adapter(to, model, config)
         return {"step": step} | write_pretrained(to, model, _exporter(setting, flags.dtype or "float32"), measured)
@@ -376,7 +375,7 @@ def _load_model(
     and its labels give the rows of a pretrained head their order.
     """
     if flags.dtype in quantized.KINDS:
-        imports.import_qwix()  # before anything slow: it may be missing
+        lazy_imports.import_qwix()  # before anything slow: it may be missing
         model, step = _read_model(config, flags, abstract_model(config, mesh, config.model.activations), step, facts)
         return quantized.quantize(model, flags.dtype), step
     dtype = None if flags.verb == "export" else flags.dtype

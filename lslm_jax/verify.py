@@ -8,11 +8,12 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic, config_loading, file_lock, resolving, run_consistency
+from lslm_jax import config_loading, resolving, run_consistency
 from lslm_jax.config import Config
 from lslm_jax.data import records
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, LslmError
-from lslm_jax.progress import say
+from lslm_jax.runtime import atomic_io, file_lock
+from lslm_jax.runtime.progress import say
 from lslm_jax.train import metadata
 from lslm_jax.train.manifest import check_manifest, checkpoints_in, has_manifest
 
@@ -68,7 +69,7 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
 
 def _is_in_progress(workdir: epath.Path, checkpoint: epath.Path) -> bool:
     """True for a checkpoint without a manifest that a running training works on; a manifest is written last."""
-    if has_manifest(checkpoint) or atomic.is_remote(workdir) or not file_lock.may_be_held(workdir / "lock"):
+    if has_manifest(checkpoint) or atomic_io.is_remote(workdir) or not file_lock.may_be_held(workdir / "lock"):
         return False
     times = [time.time()]  # of one that is gone
     with contextlib.suppress(OSError):

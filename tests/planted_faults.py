@@ -77,7 +77,7 @@ FAULTS = [
     ),
     Fault(
         "files take their names before they are on disk",
-        "atomic.py",
+        "runtime/atomic_io.py",
         "                os.fsync(self._stream.fileno())",
         "                pass",
         "test_atomic.py",
@@ -326,7 +326,7 @@ FAULTS = [
     ),
     Fault(
         "a second run may use a directory in use",
-        "file_lock.py",
+        "runtime/file_lock.py",
         "LOCK_EX | fcntl.LOCK_NB",
         "LOCK_SH | fcntl.LOCK_NB",
         "train/test_lock.py",

@@ -7,18 +7,18 @@ import stat
 import pytest
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.errors import ConfigError, DataError, SaveError
+from lslm_jax.runtime import atomic_io
 
 
 def test_a_path_holds_in_any_directory_and_an_address_is_one_already(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert atomic.place("runs/one") == epath.Path(tmp_path / "runs" / "one")
-    assert atomic.place("~/runs") == epath.Path(pathlib.Path.home() / "runs")
-    assert atomic.place(tmp_path) == epath.Path(tmp_path)
+    assert atomic_io.place("runs/one") == epath.Path(tmp_path / "runs" / "one")
+    assert atomic_io.place("~/runs") == epath.Path(pathlib.Path.home() / "runs")
+    assert atomic_io.place(tmp_path) == epath.Path(tmp_path)
     for address in ("gs://mine/runs/one", "s3://mine/runs/one"):
-        assert str(atomic.place(address)) == address
-        assert str(atomic.place(epath.Path(address))) == address
+        assert str(atomic_io.place(address)) == address
+        assert str(atomic_io.place(epath.Path(address))) == address
 
 
 @pytest.mark.parametrize("before", ["", "older\n"])
@@ -27,7 +27,7 @@ def test_lines_are_added_to_what_is_there_each_at_once(tmp_path, before):
     if before:
         path.parent.mkdir()
         path.write_text(before)
-    lines = atomic.Lines(path)
+    lines = atomic_io.Lines(path)
     lines.add("one")
     assert path.read_text() == before + "one\n"
     lines.sync()
@@ -46,7 +46,7 @@ def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", record)
-    file = atomic.WholeFile(epath.Path(path))
+    file = atomic_io.WholeFile(epath.Path(path))
     file.write(b"twelve bytes")
     assert not path.exists()
     file.close()
@@ -56,7 +56,7 @@ def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("address", ["foo://x", "https://example.org/run", "HTTP://example.org", "GS://bucket/run"])
 def test_an_address_of_another_scheme_is_refused_in_one_line(address):
     with pytest.raises(ConfigError, match=f"^{address} is no known address: use a local directory, or gs:// or s3://$"):
-        atomic.place(address)
+        atomic_io.place(address)
 
 
 def test_no_link_that_lies_where_something_is_written_is_followed(tmp_path, monkeypatch):
@@ -65,15 +65,15 @@ def test_no_link_that_lies_where_something_is_written_is_followed(tmp_path, monk
     target = epath.Path(tmp_path) / "config.json"
     for name in ("config.json", "config.json.tmp", "config.json.0123456789abcdef.tmp"):
         (tmp_path / name).symlink_to(outside)
-    monkeypatch.setattr(atomic.secrets, "token_hex", lambda _: "0123456789abcdef")
+    monkeypatch.setattr(atomic_io.secrets, "token_hex", lambda _: "0123456789abcdef")
     with pytest.raises(SaveError, match="File exists"):
-        atomic.write(target, b"new")
+        atomic_io.write(target, b"new")
     monkeypatch.undo()
-    atomic.write(target, b"new")
+    atomic_io.write(target, b"new")
     assert outside.read_text() == "precious" and target.read_text() == "new" and not os.path.islink(target)
     (tmp_path / "lines").symlink_to(outside)
     with pytest.raises(SaveError, match="lines: it is a symbolic link, which is not followed"):
-        atomic.Lines(epath.Path(tmp_path) / "lines")
+        atomic_io.Lines(epath.Path(tmp_path) / "lines")
 
 
 def test_files_lines_and_the_names_of_both_are_put_on_disk(tmp_path, monkeypatch):
@@ -83,9 +83,9 @@ def test_files_lines_and_the_names_of_both_are_put_on_disk(tmp_path, monkeypatch
         synced.append("directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    atomic.write(epath.Path(tmp_path) / "whole", b"content")
+    atomic_io.write(epath.Path(tmp_path) / "whole", b"content")
     assert synced == ["file", "directory"]
-    lines = atomic.Lines(epath.Path(tmp_path) / "lines")
+    lines = atomic_io.Lines(epath.Path(tmp_path) / "lines")
     lines.add("one")
     assert synced[2:] == ["directory"]
     lines.sync()
@@ -97,7 +97,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     names = ("config.json", "config.json.0123456789abcdef.tmp", "notes.tmp", "a.0123.tmp")
     for name in names:
         (tmp_path / name).write_text("x")
-    atomic.remove_leftovers(epath.Path(tmp_path))
+    atomic_io.remove_leftovers(epath.Path(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(set(names) - {names[1]})
 
 
@@ -115,7 +115,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
 def test_json_that_was_damaged_or_edited_is_one_line(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        atomic.read_json(epath.Path(tmp_path / "a.json"))
+        atomic_io.read_json(epath.Path(tmp_path / "a.json"))
 
 
 def test_what_is_no_file_is_not_read(tmp_path):
@@ -124,13 +124,13 @@ def test_what_is_no_file_is_not_read(tmp_path):
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("directory", "pipe", "zero"):
         with pytest.raises(DataError, match=f"{name} is a .*, not a file"):
-            atomic.read_json(epath.Path(tmp_path / name))
+            atomic_io.read_json(epath.Path(tmp_path / name))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_is_one_line_of_any_growing_file():
     """/dev/full refuses every byte as a full disk does (ENOSPC)."""
-    lines = atomic.Lines(epath.Path("/dev/full"))
+    lines = atomic_io.Lines(epath.Path("/dev/full"))
     for write in (lambda: lines.add("one"), lines.sync, lines.close):
         with pytest.raises(SaveError, match=r"^could not write /dev/full: No space left on device$"):
             write()
@@ -143,6 +143,6 @@ def test_what_a_killed_export_left_is_removed_once_nobody_writes_to_it(tmp_path)
         (path / "model.safetensors").write_text("weights")
     for path in (old, old / "model.safetensors", other, other / "model.safetensors"):
         os.utime(path, (1, 1))
-    with atomic.whole_directory(epath.Path(tmp_path / "out"), lambda name: True, "config.json") as part:
+    with atomic_io.whole_directory(epath.Path(tmp_path / "out"), lambda name: True, "config.json") as part:
         (part / "config.json").write_text("{}")
     assert {path.name for path in tmp_path.iterdir()} == {young.name, other.name, "out"}

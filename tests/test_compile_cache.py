@@ -8,7 +8,7 @@ import forked
 import jax
 import pytest
 
-from lslm_jax import compile_cache
+from lslm_jax.runtime import compile_cache
 
 RUN = {
     "model": {"num_layers": 2, "d_model": 32, "num_heads": 4, "max_length": 32},

@@ -7,8 +7,8 @@ import resource
 import jax
 import pytest
 
-from lslm_jax import environment
 from lslm_jax.errors import ConfigError
+from lslm_jax.runtime import environment
 
 
 @pytest.fixture

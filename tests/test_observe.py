@@ -16,8 +16,8 @@ import pytest
 from lslm_jax import observe
 from lslm_jax.config import LogConfig
 from lslm_jax.errors import SaveError
-from lslm_jax.imports import import_tensorflow
 from lslm_jax.observe import Metrics, Profiler, device_memory, mfu, parameter_table
+from lslm_jax.runtime.lazy_imports import import_tensorflow
 
 PLAIN = LogConfig(tensorboard=False)
 needs_tensorflow = pytest.mark.skipif(find_spec("tensorflow") is None, reason="tensorflow is not installed")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lslm_jax.progress import Progress, StepTimer, clock_time, short, told
+from lslm_jax.runtime.progress import Progress, StepTimer, clock_time, short, told
 
 
 class Clock:
@@ -104,7 +104,7 @@ def on_a_terminal(program: str) -> tuple[bytes, str]:
 def test_on_a_terminal_messages_stand_whole_above_the_bar_and_stdout_is_not_touched():
     program = """
 import sys
-from lslm_jax.progress import Progress
+from lslm_jax.runtime.progress import Progress
 with Progress(50) as progress:
     for step in range(1, 51):
         progress.update(step, loss=1.5, tokens_per_second=2e6)

@@ -21,7 +21,7 @@ from typing import NoReturn
 from lslm_jax.chaos.campaign import Campaign
 from lslm_jax.chaos.faults import FAULTS
 from lslm_jax.chaos.run import STEPS, Broken
-from lslm_jax.progress import clock_time, say
+from lslm_jax.runtime.progress import clock_time, say
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

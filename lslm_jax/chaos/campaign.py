@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from lslm_jax.chaos.faults import FAULTS
 from lslm_jax.chaos.run import CONFIG, EVERY, STEPS, Broken, Over, Run
-from lslm_jax.progress import say
+from lslm_jax.runtime.progress import say
 
 _SLOWER = 1.5  # times as long as an undisturbed run takes one with a fault, at least
 _SPACE = 48 << 20  # bytes of the disk that gets full

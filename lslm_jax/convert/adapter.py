@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.convert import keys, safetensors
 from lslm_jax.convert.family import Family
 from lslm_jax.convert.safetensors import Stored, Tensor, View, same_bytes
 from lslm_jax.errors import ConfigError, DataError, InputMissing
+from lslm_jax.runtime import atomic_io
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -60,7 +60,7 @@ class Adapter(NamedTuple):
 
 def is_adapter(directory: epath.Path) -> bool:
     """Whether a directory holds an adapter."""
-    return atomic.exists(directory / SETTINGS)
+    return atomic_io.exists(directory / SETTINGS)
 
 
 def status(key: str) -> str:
@@ -75,7 +75,7 @@ def describe(directory: epath.Path) -> Adapter:
       ConfigError: it is not of a low-rank adapter as we have them.
     """
     path = directory / SETTINGS
-    given = atomic.read_json(path)
+    given = atomic_io.read_json(path)
     if given.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type: adapters of type {given.get('peft_type')} are not supported, only LORA")
     table = keys.table()["adapter"]
@@ -109,7 +109,7 @@ def base_of(adapter: Adapter) -> epath.Path | str:
       InputMissing: it is neither.
     """
     path = adapter.directory / adapter.base
-    if atomic.exists(path):
+    if atomic_io.exists(path):
         if path.resolve() == adapter.directory.resolve():
             raise ConfigError(f"{adapter.directory / SETTINGS}: base_model_name_or_path names the adapter itself")
         return path
@@ -241,6 +241,6 @@ def tensors(adapter: Adapter) -> dict[str, Tensor]:
       InputMissing, DataError: it has no weights, or they cannot be read.
     """
     path = adapter.directory / WEIGHTS
-    if not atomic.exists(path):
+    if not atomic_io.exists(path):
         raise InputMissing(f"{adapter.directory} holds no {WEIGHTS}")
     return {name.removeprefix(PREFIX): tensor for name, tensor in safetensors.read_header(path).items()}

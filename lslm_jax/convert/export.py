@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic, config_loading, distributed
+from lslm_jax import config_loading, distributed
 from lslm_jax.config import Config, ModelConfig
 from lslm_jax.convert import adapter as adapters
 from lslm_jax.convert import generation, hub, peft, safetensors, weights
@@ -23,6 +23,7 @@ from lslm_jax.data.marian import Marian
 from lslm_jax.data.templates import Template
 from lslm_jax.data.tokenizer_base import Tokenizer
 from lslm_jax.errors import ConfigError
+from lslm_jax.runtime import atomic_io
 
 _POOLED = ("classification", "regression")  # whose heads read the whole row
 _PACKAGES = ("lslm_jax", "jax", "flax")
@@ -91,13 +92,13 @@ class Exporter:
         Raises:
           SaveError: the directory cannot be written.
         """
-        with atomic.saving(directory):
+        with atomic_io.saving(directory):
             directory.mkdir(parents=True, exist_ok=True)
         files = safetensors.write_directory(directory, sources)
         card = _card(self._config, self.model_type, num_parameters(sources), metrics)
         texts = self._texts | {"README.md": card.encode(), "config.json": self._settings}
         for name, text in texts.items():
-            atomic.write(directory / name, text)
+            atomic_io.write(directory / name, text)
         return [*files, *texts]
 
 
@@ -122,7 +123,7 @@ def export(directory: epath.Path, model: Any, exporter: Exporter, metrics: Mappi
         for source in sources.values():
             source.make()  # every host takes part in fetching, one writes
         return {}
-    with atomic.whole_directory(directory, _is_ours, "config.json") as part:
+    with atomic_io.whole_directory(directory, _is_ours, "config.json") as part:
         files = exporter.write(part, sources, metrics)
     return {"model_type": exporter.model_type, "files": files, "parameters": num_parameters(sources)}
 
@@ -133,9 +134,9 @@ def require_export_directory(directory: epath.Path) -> None:
     Raises:
       ConfigError: it is one.
     """
-    if atomic.exists(directory / "checkpoints"):
+    if atomic_io.exists(directory / "checkpoints"):
         raise ConfigError(f"--to={directory} is a run directory: choose another for the export")
-    if atomic.exists(directory / "manifest.json"):
+    if atomic_io.exists(directory / "manifest.json"):
         raise ConfigError(f"--to={directory} holds prepared data or a checkpoint: choose another for the export")
 
 
@@ -165,7 +166,7 @@ def export_adapter(directory: epath.Path, model: Any, config: Config) -> dict[st
 def _base(begun: str) -> str:
     """The model that a run's adapters stand beside; where the run went on with others, that of those."""
     path = epath.Path(begun)
-    if not begun or (atomic.exists(path) and not is_pretrained(path)):
+    if not begun or (atomic_io.exists(path) and not is_pretrained(path)):
         raise ConfigError(
             f"the run began with {begun or 'random weights'}, no Hugging Face model to put adapters beside: leave out "
             "--adapter"

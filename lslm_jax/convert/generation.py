@@ -9,11 +9,11 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.config import GenerateConfig
 from lslm_jax.convert import keys
 from lslm_jax.data.tokenizer_base import Tokenizer
 from lslm_jax.errors import ConfigError
+from lslm_jax.runtime import atomic_io
 
 FILE = "generation_config.json"
 Settings = Mapping[str, Any]
@@ -56,7 +56,7 @@ def read(directory: epath.Path, config: Settings, words: Tokenizer) -> GenerateC
       ConfigError: a setting would change the text in a way that is not supported here.
     """
     path = directory / FILE
-    given = atomic.read_json(path) if directory.is_dir() and path.exists() else None
+    given = atomic_io.read_json(path) if directory.is_dir() and path.exists() else None
     try:
         return _read({**config} if given is None else given, config, words, strict=given is not None)
     except ConfigError as error:

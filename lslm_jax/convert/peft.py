@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lslm_jax import atomic, distributed
+from lslm_jax import distributed
 from lslm_jax.config import ModelConfig
 from lslm_jax.convert import adapter as adapters
 from lslm_jax.convert import safetensors, weights
@@ -21,7 +21,8 @@ from lslm_jax.convert.family import LAYER, Family, Layout, Part, layout, num_inp
 from lslm_jax.convert.safetensors import Source, Tensor
 from lslm_jax.errors import ConfigError, DataError
 from lslm_jax.models import lora
-from lslm_jax.trees import flatten, unflatten
+from lslm_jax.runtime import atomic_io
+from lslm_jax.runtime.pytree import flatten, unflatten
 
 
 class _Use(NamedTuple):
@@ -145,9 +146,9 @@ def export(
     if not distributed.is_primary():
         return []
     sources = {PREFIX + name: Source(a.dtype, a.shape, lambda a=a: a) for name, a in (written | tops).items()}
-    with atomic.whole_directory(directory, lambda name: name in (WEIGHTS, SETTINGS), SETTINGS) as part:
+    with atomic_io.whole_directory(directory, lambda name: name in (WEIGHTS, SETTINGS), SETTINGS) as part:
         safetensors.write_file(part / WEIGHTS, sources)
-        atomic.write_json(part / SETTINGS, _settings(ranks, family, config, objective, base, sorted(tops)))
+        atomic_io.write_json(part / SETTINGS, _settings(ranks, family, config, objective, base, sorted(tops)))
     return [WEIGHTS, SETTINGS]
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lslm_jax import atomic, config_loading
+from lslm_jax import config_loading
 from lslm_jax.config import Config, ModelConfig
 from lslm_jax.convert import adapter as adapters
 from lslm_jax.convert import decoders, encoders, generation, gguf, hub, pairs, safetensors
@@ -19,7 +19,8 @@ from lslm_jax.convert.family import RUN_KEYS, Family, Unlike
 from lslm_jax.convert.safetensors import Stored, same_bytes
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, InputMissing, LslmError
-from lslm_jax.progress import say
+from lslm_jax.runtime import atomic_io
+from lslm_jax.runtime.progress import say
 
 FAMILIES = (
     decoders.GPT2,
@@ -70,19 +71,19 @@ def describe(directory: epath.Path | str) -> Pretrained:
       InputMissing: there is none; and the errors of `hub.local`.
       ConfigError: it is of a family, or has a setting, that our blocks do not express exactly.
     """
-    directory = atomic.place(hub.local(directory))
+    directory = atomic_io.place(hub.local(directory))
     if adapters.is_adapter(directory):
         adapter = adapters.describe(directory)
-        base = atomic.place(hub.local(adapters.base_of(adapter)))
+        base = atomic_io.place(hub.local(adapters.base_of(adapter)))
         if adapters.is_adapter(base):
             raise ConfigError(f"{directory} was trained on {base}, which is an adapter itself: merge that one first")
         source = describe(base)._replace(adapter=adapter)
         unties = source.model.tie_embeddings and adapters.unties(adapter, source.family)
         return _untied(source) if unties else source
     path = directory if _is_gguf(directory) else directory / "config.json"
-    if not atomic.exists(path):
+    if not atomic_io.exists(path):
         raise InputMissing(f"{directory} holds no config.json: it is not a pretrained model")
-    settings = gguf.settings(path) if _is_gguf(path) else atomic.read_json(path)
+    settings = gguf.settings(path) if _is_gguf(path) else atomic_io.read_json(path)
     kind = settings.get("model_type")
     candidates = [family for family in FAMILIES if family.model_type == kind]
     if not candidates:
@@ -151,7 +152,7 @@ def is_pretrained(directory: epath.Path) -> bool:
     path = directory / "config.json"
     if _is_gguf(directory) or adapters.is_adapter(directory):
         return True
-    return atomic.exists(path) and "model_type" in atomic.read_json(path)
+    return atomic_io.exists(path) and "model_type" in atomic_io.read_json(path)
 
 
 def tensors(source: Pretrained) -> Mapping[str, Stored]:

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.errors import DataError, InputMissing
+from lslm_jax.runtime import atomic_io
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -127,7 +127,7 @@ def open_directory(directory: epath.Path) -> dict[str, Tensor]:
 
 def _open_shards(directory: epath.Path) -> dict[str, Tensor]:
     path = directory / INDEX
-    places = atomic.read_json(path).get("weight_map")
+    places = atomic_io.read_json(path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise DataError(f"{path} has no weight_map from tensors to files")
     files = sorted(set(places.values()))
@@ -225,7 +225,7 @@ def write_directory(directory: epath.Path, sources: Mapping[str, Source], limit:
         write_file(directory / name, {tensor: sources[tensor] for tensor in tensors})
     places = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
     total = sum(source.nbytes() for source in sources.values())
-    atomic.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    atomic_io.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     return [*names, INDEX]
 
 
@@ -256,7 +256,7 @@ def write_file(path: epath.Path, sources: Mapping[str, Source]) -> None:
         header[name] = {"dtype": _NAMES[source.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file = atomic.WholeFile(path)
+    file = atomic_io.WholeFile(path)
     file.write(len(text).to_bytes(8, "little") + text)
     for source in sources.values():
         file.write(source.make().tobytes())

@@ -18,7 +18,7 @@ from lslm_jax.config import ModelConfig
 from lslm_jax.convert.family import EXPERT, LAYER, Family, Layout, Part, layout
 from lslm_jax.convert.safetensors import Source, Stored, View, same_bytes
 from lslm_jax.errors import ConfigError, DataError
-from lslm_jax.trees import flatten, unflatten
+from lslm_jax.runtime.pytree import flatten, unflatten
 
 _CHUNK = 1 << 22  # values that are checked at once
 _SUFFIXES = {"w": ".weight", "scale": ".weight", "b": ".bias", "bias": ".bias"}

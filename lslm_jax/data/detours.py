@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.errors import DataError
+from lslm_jax.runtime import atomic_io
 
 
 class Detour(NamedTuple):
@@ -64,7 +64,7 @@ def extend(detours: Sequence[Detour], after: int, step: int) -> list[Detour]:
 def read(workdir: epath.Path) -> list[Detour]:
     """Those of a run; DataError where the file is damaged."""
     path = _file(workdir)
-    return parse(atomic.read_json(path).get("detours"), path) if path.exists() else []
+    return parse(atomic_io.read_json(path).get("detours"), path) if path.exists() else []
 
 
 def parse(value: Any, path: epath.Path) -> list[Detour]:
@@ -81,13 +81,13 @@ def parse(value: Any, path: epath.Path) -> list[Detour]:
 def write(workdir: epath.Path, detours: Sequence[Detour], back_to: int | None = None) -> None:
     """Puts them on file, with the step to which the run is yet to go back."""
     content = {"detours": [list(detour) for detour in detours]}
-    atomic.write_json(_file(workdir), content | ({} if back_to is None else {"back_to": back_to}))
+    atomic_io.write_json(_file(workdir), content | ({} if back_to is None else {"back_to": back_to}))
 
 
 def back_to(workdir: epath.Path) -> int | None:
     """The step to which a run is yet to go back; None for none. DataError where the file is damaged."""
     path = _file(workdir)
-    step = atomic.read_json(path).get("back_to") if path.exists() else None
+    step = atomic_io.read_json(path).get("back_to") if path.exists() else None
     if step is not None and not (isinstance(step, int) and step >= 0):
         raise DataError(f"{path} does not hold the step to go back to: {step!r}")
     return step

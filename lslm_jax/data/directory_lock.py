@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from lslm_jax import atomic, file_lock
+from lslm_jax.runtime import atomic_io, file_lock
 
 _FILE = "prepare.lock"
 _SECONDS = 0.2
@@ -23,7 +23,7 @@ def hold(directory: epath.Path, log: Callable[[str], None]) -> Iterator[None]:
     Raises:
       SaveError: the directory cannot be written.
     """
-    if atomic.is_remote(directory):
+    if atomic_io.is_remote(directory):
         yield
         return
     shown: dict[str, float] = {}  # when each line was last shown

@@ -6,10 +6,10 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.data.tokenizer import SPACE_MARK
 from lslm_jax.data.tokenizer_json import BLANKS, DECODERS, added, frame, merges
 from lslm_jax.errors import ConfigError, DataError
+from lslm_jax.runtime import atomic_io
 
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # types of tokens
 _LEAST_BYTES = 13  # of an entry: the length of its name, its type and a value
@@ -46,7 +46,7 @@ def open_file(path: epath.Path) -> tuple[dict[str, Any], list[Any]]:
       ConfigError: the gguf package is missing, or the file is not on a disk.
       DataError: the file is not whole, or not GGUF.
     """
-    if atomic.is_remote(path):
+    if atomic_io.is_remote(path):
         raise ConfigError(f"{path} cannot be read from afar: copy the GGUF file to a disk")
     _check_counts(path)
     try:

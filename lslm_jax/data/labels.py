@@ -9,11 +9,11 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.config import Config, Source
 from lslm_jax.data import sources, tfds
 from lslm_jax.data.columns import BadRecord, RecordError
 from lslm_jax.errors import DataError, InputMissing
+from lslm_jax.runtime import atomic_io
 
 _SHOWN = 20
 _MISSING = ("nan", "null", "none", "na", "n/a", "<na>", "#n/a", "nat", "inf", "-inf")  # as tables spell them
@@ -76,7 +76,7 @@ def pretrained_names(directory: str) -> list[str]:
     path = epath.Path(directory) / "config.json" if directory else None
     if path is None or "://" in directory or not path.is_file():
         return []
-    named = atomic.read_json(path).get("id2label")
+    named = atomic_io.read_json(path).get("id2label")
     if not isinstance(named, dict) or not all(str(key).isdecimal() for key in named):
         return []
     return [str(named[key]) for key in sorted(named, key=int)]

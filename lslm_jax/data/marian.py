@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.data.tokenizer import SPACE_MARK, sentencepiece
 from lslm_jax.data.tokenizer_base import Spans, Tokenizer
 from lslm_jax.data.tokenizer_files import named_tokens
 from lslm_jax.errors import ConfigError, InputMissing
+from lslm_jax.runtime import atomic_io
 
 FILE = "marian.json"
 SOURCE = "source.spm"
@@ -100,7 +100,7 @@ def from_directory(directory: epath.Path) -> bytes:
             raise InputMissing(f"{directory} holds no {name}, which Marian's vocabularies need")
     if (directory / "target_vocab.json").exists():
         raise ConfigError("target_vocab.json: a vocabulary whose targets have ids of their own is not supported")
-    ids, named = atomic.read_json(directory / _IDS), named_tokens(directory)
+    ids, named = atomic_io.read_json(directory / _IDS), named_tokens(directory)
     pad = ids[str(named.get("pad", "<pad>"))]
     start = named.get("bos")  # an id, where config.json tells it
     roles = {"bos": start if isinstance(start, int) else pad, "eos": ids[str(named.get("eos", "</s>"))], "pad": pad}

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.data import heads, order, pairs, tokenizer
@@ -23,7 +22,8 @@ from lslm_jax.data.shards import Shards
 from lslm_jax.data.special import Special, special_ids
 from lslm_jax.data.synthetic import SyntheticInput
 from lslm_jax.errors import ConfigError, DataError, InputMissing
-from lslm_jax.progress import say
+from lslm_jax.runtime import atomic_io
+from lslm_jax.runtime.progress import say
 
 _ROWS = {
     "causal": CausalRows,
@@ -280,10 +280,10 @@ def _check_examples(shards: Shards, config: Config) -> None:
 
 def _tokenizer(path: epath.Path, family: str, limit: int) -> tuple[dict[str, Any], Special]:
     """The entry of that name in a manifest, and the ids it gives the model."""
-    if not atomic.exists(path):
+    if not atomic_io.exists(path):
         raise InputMissing(f"{path.parent} holds no prepared data (no {path.name}): run prepare")
     try:
-        entry = atomic.read_json(path)["tokenizer"]
+        entry = atomic_io.read_json(path)["tokenizer"]
         return entry, special_ids(entry, family, limit)
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} does not name the tokenizer's bos_id and eos_id: run prepare again") from error

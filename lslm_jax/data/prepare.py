@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import __version__, atomic
+from lslm_jax import __version__
 from lslm_jax.config import CleanConfig, Config, Source
 from lslm_jax.data import (
     chat,
@@ -44,7 +44,8 @@ from lslm_jax.data.examples import Recipe
 from lslm_jax.data.files import Split
 from lslm_jax.data.shards import ShardWriter
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError
-from lslm_jax.progress import short
+from lslm_jax.runtime import atomic_io
+from lslm_jax.runtime.progress import short
 
 _MANIFEST = "manifest.json"
 _UNFINISHED = "unfinished.json"
@@ -89,9 +90,9 @@ def prepare(config: Config, directory: epath.Path, log: Log, workers: int = 0) -
         records.check(manifest, config, named, directory, finished=True)
         return _summary(manifest, True, started)
     _check_apart(named, directory)
-    with atomic.saving(directory):
+    with atomic_io.saving(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    if not atomic.is_remote(directory) and not os.access(directory, os.W_OK):
+    if not atomic_io.is_remote(directory) and not os.access(directory, os.W_OK):
         raise SaveError(f"{directory} is not writable by uid {os.getuid()}")
     with directory_lock.hold(directory, log):
         return _prepare(config, named, directory, log, workers or parallel.num_cores(), started)
@@ -111,7 +112,7 @@ def _prepare(
         raise DataError(f"{name} was changed while it was read: remove {directory} and prepare again")
     manifest = record | written
     manifest["content_sha256"] = records.content_sha256(manifest | {"content_sha256": ""})
-    atomic.write_json(directory / _MANIFEST, manifest)
+    atomic_io.write_json(directory / _MANIFEST, manifest)
     (directory / _UNFINISHED).unlink()
     summary = _summary(manifest, False, started)
     log(_outcome(summary, named))
@@ -144,7 +145,7 @@ def _begin(config: Config, named: dict[str, Source], directory: epath.Path, log:
     for line in holding_out.describe(config, named):
         log(f"prepare: {line}")
     record |= _vocabulary(config, holding_out.apply(recipes, record["valid_fractions"]), directory, log)
-    atomic.write_json(directory / _UNFINISHED, record)
+    atomic_io.write_json(directory / _UNFINISHED, record)
     return record
 
 

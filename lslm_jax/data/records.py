@@ -10,12 +10,12 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.config import Config, Source, TokenizerConfig
 from lslm_jax.data import sources, templates
 from lslm_jax.data.shard_files import MANIFEST
 from lslm_jax.data.shards import Shards
 from lslm_jax.errors import ConfigError, DataError
+from lslm_jax.runtime import atomic_io
 
 VERSION = 1
 _SOURCE_KEYS = {
@@ -43,7 +43,7 @@ def read(path: epath.Path) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    record = atomic.read_json(path)
+    record = atomic_io.read_json(path)
     if record.get("version") != VERSION:
         raise DataError(f"{path} is not a record of version {VERSION}; remove {path.parent} and prepare again")
     needed = {"settings", "inputs", "given_tokenizer"} | ({"tokenizer", "splits"} if path.name == MANIFEST else set())
@@ -78,7 +78,7 @@ def _is_tokenizer(entry: Any) -> bool:
     sentinels = entry.get("sentinel_ids", [])
     return (
         isinstance(sentinels, list)
-        and all(map(atomic.is_count, [*ids, *more, *sentinels]))
+        and all(map(atomic_io.is_count, [*ids, *more, *sentinels]))
         and (not entry.get("file") or _is_plain_name(entry["file"]))
     )
 
@@ -187,7 +187,7 @@ def verify_split(directory: epath.Path, record: dict[str, Any], name: str) -> No
     path = directory / name / MANIFEST
     if not path.is_file():
         raise DataError(f"{path} is missing")
-    if atomic.fingerprint(path)[1] != record["splits"][name]["manifest_sha256"]:
+    if atomic_io.fingerprint(path)[1] != record["splits"][name]["manifest_sha256"]:
         raise DataError(f"{path} was altered: its sha256 is not the one in {directory / MANIFEST}")
     Shards.open(path.parent, verify=True)
 
@@ -202,13 +202,13 @@ def _check_tokenizer(directory: epath.Path, record: dict[str, Any]) -> None:
         raise DataError(
             f"{path} is missing" if epath.Path(name).name == name else f"{name!r} is no file beside {MANIFEST}"
         )
-    if atomic.fingerprint(path)[1] != sha256:
+    if atomic_io.fingerprint(path)[1] != sha256:
         raise DataError(f"{path} was altered: its sha256 is not the one in {directory / MANIFEST}")
 
 
 def place(directory: epath.Path) -> str:
     """Identifies a prepared directory among processes: equal where they see the same one, also through a network."""
-    if atomic.is_remote(directory):
+    if atomic_io.is_remote(directory):
         return str(directory)
     status = os.stat(directory / MANIFEST) if (directory / MANIFEST).exists() else None
     return f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}" if status else ""

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.errors import DataError
+from lslm_jax.runtime import atomic_io
 
 MANIFEST = "manifest.json"
 VERSIONS = (1, 2)  # 2: examples of several fields, with numbers, or kept as they were read
@@ -85,7 +85,7 @@ def check_content(directory: epath.Path, entries: list[dict[str, Any]]) -> None:
     """Reads every file; raises a DataError that names the first whose sha256 is another than its entry says."""
     for entry in entries:
         path = directory / entry["file"]
-        if atomic.fingerprint(path)[1] != entry["sha256"]:
+        if atomic_io.fingerprint(path)[1] != entry["sha256"]:
             raise DataError(f"{path} was altered: its sha256 is not the one in {MANIFEST}")
 
 
@@ -94,7 +94,7 @@ def copy(directory: epath.Path, entries: list[dict[str, Any]]) -> pathlib.Path:
     digest = hashlib.sha256("".join(entry["sha256"] for entry in entries).encode()).hexdigest()
     root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     local = root / "lslm_jax" / "shards" / digest
-    with atomic.saving(epath.Path(local)):
+    with atomic_io.saving(epath.Path(local)):
         local.mkdir(parents=True, exist_ok=True)
         for entry in entries:
             path = local / entry["file"]

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.data.shard_files import MANIFEST, check_content, check_sizes, copy, entries, map_array, token_type
 from lslm_jax.errors import DataError, InputMissing
+from lslm_jax.runtime import atomic_io
 
 _EXAMPLES = "examples.jsonl"
 _SLICE = 1 << 22  # tokens converted at once
@@ -71,7 +71,7 @@ class ShardWriter:
         if fields > 1 or numbers or keep_examples:
             self._settings |= {"version": 2, "fields": fields, "numbers": numbers, "keep_examples": keep_examples}
         self._dtype = np.dtype(token_type(vocab_size)).newbyteorder("<")
-        with atomic.saving(self._directory):
+        with atomic_io.saving(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             self._manifest = self._read_own(MANIFEST)
             self._shards = self._manifest["shards"] if self._manifest else list(self._whole_shards())
@@ -109,7 +109,7 @@ class ShardWriter:
         for ids in fields:
             self._check_ids(ids)
         if self._file is None:
-            self._file = atomic.WholeFile(self._directory / f"tokens-{len(self._shards):05d}.bin")
+            self._file = atomic_io.WholeFile(self._directory / f"tokens-{len(self._shards):05d}.bin")
         for ids in fields:
             for first in range(0, ids.size, _SLICE):  # a document may have 100 million tokens
                 self._file.write(ids[first : first + _SLICE].astype(self._dtype).tobytes())
@@ -151,21 +151,21 @@ class ShardWriter:
             "shards": self._shards,
             "index": index,
         }
-        atomic.write_json(self._directory / MANIFEST, manifest)
+        atomic_io.write_json(self._directory / MANIFEST, manifest)
         self._manifest = manifest
         self._remove_remains()
         return manifest
 
     def _open_shard(self) -> None:
-        self._file: atomic.WholeFile | None = None
+        self._file: atomic_io.WholeFile | None = None
         self._lengths: list[int] = []
         self._num_bytes: list[int] = []
         self._values: list[float] = []
         self._examples: list[bytes] = []
         self._tokens = 0
 
-    def _close_shard(self, file: atomic.WholeFile) -> None:
-        table = atomic.WholeFile(self._directory / f"documents-{len(self._shards):05d}.bin")
+    def _close_shard(self, file: atomic_io.WholeFile) -> None:
+        table = atomic_io.WholeFile(self._directory / f"documents-{len(self._shards):05d}.bin")
         table.write(np.array(self._lengths + self._num_bytes, _INDEX).tobytes())
         table.write(np.array(self._values, _NUMBER).tobytes())
         table.write(b"".join(self._examples))
@@ -178,7 +178,7 @@ class ShardWriter:
             **({"table": size} if self._settings["version"] > 1 else {}),
         }
         self._shards.append(shard)
-        atomic.write_json(self._directory / _JOURNAL, self._settings | {"shards": self._shards})
+        atomic_io.write_json(self._directory / _JOURNAL, self._settings | {"shards": self._shards})
         self._documents += len(self._num_bytes)
         self.cursor = self._next_cursor
         self._open_shard()
@@ -187,11 +187,11 @@ class ShardWriter:
         """Joins the shards' tables of documents, one shard in memory at a time."""
         names = ["starts.bin", "num_bytes.bin"]
         names += (["numbers.bin"] if self._numbers else []) + ([_EXAMPLES] if self._keep else [])
-        files = {name: atomic.WholeFile(self._directory / name) for name in names}
+        files = {name: atomic_io.WholeFile(self._directory / name) for name in names}
         end = np.zeros(1, _INDEX)
         files["starts.bin"].write(end.tobytes())
         for i, shard in enumerate(self._shards):
-            with atomic.saving(self._directory):
+            with atomic_io.saving(self._directory):
                 table = (self._directory / f"documents-{i:05d}.bin").read_bytes()
             count = shard["documents"]
             ends = [count * width * _INDEX.itemsize for width in np.cumsum([self._fields, 1, self._numbers])]
@@ -209,7 +209,7 @@ class ShardWriter:
         path = self._directory / name
         if not path.exists():
             return None
-        found = atomic.read_json(path)
+        found = atomic_io.read_json(path)
         for key, value in self._settings.items():
             if found.get(key) != value:
                 raise DataError(f"{path} was written with {key} {found.get(key)}, not {value}; remove {path.parent}")
@@ -294,13 +294,13 @@ class Shards:
         """
         directory = epath.Path(directory)
         path = directory / MANIFEST
-        if not atomic.exists(path):
-            state = "is half prepared" if atomic.exists(directory / _JOURNAL) else "holds no prepared shards"
+        if not atomic_io.exists(path):
+            state = "is half prepared" if atomic_io.exists(directory / _JOURNAL) else "holds no prepared shards"
             raise InputMissing(f"{directory} {state} (no {MANIFEST}): run prepare again")
-        manifest = atomic.read_json(path)
+        manifest = atomic_io.read_json(path)
         files = entries(manifest, path)
         check_sizes(directory, files)
-        local = copy(directory, files) if atomic.is_remote(directory) else pathlib.Path(directory)
+        local = copy(directory, files) if atomic_io.is_remote(directory) else pathlib.Path(directory)
         if verify:
             check_content(epath.Path(local), files)
         shards = cls(directory, manifest, local)

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.config import Source
 from lslm_jax.data import files, formats, squad, tfds
 from lslm_jax.data.columns import BadRecord, columns
 from lslm_jax.data.files import Split
 from lslm_jax.errors import InputMissing
+from lslm_jax.runtime import atomic_io
 
 _MIN_SHARE = 1 << 14
 _TFDS_PARTS = 32
@@ -148,7 +148,7 @@ def fingerprint(source: Source) -> list[list[Any]]:
 def _status(path: epath.Path) -> list[Any]:
     """Name, size and time of modification of a file."""
     with formats.reading(path):
-        status = os.stat(path) if not atomic.is_remote(path) else None
+        status = os.stat(path) if not atomic_io.is_remote(path) else None
         if status is None:
             found = path.stat()
             return [os.fspath(path), found.length, int(found.mtime * 1e9)]
@@ -156,10 +156,10 @@ def _status(path: epath.Path) -> list[Any]:
 
 
 def _sha256(path: epath.Path) -> str:
-    if atomic.is_remote(path):
+    if atomic_io.is_remote(path):
         return ""
     with formats.reading(path):
-        return atomic.fingerprint(path)[1]
+        return atomic_io.fingerprint(path)[1]
 
 
 def has_changed(entry: list[Any]) -> bool:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.config import Config
 from lslm_jax.data import gguf_files, sandbox
 from lslm_jax.data.columns import RecordError
 from lslm_jax.data.tokenizer_base import Tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing
+from lslm_jax.runtime import atomic_io
 
 FILE = "chat_template.jinja"
 _CONFIG = "tokenizer_config.json"
@@ -68,7 +68,7 @@ def read(config: Config) -> tuple[str, str] | None:
     if (path.parent / FILE).is_file():
         return _read_text(path.parent / FILE), str(path.parent / FILE)
     beside = path.parent / _CONFIG
-    text = _default(atomic.read_json(beside).get("chat_template")) if beside.is_file() else None
+    text = _default(atomic_io.read_json(beside).get("chat_template")) if beside.is_file() else None
     return (text, str(beside)) if text else None
 
 
@@ -114,7 +114,7 @@ def _variables(config: Config, words: Tokenizer) -> dict[str, str]:
     """How special tokens are written: as the file beside the vocabulary has them, and no others, or else our own."""
     path = epath.Path(config.tokenizer.path).expanduser()
     has_others = bool(config.tokenizer.path) and path.suffix != ".gguf" and (path.parent / _CONFIG).is_file()
-    theirs = atomic.read_json(path.parent / _CONFIG) if has_others else {}
+    theirs = atomic_io.read_json(path.parent / _CONFIG) if has_others else {}
     named = {f"{role}_token": theirs.get(f"{role}_token") for role in _VARIABLES}
     found = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items() if token}
     return found or words.roles()
@@ -128,7 +128,7 @@ def save(template: Template, directory: epath.Path) -> dict[str, Any]:
 
     The time is on record only if the template asks for it, so that equal data are prepared equally.
     """
-    atomic.write(directory / FILE, template.text.encode())
+    atomic_io.write(directory / FILE, template.text.encode())
     asks = {"now": template.now} if "strftime_now" in template.text else {}
     return {"file": FILE, "sha256": sha256(template.text), "variables": dict(template.variables)} | asks
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lslm_jax.data.columns import SAID, Column
 from lslm_jax.errors import ConfigError, DataError, InputMissing
-from lslm_jax.imports import import_tensorflow
+from lslm_jax.runtime.lazy_imports import import_tensorflow
 
 
 class ClassNumber(int):

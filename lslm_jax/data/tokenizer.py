@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.data import tokenizer_classes
 from lslm_jax.data.tokenizer_base import (
     WELL_KNOWN,
@@ -31,6 +30,7 @@ from lslm_jax.data.tokenizer_base import (
 from lslm_jax.data.tokenizer_files import CONFIG, ENCODER_KEYS, Beside, from_word_pieces, with_added
 from lslm_jax.data.tokenizer_files import read as read_beside
 from lslm_jax.errors import ConfigError, DataError, InputMissing
+from lslm_jax.runtime import atomic_io
 
 _BYTES_FILE = "bytes.json"
 _WORD_PIECES = "vocab.txt"
@@ -398,7 +398,7 @@ def load(path: epath.Path | str) -> Tokenizer:
     if not path.stat().length:
         raise DataError(f"tokenizer {path} is empty")
     if path.name == _BYTES_FILE:
-        if atomic.read_json(path) != _BYTES:
+        if atomic_io.read_json(path) != _BYTES:
             raise DataError(f"{path} defines other bytes than this program's")
         return Bytes()
     try:

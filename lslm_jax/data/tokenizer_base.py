@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.errors import ConfigError
+from lslm_jax.runtime import atomic_io
 
 _FACTS = ("kind", "sha256", "vocab_size", "pad_id", "bos_id", "eos_id", "mask_id", "sentinel_ids", "separators")
 WELL_KNOWN = {
@@ -178,10 +178,10 @@ class Tokenizer(abc.ABC):
           SaveError: the directory cannot be written.
         """
         if self.settings or self.kind == "huggingface":
-            atomic.write_json(directory / "tokenizer_config.json", dict(self.settings) or self.roles())
+            atomic_io.write_json(directory / "tokenizer_config.json", dict(self.settings) or self.roles())
         if self.role_ids:
-            atomic.write_json(directory / "special_ids.json", dict(self.role_ids))
-        atomic.write(directory / self._file, self.content)
+            atomic_io.write_json(directory / "special_ids.json", dict(self.role_ids))
+        atomic_io.write(directory / self._file, self.content)
         return self._file
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from lslm_jax.errors import ConfigError
-from lslm_jax.progress import say
+from lslm_jax.runtime.progress import say
 
 _LETTERS = {"type": "ByteLevel", "use_regex": True}
 _QWEN = (

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.data.tokenizer_base import WELL_KNOWN
 from lslm_jax.errors import ConfigError, DataError
+from lslm_jax.runtime import atomic_io
 
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
@@ -76,7 +76,7 @@ def named_tokens(directory: epath.Path) -> dict[str, str | int]:
 
 
 def _json(path: epath.Path) -> dict[str, Any]:
-    return atomic.read_json(path) if path.is_file() else {}
+    return atomic_io.read_json(path) if path.is_file() else {}
 
 
 def _merge(settings: dict[str, Any], roles: Mapping[str, Any], directory: epath.Path) -> None:

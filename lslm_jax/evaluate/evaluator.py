@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from lslm_jax import progress
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, Source
 from lslm_jax.data import prefetch
@@ -14,6 +13,7 @@ from lslm_jax.data.special import Special
 from lslm_jax.data.templates import Template
 from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
+from lslm_jax.runtime import progress
 from lslm_jax.sharding import num_shards
 
 

@@ -19,7 +19,7 @@ from lslm_jax.evaluate import likelihood
 from lslm_jax.evaluate.evaluator import Report, Setting
 from lslm_jax.evaluate.likelihood import BackendOf, Text
 from lslm_jax.generate import decode
-from lslm_jax.progress import Progress
+from lslm_jax.runtime.progress import Progress
 
 _MAX_TOKENS = 256  # written where a task does not say how many, as lm-eval has it
 _DRAWING = {"top_k": int, "top_p": float, "min_p": float}  # settings of theirs that ours share

@@ -21,7 +21,7 @@ from lslm_jax.generate import beam, constraints, lookup, reading, sampling
 from lslm_jax.generate.constraints import Text
 from lslm_jax.generate.reading import Memory, Prompts
 from lslm_jax.generate.text import Result, Row
-from lslm_jax.progress import say
+from lslm_jax.runtime.progress import say
 from lslm_jax.sharding import constrain, platform
 
 Ids = Sequence[int] | np.ndarray

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lslm_jax import imports
 from lslm_jax.config import ModelConfig
 from lslm_jax.models import lora, low_precision
 from lslm_jax.models.attention import KeyValues
@@ -25,6 +24,7 @@ from lslm_jax.models.layers import (
     rotate,
     weight_std,
 )
+from lslm_jax.runtime import lazy_imports
 from lslm_jax.sharding import constrain
 
 # Attends from queries to keys and values; also returns the cache it wrote to, or None. The model that owns the layers
@@ -131,7 +131,7 @@ class Block(nnx.Module):
         if config.lora_rank:
             lora.adapt(self, config, jax.random.fold_in(key, 1))
         if config.dtype in low_precision.KINDS:
-            imports.import_qwix()  # before anything slow: it may be missing
+            lazy_imports.import_qwix()  # before anything slow: it may be missing
             for _, linear in projections(self):
                 linear.narrow = config.dtype
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lslm_jax import imports
+from lslm_jax.runtime import lazy_imports
 
 _TYPES: dict[str, tuple[Any, Any, bool]] = {  # of activations and weights, of gradients; whether all products have them
     "float8": (jnp.float8_e4m3fn, jnp.float8_e5m2, True),
@@ -63,9 +63,9 @@ def _product(a: jax.Array, a_axes: Sequence[int], a_type: Any, b: jax.Array, b_a
     """Sums over some axes of either side, after both are rounded; in the type that a had."""
     summed = tuple(a_axes), tuple(b_axes)
     rounded = [_rounded(array, axes, narrow) for array, axes, narrow in ((a, a_axes, a_type), (b, b_axes, b_type))]
-    return imports.import_qwix().dot_general(*rounded, (summed, ((), ())), preferred_element_type=a.dtype)
+    return lazy_imports.import_qwix().dot_general(*rounded, (summed, ((), ())), preferred_element_type=a.dtype)
 
 
 def _rounded(array: jax.Array, summed: Sequence[int], narrow: Any) -> Any:
     others = [axis for axis in range(array.ndim) if axis not in summed]
-    return imports.import_qwix().quantize(array.astype(jnp.float32), narrow, channelwise_axes=others)
+    return lazy_imports.import_qwix().quantize(array.astype(jnp.float32), narrow, channelwise_axes=others)

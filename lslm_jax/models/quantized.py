@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lslm_jax import imports
 from lslm_jax.models.layers import Linear, along_last
+from lslm_jax.runtime import lazy_imports
 
 KINDS = ("int8", "int4")
 _TILE = 128  # inputs that share a scale, as in most models that are given away in four bits
@@ -35,7 +35,7 @@ class Quantized(Linear):
             scale = jnp.squeeze(w.scale, range(self.contract)).astype(jnp.float32)
             return (y * along_last(scale, y)).astype(x.dtype)
         inputs = tuple(range(x.ndim - self.contract, x.ndim)), tuple(range(self.contract))
-        return imports.import_qwix().dot_general(x, w, (inputs, ((), ()))).astype(x.dtype)
+        return lazy_imports.import_qwix().dot_general(x, w, (inputs, ((), ()))).astype(x.dtype)
 
 
 def quantize(model: Any, kind: str) -> Any:
@@ -44,7 +44,7 @@ def quantize(model: Any, kind: str) -> Any:
     Raises:
       ConfigError: qwix is not installed.
     """
-    imports.import_qwix()
+    lazy_imports.import_qwix()
     is_linear = lambda part: isinstance(part, Linear)
     rounded = lambda part: Quantized(part, kind) if is_linear(part) else part
     return jax.jit(lambda model: jax.tree.map(rounded, model, is_leaf=is_linear), donate_argnums=0)(model)
@@ -52,7 +52,7 @@ def quantize(model: Any, kind: str) -> Any:
 
 def _rounded(w: jax.Array, stacked: bool, contract: int, kind: str) -> Any:
     """As few scales as can be: those of one output's inputs are one, or one for each tile of them."""
-    qwix, inputs = imports.import_qwix(), range(stacked, stacked + contract)
+    qwix, inputs = lazy_imports.import_qwix(), range(stacked, stacked + contract)
     outputs = [axis for axis in range(w.ndim) if axis not in inputs]
     if kind == "int8":
         return qwix.quantize(w, jnp.int8, channelwise_axes=outputs)

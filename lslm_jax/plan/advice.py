@@ -10,7 +10,7 @@ from lslm_jax.errors import ConfigError
 from lslm_jax.plan.compiling import compile_step
 from lslm_jax.plan.figures import figures, jax_share
 from lslm_jax.plan.topology import Topology
-from lslm_jax.progress import say
+from lslm_jax.runtime.progress import say
 
 Settings = tuple[tuple[str, str], ...]
 

@@ -15,8 +15,8 @@ from lslm_jax.plan import cost, hlo
 from lslm_jax.plan.compiling import Compiled
 from lslm_jax.plan.cost import Network
 from lslm_jax.plan.topology import Topology
+from lslm_jax.runtime.pytree import flatten
 from lslm_jax.train.state import divide, num_parameters
-from lslm_jax.trees import flatten
 
 _JAX_SHARE = 0.75  # of a GPU's memory, which jax takes unless it is told otherwise
 _DAY = 86_400.0

@@ -4,11 +4,11 @@ import html
 import math
 from typing import Any
 
-from lslm_jax import atomic
 from lslm_jax.errors import ConfigError
 from lslm_jax.plan.compiling import Compiled
 from lslm_jax.plan.report import gib, text
-from lslm_jax.trees import flatten
+from lslm_jax.runtime import atomic_io
+from lslm_jax.runtime.pytree import flatten
 
 _COLOURS = {
     "stage": "#8c6bb1",
@@ -54,7 +54,7 @@ def draw(path: str, compiled: Compiled, found: dict[str, Any]) -> None:
         f"<h2>Which axis splits which tensor</h2>{_table(compiled)}"
         f"<h2>In words</h2><pre>{html.escape(text(found))}</pre>"
     )
-    atomic.write(atomic.place(path), page.encode())
+    atomic_io.write(atomic_io.place(path), page.encode())
 
 
 def _bars(memory: dict[str, Any]) -> str:

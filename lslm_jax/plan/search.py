@@ -13,7 +13,7 @@ from lslm_jax.plan.advice import Settings, changed, flags
 from lslm_jax.plan.compiling import compile_step
 from lslm_jax.plan.figures import figures
 from lslm_jax.plan.topology import Topology
-from lslm_jax.progress import say
+from lslm_jax.runtime.progress import say
 
 _REMATS = ("none", "save_attention", "full")
 _LONG = 16_384  # tokens of a row from which on it may be worth splitting

@@ -12,7 +12,7 @@ from lslm_jax.plan.advice import advise
 from lslm_jax.plan.compiling import compile_step, resolve
 from lslm_jax.plan.figures import figures
 from lslm_jax.plan.topology import Topology
-from lslm_jax.progress import say
+from lslm_jax.runtime.progress import say
 
 
 def plan(config: Config, flags: argparse.Namespace) -> dict[str, Any]:

@@ -9,17 +9,17 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import atomic
 from lslm_jax.config import Config
 from lslm_jax.convert import hub, pretrained
 from lslm_jax.convert.family import differences
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
+from lslm_jax.runtime import atomic_io
+from lslm_jax.runtime.pytree import flatten
 from lslm_jax.train import metadata
 from lslm_jax.train.checkpoint import Checkpoints, latest_step, list_steps
 from lslm_jax.train.manifest import has_manifest
 from lslm_jax.train.state import State, abstract_state, init_state, not_finite
-from lslm_jax.trees import flatten
 
 
 def begin(
@@ -83,20 +83,20 @@ def find_start(init_from: str) -> Start:
       CheckpointRefused: the run has no checkpoint.
       ConfigError: the model is of a kind that is not supported.
     """
-    path = atomic.place(hub.local(init_from))
-    if atomic.exists(path / "checkpoints"):
+    path = atomic_io.place(hub.local(init_from))
+    if atomic_io.exists(path / "checkpoints"):
         latest_step(path / "checkpoints")
         return Start(path / "checkpoints", False)
-    if atomic.exists(path) and pretrained.is_pretrained(path):
+    if atomic_io.exists(path) and pretrained.is_pretrained(path):
         pretrained.describe(path)
         return Start(path, True)
     if path.name.isdigit() and has_manifest(path):
         return Start(path.parent, False, int(path.name))
-    if path.name == "checkpoints" and atomic.exists(path):
+    if path.name == "checkpoints" and atomic_io.exists(path):
         latest_step(path)
         return Start(path, False)
-    if not atomic.exists(path):
-        near, steps = atomic.similar(path), list_steps(path.parent) if path.name.isdigit() else []
+    if not atomic_io.exists(path):
+        near, steps = atomic_io.similar(path), list_steps(path.parent) if path.name.isdigit() else []
         hint = f"; there are {steps}" if steps else f"; did you mean {near}?" if near else ""
         raise InputMissing(f"train.init_from={init_from} does not exist{hint}")
     raise InputMissing(

@@ -22,15 +22,16 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from lslm_jax import atomic, config_checks, distributed, peers, trees
+from lslm_jax import config_checks, distributed, peers
 from lslm_jax.config import CheckpointConfig
 from lslm_jax.errors import CheckpointRefused, LslmError, NumericAbort, SaveError, first_line
-from lslm_jax.progress import say
+from lslm_jax.runtime import atomic_io, pytree
+from lslm_jax.runtime.progress import say
+from lslm_jax.runtime.pytree import flatten, unflatten
 from lslm_jax.train import identity as identities
 from lslm_jax.train import lock, metadata
 from lslm_jax.train.manifest import check_manifest, has_manifest, list_steps, write_manifest
 from lslm_jax.train.state import State, survey
-from lslm_jax.trees import flatten, unflatten
 
 _READ_TRIES, _VANISH_POLLS = 5, 10
 _HEAD = "top."  # of the names of what an encoder ends with
@@ -116,7 +117,7 @@ class Checkpoints:
     def lack_of_room(self, state: State) -> str:
         """What is to be said of a disk that has no room for two more checkpoints of this size; "" where it has."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        if atomic.is_remote(self._directory) or (free := shutil.disk_usage(self._directory).free) >= 2 * size:
+        if atomic_io.is_remote(self._directory) or (free := shutil.disk_usage(self._directory).free) >= 2 * size:
             return ""
         return f"{self._directory} has room for {free / 1e9:.1f} GB, and a checkpoint is {size / 1e9:.1f} GB"
 
@@ -158,7 +159,7 @@ class Checkpoints:
         Raises:
           CheckpointRefused: the other run had another tokenizer, or its body another shape.
         """
-        directory = atomic.place(source) / str(latest_step(source) if step is None else step)
+        directory = atomic_io.place(source) / str(latest_step(source) if step is None else step)
         part = "ema" if (directory / "ema").is_dir() else "model"
         _check(directory, part, "metrics")
         found: Any = ocp.metadata(directory, part)
@@ -177,7 +178,7 @@ class Checkpoints:
             )
         heads_too = _same_task(made_by, self.identity)
         fits = lambda name: name in stored and (heads_too or not name.startswith(_HEAD))
-        taken = {name: trees.abstract(leaf) for name, leaf in wanted.items() if fits(name)}
+        taken = {name: pytree.abstract(leaf) for name, leaf in wanted.items() if fits(name)}
         _compare(f"{directory}: {part}", {name: stored[name] for name in taken}, taken)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
@@ -243,7 +244,7 @@ def load_model(directory: epath.Path, abstract: Any, step: int) -> Any:
     Raises:
       CheckpointRefused: the checkpoint is damaged, or its weights have other names or shapes.
     """
-    path = atomic.place(directory) / str(step)
+    path = atomic_io.place(directory) / str(step)
     name = "ema" if (path / "ema").is_dir() else "model"
     _check(path, name, "metrics")
     return unflatten(abstract, _load(path, {name: flatten(abstract)}, cast=True)[name])

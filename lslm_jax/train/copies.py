@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lslm_jax.errors import DeviceFault
-from lslm_jax.trees import flatten
+from lslm_jax.runtime.pytree import flatten
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 

@@ -11,12 +11,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from lslm_jax import atomic, distributed
+from lslm_jax import distributed
 from lslm_jax.config import CheckpointConfig
 from lslm_jax.convert.export import Exporter
+from lslm_jax.runtime import atomic_io
+from lslm_jax.runtime.pytree import abstract
 from lslm_jax.train import checkpoint
 from lslm_jax.train.state import State, evaluated_model
-from lslm_jax.trees import abstract
 
 
 class Exports:
@@ -84,12 +85,12 @@ class Exports:
     def _write(self, step: int, sources: Any, metrics: Mapping[str, float]) -> None:
         final = self._directory / str(step)
         # What renames a directory at once does so on local disks alone; elsewhere config.json, written last, must do.
-        part = final if atomic.is_remote(final) else self._directory / f"{step}.tmp"
-        with atomic.saving(final):
+        part = final if atomic_io.is_remote(final) else self._directory / f"{step}.tmp"
+        with atomic_io.saving(final):
             for left in {part, final}:
                 if left.exists():
                     left.rmtree()
         self._exporter.write(part, sources, metrics)
         if part != final:
-            with atomic.saving(final):
+            with atomic_io.saving(final):
                 part.rename(final)

@@ -13,10 +13,11 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import atomic, config_loading, distributed, environment
+from lslm_jax import config_loading, distributed
 from lslm_jax.config import Config
 from lslm_jax.data.detours import Detour, at
 from lslm_jax.errors import CheckpointRefused, DataError
+from lslm_jax.runtime import atomic_io, environment
 from lslm_jax.train.metadata import check_manifest_sha256, data_facts, manifest_sha256, read
 
 PACKAGES = ("lslm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -108,7 +109,7 @@ def check_processes(config: Config, flags: Mapping[str, Any]) -> None:
     own = ("process", "coordinator", "processes", "config", "settings", "debug", "verb")
     given = {f"--{name}": value for name, value in flags.items() if name not in own and value not in (None, False)}
     if "--workdir" in given:
-        given["--workdir"] = str(atomic.place(given["--workdir"]))
+        given["--workdir"] = str(atomic_io.place(given["--workdir"]))
     versions = {name: _version(name) for name in (*PACKAGES, "numpy")} | {"python": platform.python_version()}
     shared = {key: value for key, value in environment.numeric_settings().items() if key not in environment.LOCAL}
     values = {"command": flags.get("verb"), **given, **settings, **shared, **versions}

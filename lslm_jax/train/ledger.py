@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.batch import Batch
 from lslm_jax.data.detours import Detour, Rows, at, parse, rows
 from lslm_jax.errors import DataError, InputMissing, first_line
+from lslm_jax.runtime import atomic_io
 
 _PIECE = 1 << 16  # rows that are looked up at once
 _MAX_ROWS = 1 << 24  # of a batch
@@ -57,10 +57,10 @@ class Ledger:
         self._attempt, self._first, self._last, self._skipped = attempt, start + 1, start, []
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="ledger")  # no step waits for a hash
         self._fed: dict[int, Future[bytes]] = {}
-        with atomic.saving(self._path):
+        with atomic_io.saving(self._path):
             if self._path.exists() and (whole := _whole_lines(self._path)) != self._path.read_bytes():
-                atomic.write(self._path, whole)
-        self._lines = atomic.Lines(self._path)
+                atomic_io.write(self._path, whole)
+        self._lines = atomic_io.Lines(self._path)
         line: dict[str, Any] = {"attempt": attempt, "from": start, "slots": _ranges(slots)}
         if size := getattr(data, "batch_size", 0):
             line |= {"batch_size": size} | ({"offset": data.offset} if data.offset else {})  # type: ignore[attr-defined]
@@ -307,7 +307,8 @@ def _starts(workdir: epath.Path) -> dict[int, list[_Start]]:
 def _start_of(line: dict[str, Any], path: epath.Path) -> _Start:
     """Parses the line of a start; ValueError, TypeError or KeyError where it is damaged."""
     ranges = [
-        (atomic.is_count(first) and atomic.is_count(end) and first < end <= _MAX_ROWS) for first, end in line["slots"]
+        (atomic_io.is_count(first) and atomic_io.is_count(end) and first < end <= _MAX_ROWS)
+        for first, end in line["slots"]
     ]
     if not ranges or not all(ranges):
         raise ValueError(f"slots {line['slots']}")
@@ -325,9 +326,9 @@ def _checked_span(line: dict[str, Any]) -> dict[str, Any]:
     """The line of some steps; ValueError, TypeError or KeyError where it is damaged."""
     first, last = line["steps"]
     skipped = line.get("skipped", [])
-    if not (atomic.is_count(first) and atomic.is_count(last) and 1 <= first <= last):
+    if not (atomic_io.is_count(first) and atomic_io.is_count(last) and 1 <= first <= last):
         raise ValueError(f"steps {line['steps']}")
-    if not (isinstance(skipped, list) and all(atomic.is_count(step) and first <= step <= last for step in skipped)):
+    if not (isinstance(skipped, list) and all(atomic_io.is_count(step) and first <= step <= last for step in skipped)):
         raise ValueError(f"skipped {skipped}")
     if not all(isinstance(line.get(name, ""), str) for name in ("sha256", "fed")) or "sha256" not in line:
         raise ValueError("sha256")
@@ -335,7 +336,7 @@ def _checked_span(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _count_of(line: dict[str, Any], name: str) -> int:
-    if not atomic.is_count(line[name]):
+    if not atomic_io.is_count(line[name]):
         raise ValueError(f"{name} {line[name]}")
     return line[name]
 
@@ -343,7 +344,7 @@ def _count_of(line: dict[str, Any], name: str) -> int:
 def _lines(path: epath.Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(_whole_lines(path).splitlines(), 1):
         try:
-            entry = atomic.parse_json(line)
+            entry = atomic_io.parse_json(line)
         except ValueError as error:
             raise DataError(f"{path}:{number} is damaged: {first_line(error)}") from error
         if not isinstance(entry, dict):

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from lslm_jax import atomic, file_lock
 from lslm_jax.errors import ConfigError, SaveError
-from lslm_jax.progress import say
+from lslm_jax.runtime import atomic_io, file_lock
+from lslm_jax.runtime.progress import say
 
 _held: dict[str, int] = {}
 
@@ -22,7 +22,7 @@ def hold(workdir: epath.Path) -> Iterator[None]:
     Raises:
       ConfigError: another process has it.
     """
-    if atomic.is_remote(workdir):
+    if atomic_io.is_remote(workdir):
         yield
         return
     with contextlib.ExitStack() as stack:

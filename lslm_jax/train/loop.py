@@ -9,13 +9,14 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import atomic, distributed
+from lslm_jax import distributed
 from lslm_jax.config import Config
 from lslm_jax.data import detours, pipeline
 from lslm_jax.errors import Preempted
 from lslm_jax.evaluate.evaluator import Evaluator
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import device_memory, mfu
+from lslm_jax.runtime import atomic_io
 from lslm_jax.sharding import to_global
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.exports import Exports
@@ -155,7 +156,7 @@ def _evaluate(run: Run, state: State, *, is_recorded: bool = False) -> None:
         run.record.text(step, "samples", text)
     for name, text in files.items() if distributed.is_primary() else ():
         (inputs.workdir / "samples").mkdir(exist_ok=True)
-        atomic.write(inputs.workdir / "samples" / name, text.encode())
+        atomic_io.write(inputs.workdir / "samples" / name, text.encode())
 
 
 def _mfu(run: Run, speed: float) -> float | None:

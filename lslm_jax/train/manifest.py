@@ -18,8 +18,8 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.errors import CheckpointRefused, first_line
+from lslm_jax.runtime import atomic_io
 
 _NAME = "manifest.json"
 _MAX_BYTES = 1 << 28  # of a manifest; one of a large model on thousands of hosts has some ten megabytes
@@ -29,10 +29,10 @@ _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 
 def write_manifest(directory: epath.Path) -> None:
     """Lists size and sha256 of every file of a checkpoint in its manifest.json, and so finishes it."""
-    found = {str(path.relative_to(directory)): atomic.fingerprint(path) for path in _files(directory)}
+    found = {str(path.relative_to(directory)): atomic_io.fingerprint(path) for path in _files(directory)}
     files = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in found.items()}
     content = {"files": files} | ({"step": int(directory.name)} if directory.name.isdigit() else {})
-    atomic.write_json(directory / _NAME, content | {"sha256": _digest(content)})
+    atomic_io.write_json(directory / _NAME, content | {"sha256": _digest(content)})
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -95,13 +95,13 @@ def _check_files(directory: epath.Path, parts: Collection[str]) -> None:
         if name not in present:
             raise CheckpointRefused(f"checkpoint file {path} is missing")
         _check_size(path, size)
-        if atomic.fingerprint(path)[1] != sha256:
+        if atomic_io.fingerprint(path)[1] != sha256:
             raise CheckpointRefused(f"{path} is damaged: its sha256 is not the one in its manifest")
 
 
 def _check_size(path: epath.Path, size: int) -> None:
     """Compares the size of a regular file before a byte of it is read: a device or a pipe might never end."""
-    if atomic.is_remote(path):
+    if atomic_io.is_remote(path):
         found = path.stat().length
     else:
         status = os.stat(path)
@@ -117,7 +117,7 @@ def discard(directory: epath.Path) -> None:
 
     Of a symbolic link only the link is removed: where it leads to, an archive perhaps, is not this run's.
     """
-    with atomic.saving(directory):
+    with atomic_io.saving(directory):
         if os.path.islink(directory):
             directory.unlink()
             return
@@ -180,7 +180,7 @@ def set_aside(checkpoint: epath.Path, name: str) -> epath.Path:
         # The clock may stand still or jump back: a name that is taken is not used again.
         names = itertools.chain((stamp,), (f"{stamp}-{number}" for number in itertools.count(2)))
         to = next(parent / each for each in names if not (parent / each).exists())
-        with atomic.saving(to):
+        with atomic_io.saving(to):
             parent.mkdir(exist_ok=True)
             try:
                 checkpoint.rename(to)
@@ -201,7 +201,7 @@ def _read(manifest: epath.Path) -> dict[str, tuple[int, str]]:
     try:
         if (length := manifest.stat().length) > _MAX_BYTES:
             raise ValueError(f"{length:,} bytes")
-        content = atomic.parse_json(manifest.read_text())
+        content = atomic_io.parse_json(manifest.read_text())
         entries = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in content["files"].items()}
         if not entries:
             raise ValueError("it lists no file")

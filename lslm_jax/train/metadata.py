@@ -8,9 +8,9 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.config import Config
 from lslm_jax.errors import CheckpointRefused, DataError, first_line
+from lslm_jax.runtime import atomic_io
 
 _FACTS = ("labels", "splits", "chat")  # of a data manifest: what changes the meaning of the shards
 _IDS = ("vocab_size", "pad_id", "bos_id", "eos_id", "mask_id", "sentinel_ids")  # of its tokenizer entry
@@ -38,7 +38,7 @@ def read(directory: epath.Path) -> dict[str, Any]:
     """
     path = epath.Path(directory) / "_CHECKPOINT_METADATA"
     try:
-        found = atomic.parse_json(path.read_text())["custom_metadata"]
+        found = atomic_io.parse_json(path.read_text())["custom_metadata"]
     except FileNotFoundError as error:
         raise CheckpointRefused(f"{path} is missing") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -12,7 +12,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import config_loading, distributed, malloc
+from lslm_jax import config_loading, distributed
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.data import detours, pipeline, prefetch
@@ -22,7 +22,8 @@ from lslm_jax.evaluate.evaluator import Evaluator
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.presets import flops_per_token
 from lslm_jax.observe import Metrics, Profiler, parameter_table
-from lslm_jax.progress import Progress, StepTimer
+from lslm_jax.runtime import huge_pages
+from lslm_jax.runtime.progress import Progress, StepTimer
 from lslm_jax.sharding import use
 from lslm_jax.train import reproducible
 from lslm_jax.train.begin import begin
@@ -141,7 +142,7 @@ def set_up(inputs: Inputs, stack: contextlib.ExitStack) -> Run:
 
     batches = _batches(inputs, start, around, stack)
     train_step = compiling.result()
-    malloc.give_back()
+    huge_pages.give_back()
     attempt = distributed.by_primary("attempt", lambda: attempts(workdir))
     ledger = Ledger(workdir, jax.process_index(), attempt, start, data, data.slots, around)
     enter(contextlib.closing(ledger))

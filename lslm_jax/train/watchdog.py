@@ -12,8 +12,9 @@ from typing import Self
 
 from etils import epath
 
-from lslm_jax import atomic, peers
+from lslm_jax import peers
 from lslm_jax.errors import PeerLost, SaveError
+from lslm_jax.runtime import atomic_io
 
 _PATIENCE = 10  # usual steps that one may take, at least
 _WRITING = 10.0  # seconds that a file may take
@@ -75,7 +76,7 @@ class Watchdog:
 
         def write() -> None:
             with contextlib.suppress(SaveError):
-                atomic.write(self._stacks, stacks)
+                atomic_io.write(self._stacks, stacks)
                 written.set()
 
         threading.Thread(target=write, daemon=True).start()

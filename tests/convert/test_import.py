@@ -20,7 +20,7 @@ from lslm_jax.data.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
 from lslm_jax.main import main
 from lslm_jax.models import attention, presets
-from lslm_jax.trees import flatten, unflatten
+from lslm_jax.runtime.pytree import flatten, unflatten
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

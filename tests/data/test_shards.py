@@ -12,9 +12,9 @@ import pytest
 from error_table import assert_told
 from etils import epath
 
-from lslm_jax import atomic
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.errors import DataError, InputMissing, SaveError
+from lslm_jax.runtime import atomic_io
 
 WRITER = """
 import sys
@@ -314,7 +314,7 @@ def test_a_refusing_disk_is_told_with_its_path_and_reason(tmp_path, monkeypatch)
         write(tmp_path / "file" / "train", [[1]])
     writer = ShardWriter(epath.Path(tmp_path), 1000, 500)
     full = lambda path, flags, mode: open("/dev/full" if "tokens" in path.name else path, mode)
-    monkeypatch.setattr(atomic, "open_plain", full)
+    monkeypatch.setattr(atomic_io, "open_plain", full)
     with pytest.raises(SaveError, match=r"could not write .*tokens-00000\.bin: ") as error:
         for i in range(100):
             writer.add([np.arange(900)], 900, i + 1)
@@ -325,7 +325,7 @@ def test_a_remote_set_is_copied_once_and_read_from_the_copy(tmp_path, monkeypatc
     documents = some_documents()
     write(tmp_path / "remote", documents)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(atomic, "is_remote", lambda path: True)
+    monkeypatch.setattr(atomic_io, "is_remote", lambda path: True)
     for _ in range(2):
         shards = Shards.open(tmp_path / "remote", verify=True)
         np.testing.assert_array_equal(shards.take(np.arange(shards.num_tokens)), np.concatenate(documents))

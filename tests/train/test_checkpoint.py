@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from lslm_jax import peers, trees
+from lslm_jax import peers
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, MixtureSource, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, NumericAbort, SaveError
+from lslm_jax.runtime import pytree
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.begin import begin
@@ -337,11 +338,11 @@ def test_a_run_may_begin_with_the_weights_of_another_but_its_own_step_and_optimi
 
 def test_weights_to_begin_with_that_are_not_finite_are_refused_at_the_start(saved, tmp_path, monkeypatch):
     model = state_at(7).model
-    leaves = dict(trees.flatten(model))
+    leaves = dict(pytree.flatten(model))
     name = next(iter(leaves))
     spoilt = np.array(leaves[name])
     spoilt.flat[-1] = np.nan  # of a token that no text has
-    spoilt = trees.unflatten(model, leaves | {name: jax.device_put(spoilt, leaves[name].sharding)})
+    spoilt = pytree.unflatten(model, leaves | {name: jax.device_put(spoilt, leaves[name].sharding)})
     monkeypatch.setattr(Checkpoints, "load_fitting", lambda *_: spoilt)
     with pytest.raises(DataError, match=rf"checkpoints: {name} holds values that are not finite \(1 arrays do\)"):
         begun(tmp_path, changed(train={"init_from": str(saved)}))
@@ -501,13 +502,13 @@ def _refuse(step):
 
 def test_moments_out_of_range_are_reported_when_they_are_saved(tmp_path, capsys):
     state = state_at(3)
-    leaves = dict(trees.flatten(state.optimizer))
+    leaves = dict(pytree.flatten(state.optimizer))
     name = next(name for name in leaves if ".nu." in name)
     spoilt = {other: np.abs(np.asarray(leaf)) for other, leaf in leaves.items() if np.ndim(leaf)}
     spoilt[name].flat[5] = 1e38
     placed = {other: jax.device_put(array, leaves[other].sharding) for other, array in spoilt.items()}
     run = opened(tmp_path)
-    run.save(state._replace(optimizer=trees.unflatten(state.optimizer, leaves | placed)))
+    run.save(state._replace(optimizer=pytree.unflatten(state.optimizer, leaves | placed)))
     run.close()
     assert capsys.readouterr().err.startswith(f"warning: step 3: 1 values of optimizer.{name} are out of the range")
 

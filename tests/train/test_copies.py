@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
 from lslm_jax.errors import DeviceFault
+from lslm_jax.runtime.pytree import flatten, unflatten
 from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train.copies import Copies
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_state
-from lslm_jax.trees import flatten, unflatten
 
 
 @functools.cache

@@ -14,11 +14,11 @@ from lslm_jax.config_mesh import mesh_axes
 from lslm_jax.data.pipeline import SyntheticInput
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, lora, presets
+from lslm_jax.runtime.pytree import flatten, unflatten
 from lslm_jax.sharding import make_mesh, to_global
 from lslm_jax.train import step
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import State, abstract_model, abstract_state, divide, init_state, num_parameters
-from lslm_jax.trees import flatten, unflatten
 
 B, T, V, L = 8, 16, 120, 2
 

@@ -18,11 +18,11 @@ import pytest
 from etils import epath
 
 from lslm_jax import config_checks, config_loading
+from lslm_jax.runtime.pytree import flatten
 from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_state
-from lslm_jax.trees import flatten
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 VERSIONS = sorted(path.name for path in GOLDEN.iterdir())

@@ -6,13 +6,13 @@ from dataclasses import replace
 import jax
 import pytest
 
-from lslm_jax import environment
 from lslm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
 from lslm_jax.data import order
 from lslm_jax.data.detours import Detour
 from lslm_jax.data.synthetic import SyntheticInput
 from lslm_jax.errors import CheckpointRefused, DataError
+from lslm_jax.runtime import environment
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import identity, metadata
 

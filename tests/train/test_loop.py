@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 from jax._src.array import ArrayImpl
 
-from lslm_jax import atomic, resolving
+from lslm_jax import resolving
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
 from lslm_jax.config_checks import validate
 from lslm_jax.data import prefetch
@@ -25,6 +25,7 @@ from lslm_jax.errors import DataError, NumericAbort, Preempted
 from lslm_jax.evaluate.evaluator import Report
 from lslm_jax.main import main
 from lslm_jax.models import attention
+from lslm_jax.runtime import atomic_io
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, identity, ledger, loop, setup
 from lslm_jax.train.checkpoint import Checkpoints
@@ -260,7 +261,7 @@ def test_another_batch_size_goes_on_at_the_next_row(run, capsys):
 
 
 def test_a_run_on_a_read_only_disk_is_evaluated(finished, run, monkeypatch, capsys):
-    open_plain, access = atomic.open_plain, os.access
+    open_plain, access = atomic_io.open_plain, os.access
     is_read_only = lambda path: epath.Path(path).is_relative_to(run)
 
     def open_elsewhere(path, *rest):
@@ -270,7 +271,7 @@ def test_a_run_on_a_read_only_disk_is_evaluated(finished, run, monkeypatch, caps
 
     refuses = lambda path, mode: mode == os.W_OK and is_read_only(path)
     monkeypatch.setattr(os, "access", lambda path, mode: not refuses(path, mode) and access(path, mode))
-    monkeypatch.setattr(atomic, "open_plain", open_elsewhere)
+    monkeypatch.setattr(atomic_io, "open_plain", open_elsewhere)
     again = command(run, "evaluate", f"--config.eval.batches={RUN['eval']['batches']}")
     assert again["eval/loss"] == finished[1]["eval/loss"]
 

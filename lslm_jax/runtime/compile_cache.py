@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import jax
 
-from lslm_jax import atomic, environment
-from lslm_jax.progress import say
+from lslm_jax.runtime import atomic_io, environment
+from lslm_jax.runtime.progress import say
 
 NAME = ".xla_cache"
 
@@ -21,11 +21,11 @@ def keep(workdir: str) -> None:
     nobody else may write there. Else the cache is a private one in the user's home, or none. Programs for CPUs lie
     apart for each kind: JAX would take one with instructions that this machine may not have.
     """
-    parent, settings = atomic.place(workdir).parent, cast(Any, jax.config)
+    parent, settings = atomic_io.place(workdir).parent, cast(Any, jax.config)
     if settings.jax_compilation_cache_dir:
         return
     kind = [environment.processor()] if jax.default_backend() == "cpu" else []
-    if atomic.is_remote(parent):
+    if atomic_io.is_remote(parent):
         settings.update("jax_compilation_cache_dir", os.fspath(parent.joinpath(NAME, *kind)))
         return
     beside = pathlib.Path(parent, NAME, *kind)

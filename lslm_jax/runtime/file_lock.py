@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import atomic
+from lslm_jax.runtime import atomic_io
 
 _BEAT = 10.0  # seconds between two heartbeats
 _STALE = 6 * _BEAT  # seconds without one after which a holder on another host counts as gone
@@ -53,7 +53,7 @@ def hold(path: epath.Path, log: Callable[[str], None], *, remove: bool = False) 
             yield None
         return
     try:
-        with atomic.saving(path):
+        with atomic_io.saving(path):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps(_own_entry()).encode() + b"\n")
         yield descriptor
@@ -83,7 +83,7 @@ def may_be_held(path: epath.Path) -> bool:
 def _lock(path: epath.Path) -> int:
     """Descriptor of the locked file; BlockingIOError where another process holds it, OSError where there are none."""
     while True:
-        with atomic.saving(path):
+        with atomic_io.saving(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,7 +114,7 @@ def _hold_by_heartbeat(path: epath.Path) -> Iterator[None]:
     token, over = secrets.token_hex(8), threading.Event()
     if _is_alive(path):
         raise InUse(_holder(path))
-    atomic.write_json(path, _own_entry() | {"token": token})
+    atomic_io.write_json(path, _own_entry() | {"token": token})
     time.sleep(0.1)  # of two that begin at once, the one whose file was replaced gives way
     if _read(path).get("token") != token:
         raise InUse(_holder(path))
@@ -169,7 +169,7 @@ def _now(directory: epath.Path) -> float:
 
 def _read(path: epath.Path) -> dict[str, Any]:
     try:
-        found = atomic.parse_json(path.read_text())
+        found = atomic_io.parse_json(path.read_text())
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
