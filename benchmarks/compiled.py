@@ -20,7 +20,7 @@ from typing import Any
 import pages
 
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TaskConfig, TokenizerConfig, TrainConfig
-from lslm_jax.config_checks import validate
+from lslm_jax.config.validation import validate
 from lslm_jax.plan import topology as topologies
 
 PAGE, MARK = pathlib.Path(__file__).parent / "compiled.md", "<!-- kernels -->"

@@ -13,9 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lslm_jax import config_loading
-from lslm_jax.config import Config, DataConfig, ModelConfig, TaskConfig, TokenizerConfig, TrainConfig
-from lslm_jax.config_checks import validate
+from lslm_jax.config import Config, DataConfig, ModelConfig, TaskConfig, TokenizerConfig, TrainConfig, loading
+from lslm_jax.config.validation import validate
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
 
@@ -65,7 +64,7 @@ def configured(flags: argparse.ArgumentParser) -> tuple[argparse.Namespace, Conf
     settings = [setting.removeprefix("--config.").partition("=") for setting in rest]
     args.changes = {key: text for key, _, text in settings}
     try:
-        return args, validate(config_loading.override(MODELS[args.model], list(args.changes.items())))
+        return args, validate(loading.override(MODELS[args.model], list(args.changes.items())))
     except ConfigError as error:
         flags.error(str(error))
 

@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import pages
 from measure import MODELS
 
-from lslm_jax import config_loading
-from lslm_jax.config import Config, MeshConfig, ModelConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config import Config, MeshConfig, ModelConfig, loading
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.train.step import usual_chunk
 
 HERE = pathlib.Path(__file__).parent
@@ -93,14 +92,14 @@ def configured(case: Case, saving: str, rows: int) -> Config:
     """The config of a case: weights and all that goes with them split over all devices."""
     base, mesh = MODELS[case.model], MeshConfig(data=1, fsdp=case.devices)
     base = replace(base, train=replace(base.train, batch_size=rows * case.devices), mesh=mesh)
-    return config_loading.override(base, [(key, str(value)) for key, value in SAVINGS[saving].items()])
+    return loading.override(base, [(key, str(value)) for key, value in SAVINGS[saving].items()])
 
 
 def plan(case: Case, saving: str, rows: int) -> dict[str, Any]:
     """The figures that are kept of a plan."""
     config = configured(case, saving, rows)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        file.write(config_loading.to_json(config))
+        file.write(loading.to_json(config))
         file.flush()
         command = [sys.executable, "-m", "lslm_jax.main", "plan", f"--config={file.name}"]
         begun = time.monotonic()

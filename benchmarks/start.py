@@ -19,8 +19,7 @@ from dataclasses import replace
 
 from measure import about, add_model, configured, spread, tell
 
-from lslm_jax import config_loading
-from lslm_jax.config import Config, EvalConfig, LogConfig
+from lslm_jax.config import Config, EvalConfig, LogConfig, loading
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -48,7 +47,7 @@ def main() -> None:
 def run(config: Config, parent: pathlib.Path, name: str) -> dict[str, float]:
     """One run, in a process of its own."""
     file, record = parent / "config.json", parent / name / "metrics.jsonl"
-    file.write_text(config_loading.to_json(config))
+    file.write_text(loading.to_json(config))
     command = [sys.executable, "-m", "lslm_jax.main", f"--config={file}", f"--workdir={parent / name}"]
     begun = time.perf_counter()
     fresh = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}

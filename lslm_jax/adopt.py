@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import config_checks, config_loading
-from lslm_jax.config import Config, DataConfig
+from lslm_jax.config import Config, DataConfig, loading, validation
 from lslm_jax.convert import check, pretrained, theirs, weights
 from lslm_jax.convert.check import Comparison
 from lslm_jax.convert.pretrained import Pretrained
@@ -45,7 +44,7 @@ def with_labels(config: Config) -> Config:
     """The config with as many labels as it names."""
     if config.task.objective not in ("classification", "tagging"):
         return config
-    return replace(config, model=config_checks.resolve_labels(config.model, len(config.data.labels)))
+    return replace(config, model=validation.resolve_labels(config.model, len(config.data.labels)))
 
 
 def read(source: Pretrained, config: Config, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
@@ -156,7 +155,7 @@ def write(workdir: epath.Path, model: Any, config: Config, facts: dict[str, Any]
         "dropped": {},
     }
     atomic_io.write_json(data_dir / "manifest.json", manifest)
-    atomic_io.write(workdir / "config.json", config_loading.to_json(config).encode())
+    atomic_io.write(workdir / "config.json", loading.to_json(config).encode())
     made_by = identity.make(config, words.sha256, records.content_sha256(manifest), mesh)
     checkpoints = Checkpoints(workdir, config.checkpoint, made_by)
     zero = jnp.zeros((), jnp.int32)

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import config_loading, distributed, resolving, run_consistency
-from lslm_jax.config import Config
+from lslm_jax import distributed, resolving, run_consistency
+from lslm_jax.config import Config, loading
 from lslm_jax.data import examples, held_out_files, pipeline, records
 from lslm_jax.data.held_out_files import HeldOutFiles
 from lslm_jax.errors import InputMissing
@@ -124,7 +124,7 @@ def write_report(
     if not distributed.is_primary():
         return {}
     directory = _writable(workdir / "evaluations")
-    settings = config_loading.to_dict(config)
+    settings = loading.to_dict(config)
     identity = json.dumps([settings, step, what.described, what.digest, dtype], sort_keys=True)
     prefix = f"{step}-{what.name}-{hashlib.sha256(identity.encode()).hexdigest()[:_DIGEST]}"
     paths = {"evaluation": directory / f"{prefix}.json"}

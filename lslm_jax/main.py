@@ -21,8 +21,8 @@ from lslm_jax.runtime import lazy_imports
 try:
     from etils import epath
 
-    from lslm_jax import command_flags, config_checks, config_loading, peers, setting_flags
-    from lslm_jax.config import Config
+    from lslm_jax import command_flags, peers
+    from lslm_jax.config import Config, loading, setting_flags, validation
     from lslm_jax.errors import ConfigError, InputMissing, LslmError, SaveError
     from lslm_jax.runtime import atomic_io, environment, huge_pages
     from lslm_jax.train import preemption
@@ -102,7 +102,7 @@ def _explain(error: Exception) -> tuple[int, str] | None:
 
 def _run(argv: Sequence[str]) -> dict[str, Any] | None:
     if "--config.help" in argv:
-        for entry in config_loading.describe():
+        for entry in loading.describe():
             print(f"{entry.key} ({entry.type}; {entry.default})\n    {entry.doc}")
         return None
     settings, rest = setting_flags.split(argv)
@@ -151,23 +151,23 @@ def _load(flags: argparse.Namespace, assignments: list[tuple[str, str]]) -> Conf
     if flags.pretrained and "train.init_from" in flags.settings:
         raise ConfigError("--pretrained and train.init_from exclude each other: each names the first weights of a run")
     if not flags.pretrained and flags.config and flags.config.endswith(".json"):
-        config = config_loading.release_derived(config, flags.settings)
+        config = loading.release_derived(config, flags.settings)
     if flags.chat and not config.data.is_chat:
         if config.task.objective != "causal" or config.data.mixture:
             raise ConfigError("--chat needs a model that continues texts")
         config = replace(config, data=replace(config.data, example="chat"))
-    config = config_loading.override(config, assignments)
+    config = loading.override(config, assignments)
     setting_flags.check_mixture(flags.settings, config)
-    config = config_checks.validate(config)
+    config = validation.validate(config)
     if own:
-        setting_flags.check_effect(flags, config, config_checks.validate(own))
+        setting_flags.check_effect(flags, config, validation.validate(own))
     return config
 
 
 def _own_config(workdir: str) -> Config | None:
     """The config that a run was started with; None where it has none."""
     path = f"{workdir}/config.json"
-    return config_loading.load(path) if atomic_io.exists(epath.Path(path)) else None
+    return loading.load(path) if atomic_io.exists(epath.Path(path)) else None
 
 
 def _base(flags: argparse.Namespace) -> Config:
@@ -192,7 +192,7 @@ def _base(flags: argparse.Namespace) -> Config:
         if flags.verb in ("train", "prepare") or flags.pretrained or not flags.workdir:
             raise ConfigError("--config=FILE is missing, as --config=configs/quickstart.py")
         flags.config = f"{flags.workdir}/config.json"
-    config = config_loading.load(flags.config)
+    config = loading.load(flags.config)
     if not flags.pretrained:
         return config
     return pretrained.configure(config, source, reads=reads, trains=flags.verb in ("train", "plan"))

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from lslm_jax import config_loading, distributed, resolving, setting_flags
-from lslm_jax.config import Config
+from lslm_jax import distributed, resolving
+from lslm_jax.config import Config, loading, setting_flags
 from lslm_jax.data import records, special
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, ConfigError, InputMissing
@@ -191,7 +191,7 @@ def _listed(labels: Sequence[str]) -> str:
 def _own_data_dir(workdir: epath.Path) -> epath.Path | None:
     """The data directory that a run was trained on; None where the run has no config.json."""
     path = workdir / "config.json"
-    return resolving.data_dir(config_loading.load(str(path)), workdir) if path.exists() else None
+    return resolving.data_dir(loading.load(str(path)), workdir) if path.exists() else None
 
 
 def _check_prepared(
@@ -206,11 +206,11 @@ def _check_prepared(
         return
     if data_dir != _own_data_dir(workdir) or "settings" not in facts or flags.chat:
         return
-    own = config_loading.load(f"{workdir}/config.json")
+    own = loading.load(f"{workdir}/config.json")
     # Some of them are effective as they are: the prefix of a prompt, say.
     for key in flags.settings:
         if key.startswith("data.") and setting_flags.is_below(key, setting_flags.EFFECTIVE[flags.verb]):
-            config = config_loading.with_value(config, key, setting_flags.value_of(own, key))
+            config = loading.with_value(config, key, setting_flags.value_of(own, key))
     remedy = "leave it out" if flags.verb != "evaluate" else "to evaluate on other examples use --files=FILE"
     records.check_settings(facts, config, records.named_sources(config), data_dir, remedy)
 
@@ -278,7 +278,7 @@ def _harmless_changes(
     harmless: Sequence[str],
 ) -> list[str]:
     """Changed settings that leave the result as it is; a CheckpointRefused where one does not."""
-    found, now = [], config_loading.to_dict(config)
+    found, now = [], loading.to_dict(config)
     derived = [key for key in ("model.vocab_size", "model.num_labels") if not setting_flags.value_of(config, key)]
     changes = [change for change in identity.changes(made_with, now) if change[0] not in derived]
     for key, old, new in changes:
@@ -324,7 +324,7 @@ def check_files(workdir: epath.Path, config: Config, checkpoints: Sequence[epath
             if manifest.has_manifest(directory):  # else a running training has deleted it meanwhile
                 raise
     if (path := workdir / "config.json").exists():
-        own = config_loading.to_dict(config_loading.load(str(path)))
+        own = loading.to_dict(loading.load(str(path)))
         for directory, saved in metadata_by_path.items():
             for key, old, new in identity.changes(saved["config"], own):
                 if identity.is_fixed(key):

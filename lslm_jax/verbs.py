@@ -13,18 +13,8 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import (
-    adopt,
-    config_loading,
-    distributed,
-    evaluate_command,
-    interactive,
-    resolving,
-    respond,
-    run_consistency,
-    run_length,
-)
-from lslm_jax.config import Config
+from lslm_jax import adopt, distributed, evaluate_command, interactive, resolving, respond, run_consistency, run_length
+from lslm_jax.config import Config, loading
 from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of, obstacle
 from lslm_jax.convert.export import export as write_pretrained
@@ -122,7 +112,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
         config = run_length.resolve(config, data)
         if distributed.is_primary():
-            atomic_io.write(workdir / "config.json", config_loading.to_json(config).encode())
+            atomic_io.write(workdir / "config.json", loading.to_json(config).encode())
         if length := run_length.describe(config, data):
             say(length)
         for remark in data.remarks():

@@ -8,8 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import config_loading, resolving, run_consistency
-from lslm_jax.config import Config
+from lslm_jax import resolving, run_consistency
+from lslm_jax.config import Config, loading
 from lslm_jax.data import records
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, LslmError
 from lslm_jax.runtime import atomic_io, file_lock
@@ -37,7 +37,7 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
     """
     checkpoints = checkpoints_in(workdir / "checkpoints")
     own = workdir / "config.json"
-    config = config_loading.load(str(own)) if own.exists() else Config()
+    config = loading.load(str(own)) if own.exists() else Config()
     data_dir = resolving.data_dir(config, workdir)
     if not checkpoints and not (data_dir / "manifest.json").exists():
         raise InputMissing(f"{workdir} holds neither checkpoints nor data")

@@ -6,17 +6,17 @@ import sys
 
 import pytest
 
-from lslm_jax import command_flags, config_checks, config_loading, setting_flags
+from lslm_jax import command_flags
 from lslm_jax.command_flags import COMMANDS, FLAGS, parse
-from lslm_jax.config import Config, DataConfig, MixtureSource
-from lslm_jax.config_loading import describe, with_value
+from lslm_jax.config import Config, DataConfig, MixtureSource, loading, setting_flags, validation
+from lslm_jax.config.loading import describe, with_value
 from lslm_jax.errors import ConfigError
 from lslm_jax.main import main
 
 ALL = [flag for flags in FLAGS.values() for flag in flags]
 OTHERS = [(command, flag.name) for command in COMMANDS for flag in ALL if command not in flag.commands]
 OWN = [(command, flag.name) for command in COMMANDS for flag in ALL if command in flag.commands]
-CONFIG = config_checks.validate(Config(data=DataConfig(files=("a.txt",))))
+CONFIG = validation.validate(Config(data=DataConfig(files=("a.txt",))))
 
 
 def written(name: str) -> str:
@@ -240,16 +240,16 @@ def test_the_test_files_of_a_run_stand_for_its_test_split(settings, split):
 )
 def test_sizes_of_a_run_follow_those_that_they_are_derived_from(given, flag, expected):
     model = {"num_layers": 1, "d_model": 32, "num_heads": 4, "vocab_size": 300} | given
-    run = config_checks.validate(config_loading.from_dict({"model": model, "data": {"files": ["a.txt"]}}))
+    run = validation.validate(loading.from_dict({"model": model, "data": {"files": ["a.txt"]}}))
     key, _, text = flag.partition("=")
-    found = config_loading.override(config_loading.release_derived(run, [key]), [(key, text)])
-    found = config_checks.validate(found).model
+    found = loading.override(loading.release_derived(run, [key]), [(key, text)])
+    found = validation.validate(found).model
     assert {name: getattr(found, name) for name in expected} == expected
 
 
 def test_sizes_that_a_config_file_leaves_open_stay_open():
-    config = config_loading.from_dict({"model": {"d_ff": 3072}})
-    assert config_loading.release_derived(config, ["model.d_model"]) == config
+    config = loading.from_dict({"model": {"d_ff": 3072}})
+    assert loading.release_derived(config, ["model.d_model"]) == config
 
 
 @pytest.mark.parametrize(
@@ -263,33 +263,33 @@ def test_sizes_that_a_config_file_leaves_open_stay_open():
     ],
 )
 def test_an_item_of_a_list_may_hold_a_comma_in_json(text, value):
-    assert config_loading.override(Config(), [("data.files", text)]).data.files == value
-    assert config_loading.override(Config(), [("generate.prompts", text)]).generate.prompts == value
+    assert loading.override(Config(), [("data.files", text)]).data.files == value
+    assert loading.override(Config(), [("generate.prompts", text)]).generate.prompts == value
 
 
 def test_a_file_with_a_comma_in_its_name_is_one_item(tmp_path):
     (tmp_path / "a,b.txt").write_text("x")
     name = f"{tmp_path}/a,b.txt"
-    assert config_loading.override(Config(), [("data.files", name)]).data.files == (name,)
-    assert config_loading.override(Config(), [("generate.prompts", name)]).generate.prompts == tuple(name.split(","))
+    assert loading.override(Config(), [("data.files", name)]).data.files == (name,)
+    assert loading.override(Config(), [("generate.prompts", name)]).generate.prompts == tuple(name.split(","))
 
 
 def test_the_home_directory_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     keys = {"tokenizer.path": "~/t.model", "train.init_from": "~/run", "data.dir": "~/data"}
-    config = config_checks.validate(config_loading.override(CONFIG, list(keys.items())))
+    config = validation.validate(loading.override(CONFIG, list(keys.items())))
     for key, value in keys.items():
         assert setting_flags.value_of(config, key) == value.replace("~", str(tmp_path))
     (tmp_path / "c.json").write_text('{"seed": 5}')
-    assert config_loading.load("~/c.json").seed == 5
+    assert loading.load("~/c.json").seed == 5
 
 
 def test_steps_of_a_flag_take_the_place_of_epochs_of_a_file_but_not_of_a_flag():
     config = with_value(CONFIG, "train.epochs", 2.0)
-    assert config_loading.override(config, [("train.steps", "7")]).train.epochs == 0
-    assert config_loading.override(config, [("seed", "7")]).train.epochs == 2
+    assert loading.override(config, [("train.steps", "7")]).train.epochs == 0
+    assert loading.override(config, [("seed", "7")]).train.epochs == 2
     with pytest.raises(ConfigError, match=r"train.steps and train.epochs exclude each other"):
-        config_loading.override(config, [("train.steps", "7"), ("train.epochs", "1")])
+        loading.override(config, [("train.steps", "7"), ("train.epochs", "1")])
 
 
 def test_a_missing_package_names_the_interpreter_and_the_cure(tmp_path):

@@ -9,10 +9,9 @@ from typing import get_args
 import forked
 import pytest
 
-from lslm_jax import config_checks, config_loading
-from lslm_jax.config import Config, DataConfig, MixtureSource, ModelConfig, Source, TrainConfig
-from lslm_jax.config_checks import fill_sizes, resolve_vocabulary, validate
-from lslm_jax.config_loading import describe, digest, from_dict, load, override, smoke, to_dict, to_json
+from lslm_jax.config import Config, DataConfig, MixtureSource, ModelConfig, Source, TrainConfig, loading, validation
+from lslm_jax.config.loading import describe, digest, from_dict, load, override, smoke, to_dict, to_json
+from lslm_jax.config.validation import fill_sizes, resolve_vocabulary, validate
 from lslm_jax.errors import ConfigError, InputMissing, LslmError
 
 PLAIN = """
@@ -400,7 +399,7 @@ def test_every_key_is_documented():
     assert by_key["train.steps"] == ("train.steps", "int", "10000", "Optimizer steps.")
     assert by_key["model.norm"].type == "layernorm | rmsnorm"
     assert by_key["data.files"].type == "str, ..." and by_key["data.files"].doc
-    documented = set(config_loading._field_docs())
+    documented = set(loading._field_docs())
     for kind in (Source, MixtureSource, *(type(getattr(Config(), field.name)) for field in dataclasses.fields(Config))):
         if dataclasses.is_dataclass(kind):
             assert {(kind.__name__, name) for name in kind.__annotations__} <= documented
@@ -456,7 +455,7 @@ def leaves(tree):
     ],
 )
 def test_a_vocabulary_that_cannot_be_trained_is_refused(settings, message):
-    config = config_loading.from_dict({"tokenizer": settings, "data": {"files": ["a.txt"]}})
+    config = loading.from_dict({"tokenizer": settings, "data": {"files": ["a.txt"]}})
     with pytest.raises(ConfigError) as error:
-        config_checks.validate(config)
+        validation.validate(config)
     assert str(error.value).startswith(message.removesuffix("*"))

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lslm_jax import config_checks, config_loading
-from lslm_jax.config import DataConfig
+from lslm_jax.config import DataConfig, loading, validation
 from lslm_jax.data import pipeline
 from lslm_jax.models import attention, presets
 from lslm_jax.sharding import make_mesh, to_global
@@ -35,14 +34,14 @@ def choices(config):
 
 def resolved(config):
     """The config with a vocabulary, and two labels where it has any."""
-    model = config_checks.resolve_vocabulary(config.model, config.tokenizer.vocab_size)
-    return replace(config, model=config_checks.resolve_labels(model, 2))
+    model = validation.resolve_vocabulary(config.model, config.tokenizer.vocab_size)
+    return replace(config, model=validation.resolve_labels(model, 2))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_is_sound_survives_json_and_says_its_command(path):
-    config = config_checks.validate(config_loading.load(str(path)))
-    assert config_loading.from_dict(config_loading.to_dict(config)) == config
+    config = validation.validate(loading.load(str(path)))
+    assert loading.from_dict(loading.to_dict(config)) == config
     text = path.read_text()
     assert f"python -m lslm_jax.main --config=configs/{path.name}" in text
     if not config.tokenizer.path and "--pretrained" not in text:  # a vocabulary of its own, all of which is of use
@@ -51,7 +50,7 @@ def test_a_config_is_sound_survives_json_and_says_its_command(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_builds_its_model(path):
-    config = config_checks.validate(config_loading.load(str(path)))
+    config = validation.validate(loading.load(str(path)))
     model = resolved(config).model
     shapes = jax.eval_shape(lambda: presets.build(model, jax.random.key(0), config.task.objective))
     assert shapes.embed.shape[0] >= model.vocab_size
@@ -88,13 +87,13 @@ def test_a_config_shrunk_by_smoke_takes_a_step(path, tmp_path):
 
 def shrunk(path, directory):
     """The config made small by `smoke`, on synthetic data, and its first batch."""
-    config = config_loading.load(f"{path}:smoke")
+    config = loading.load(f"{path}:smoke")
     none = DataConfig()
     held_out = {
         key: getattr(none, key) for key in ("valid_files", "valid_fraction", "valid_split", "test_files", "test_split")
     }
     data = replace(config.data, source="synthetic", mixture=(), **held_out)
-    config = resolved(config_checks.validate(replace(config, data=data)))
+    config = resolved(validation.validate(replace(config, data=data)))
     return config, pipeline.open_train(config, directory, config.model.vocab_size).batch(0)
 
 

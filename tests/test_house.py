@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from planted_faults import FAULTS
 
-from lslm_jax.config_loading import describe
+from lslm_jax.config.loading import describe
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lslm_jax"

@@ -16,7 +16,8 @@ import pytest
 from error_table import assert_told
 from etils import epath
 
-from lslm_jax import config_loading, resolving
+from lslm_jax import resolving
+from lslm_jax.config import loading
 from lslm_jax.data import pipeline, tokenizer
 from lslm_jax.main import main
 
@@ -119,7 +120,7 @@ def test_a_run_ends_with_its_result_and_leaves_the_promised_files(novels):
     assert {path.name for path in (workdir / "samples").iterdir()} == {"10.txt", "20.txt"}
     assert (workdir / "checkpoints" / "20" / "manifest.json").exists()
     assert resolving.read_result(epath.Path(workdir)) == result
-    assert config_loading.load(f"{workdir}/config.json").model.vocab_size == 512
+    assert loading.load(f"{workdir}/config.json").model.vocab_size == 512
 
 
 def test_a_finished_run_tells_its_result_again(novels, environment):
@@ -276,7 +277,7 @@ def test_a_mixture_draws_from_each_source_by_its_weight(lslm_here, tmp_path):
     result = result_of(lslm_here(f"--config={tmp_path}/config.json", f"--workdir={tmp_path}/run"))
     assert EVALUATION <= set(result)
 
-    data_dir, config = tmp_path / "run" / "data", config_loading.load(f"{tmp_path}/run/config.json")
+    data_dir, config = tmp_path / "run" / "data", loading.load(f"{tmp_path}/run/config.json")
     words = tokenizer.load(data_dir / json.loads((data_dir / "manifest.json").read_text())["tokenizer"]["file"])
     data = pipeline.open_train(config, data_dir, config.model.vocab_size)
     rows = [words.decode(ids).strip() for step in range(20) for ids in data.batch(step).tokens_BT]

@@ -7,8 +7,7 @@ import shlex
 
 import pytest
 
-from lslm_jax import config_checks, config_loading
-from lslm_jax.config import Config, DataConfig
+from lslm_jax.config import Config, DataConfig, loading, validation
 from lslm_jax.main import VERBS, parser
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -46,7 +45,7 @@ def base(flag: str | None) -> Config:
     """The config that a command names; any sound one where a run would have written it, or FILE stands for it."""
     if flag is None or not flag.startswith("configs/"):
         return Config(data=DataConfig(source="synthetic"))
-    return config_loading.load(str(ROOT / flag))
+    return loading.load(str(ROOT / flag))
 
 
 @pytest.mark.parametrize("command", [command for _, command in COMMANDS])
@@ -64,12 +63,12 @@ def test_a_command_that_a_reader_is_told_to_type_is_understood(command):
     assert flags.config or flags.verb in ("evaluate", "generate", "export", "import", "audit", "verify")
     assert flags.verb != "generate" or flags.prompt or flags.prompts
     assignments = [tuple(setting.removeprefix("--config.").split("=", 1)) for setting in settings]
-    config_checks.validate(config_loading.override(base(flags.config), assignments))
+    validation.validate(loading.override(base(flags.config), assignments))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_setting_in_the_text_is_a_key_and_a_value_of_its_type(document):
-    config_loading.override(Config(), SETTING.findall(DOCUMENTS[document]))
+    loading.override(Config(), SETTING.findall(DOCUMENTS[document]))
 
 
 def test_the_readme_and_every_config_tell_their_command():

@@ -13,8 +13,8 @@ import jax
 import pytest
 from etils import epath
 
-from lslm_jax import config_loading, distributed, resolving, run_consistency
-from lslm_jax.config import Config, DataConfig
+from lslm_jax import distributed, resolving, run_consistency
+from lslm_jax.config import Config, DataConfig, loading
 from lslm_jax.errors import CheckpointRefused
 from lslm_jax.main import main
 
@@ -155,7 +155,7 @@ def test_labels_of_other_data_are_compared_with_those_of_the_checkpoint(tmp_path
     config = Config(data=DataConfig(files=("a.csv",)))
     run, other = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "other")
     run.mkdir()
-    (run / "config.json").write_text(config_loading.to_json(config))
+    (run / "config.json").write_text(loading.to_json(config))
     saved = {"data_sha256": "a", "data_facts": {"labels": ["x", "y"]}}
     with pytest.raises(CheckpointRefused, match=r"checkpoints/3 was trained with the labels x, y; .*other has y, x$"):
         run_consistency.check_data(saved, config, {"sha256": "b", "labels": ["y", "x"]}, other, run, 3)

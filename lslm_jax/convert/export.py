@@ -11,8 +11,8 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import config_loading, distributed
-from lslm_jax.config import Config, ModelConfig
+from lslm_jax import distributed
+from lslm_jax.config import Config, ModelConfig, loading
 from lslm_jax.convert import adapter as adapters
 from lslm_jax.convert import generation, hub, peft, safetensors, weights
 from lslm_jax.convert.family import Family, differences
@@ -227,7 +227,7 @@ def _card(config: Config, model_type: str, parameters: int, metrics: Mapping[str
             f"Made with {', '.join(versions)}. All settings:",
             "",
             "```json",
-            config_loading.to_json(config).strip(),
+            loading.to_json(config).strip(),
             "```",
             "",
         ]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import keys
 from lslm_jax.errors import ConfigError
 from lslm_jax.models.presets import layer_types

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lslm_jax import config_loading
-from lslm_jax.config import Config, ModelConfig
+from lslm_jax.config import Config, ModelConfig, loading
 from lslm_jax.convert import adapter as adapters
 from lslm_jax.convert import decoders, encoders, generation, gguf, hub, pairs, safetensors
 from lslm_jax.convert.family import RUN_KEYS, Family, Unlike
@@ -135,7 +134,7 @@ def _is_gguf(path: epath.Path) -> bool:
 
 def _typed(config: Config) -> Config:
     """The config, once each of its settings is known to be of its type."""
-    return config_loading.from_dict(config_loading.to_dict(config))
+    return loading.from_dict(loading.to_dict(config))
 
 
 @contextlib.contextmanager

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lslm_jax import config_checks
-from lslm_jax.config import Config
+from lslm_jax.config import Config, validation
 
 _NUM_SENTINELS = 100
 
@@ -60,7 +59,7 @@ def resolve(config: Config, facts: dict[str, Any]) -> tuple[Config, dict[str, An
       ConfigError: the config names fewer.
     """
     special = special_ids(facts["tokenizer"], config.model.family, config.model.vocab_size)
-    model = config_checks.resolve_vocabulary(config.model, special.size)
+    model = validation.resolve_vocabulary(config.model, special.size)
     if config.task.objective in ("classification", "tagging"):
-        model = config_checks.resolve_labels(model, len(facts["labels"]))
+        model = validation.resolve_labels(model, len(facts["labels"]))
     return replace(config, model=model), facts | {"special": special}

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lslm_jax import config_checks
-from lslm_jax.config import GenerateConfig, ModelConfig
+from lslm_jax.config import GenerateConfig, ModelConfig, validation
 from lslm_jax.errors import ConfigError
 from lslm_jax.generate import beam, constraints, lookup, reading, sampling
 from lslm_jax.generate.constraints import Text
@@ -136,7 +135,7 @@ def _rows(
 
 
 def _check(settings: GenerateConfig) -> None:
-    for problem in config_checks.generate_problems(settings):
+    for problem in validation.generate_problems(settings):
         raise ConfigError(problem)
 
 

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from lslm_jax import config_checks, config_loading
-from lslm_jax.config import Config
-from lslm_jax.config_mesh import mesh_axes, slices
+from lslm_jax.config import Config, loading, validation
+from lslm_jax.config.mesh_axes import mesh_axes, slices
 from lslm_jax.errors import ConfigError
 from lslm_jax.plan.compiling import compile_step
 from lslm_jax.plan.figures import figures, jax_share
@@ -21,7 +20,7 @@ _WEAKER = {"none": ("save_attention", "full"), "dots": ("full",), "save_attentio
 
 def changed(config: Config, settings: Settings) -> Config:
     """The config with some settings changed; ConfigError where they are impossible."""
-    return config_checks.validate(config_loading.override(config, list(settings)))
+    return validation.validate(loading.override(config, list(settings)))
 
 
 def flags(settings: Settings) -> str:

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from lslm_jax import config_checks, distributed, peers
-from lslm_jax.config import CheckpointConfig
+from lslm_jax import distributed, peers
+from lslm_jax.config import CheckpointConfig, validation
 from lslm_jax.errors import CheckpointRefused, LslmError, NumericAbort, SaveError, first_line
 from lslm_jax.runtime import atomic_io, pytree
 from lslm_jax.runtime.progress import say
@@ -352,7 +352,7 @@ def _same_task(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
 def _rank(metrics: Mapping[str, float], name: str) -> float:
     """Lowest is best. Last is what was not a number, or saved without evaluation, as a preempted run does."""
     value = metrics.get(name, math.nan)
-    sign = -1.0 if config_checks.highest_is_best(name) else 1.0
+    sign = -1.0 if validation.highest_is_best(name) else 1.0
     return math.inf if math.isnan(value) else sign * value
 
 

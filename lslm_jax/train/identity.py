@@ -13,8 +13,8 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import config_loading, distributed
-from lslm_jax.config import Config
+from lslm_jax import distributed
+from lslm_jax.config import Config, loading
 from lslm_jax.data.detours import Detour, at
 from lslm_jax.errors import CheckpointRefused, DataError
 from lslm_jax.runtime import atomic_io, environment
@@ -71,7 +71,7 @@ def make(
     """
     recorded = {} if facts is None else {"data_facts": data_facts(facts), "manifest_sha256": manifest_sha256(facts)}
     return {
-        "config": config_loading.to_dict(config),
+        "config": loading.to_dict(config),
         "tokenizer_sha256": tokenizer_sha256,
         "data_sha256": data_sha256,
         "detours": [list(detour) for detour in detours],
@@ -105,7 +105,7 @@ def check_processes(config: Config, flags: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: on all processes; names the setting and its two values.
     """
-    settings = {key: value for key, value in _flat(config_loading.to_dict(config)) if not _below(key, _LOCAL)}
+    settings = {key: value for key, value in _flat(loading.to_dict(config)) if not _below(key, _LOCAL)}
     own = ("process", "coordinator", "processes", "config", "settings", "debug", "verb")
     given = {f"--{name}": value for name, value in flags.items() if name not in own and value not in (None, False)}
     if "--workdir" in given:
@@ -173,8 +173,8 @@ def check_inputs(
       DataError: the manifest's labels or token ids are other ones.
     """
     saved = read(directory)
-    old = _filled(saved["config"], config_loading.to_dict(Config()))
-    for key, before, now in _differences(old, config_loading.to_dict(config)):
+    old = _filled(saved["config"], loading.to_dict(Config()))
+    for key, before, now in _differences(old, loading.to_dict(config)):
         if _below(key, ("model", "task.objective")) and not _below(key, _FREE_TO_READ):
             raise CheckpointRefused(f"{directory} was made with {key}={before}, the config says {now}")
     expected = saved.get("tokenizer_sha256")
@@ -275,7 +275,7 @@ def changes(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[tuple
 
     A setting that the version which saved them did not have counts as its default of now.
     """
-    return _differences(_filled(saved, config_loading.to_dict(Config())), mine)
+    return _differences(_filled(saved, loading.to_dict(Config())), mine)
 
 
 def is_fixed(key: str) -> bool:

@@ -12,9 +12,9 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import config_loading, distributed
+from lslm_jax import distributed
 from lslm_jax.batch import Batch
-from lslm_jax.config import Config
+from lslm_jax.config import Config, loading
 from lslm_jax.data import detours, pipeline, prefetch
 from lslm_jax.data.detours import Detour
 from lslm_jax.errors import CheckpointRefused
@@ -211,7 +211,7 @@ def _flops(config: Config, batch: Batch) -> float:
 def _introduce(inputs: Inputs, state: State, record: Metrics, progress: Progress) -> None:
     """Logs what is about to be trained, and on which devices; exports what an earlier start did not."""
     config, mesh = inputs.config, inputs.mesh
-    record.text(int(state.step), "setup/config", config_loading.to_json(config))
+    record.text(int(state.step), "setup/config", loading.to_json(config))
     record.text(int(state.step), "setup/parameters", parameter_table(state.model))
     trained, frozen = divide(config, state.model)
     some = f", {num_parameters(trained):,} of them trained," * bool(num_parameters(frozen))

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from lslm_jax.config import Config, ModelConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import hub
 from lslm_jax.convert.export import Exporter, export
 from lslm_jax.data.tokenizer import Bytes

@@ -13,7 +13,7 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from lslm_jax.config import Config, TaskConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import check, export
 from lslm_jax.convert.export import Exporter
 from lslm_jax.data.tokenizer import Bytes

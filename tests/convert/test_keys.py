@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from etils import epath
 
-from lslm_jax import config_checks
+from lslm_jax.config import validation
 from lslm_jax.convert import adapter, generation, gguf, keys, pretrained
 from lslm_jax.convert.family import Family
 from lslm_jax.data import gguf_files, tokenizer
@@ -213,7 +213,7 @@ def test_constraints_of_a_text_are_read_and_written(beams, tmp_path):
     assert (ours.bad_words_ids, ours.repetition_penalty, ours.never_ids) == (((4, 5),), 1.5, (6,))
     assert ours.renormalize == (beams == 1), "transformers does not, unless renormalize_logits is true"
     theirs = generation.write(ours, {"bos": 1, "eos": 2, "pad": 0}, "decoder")
-    assert CONSTRAINTS.items() <= theirs.items() and not list(config_checks.generate_problems(ours))
+    assert CONSTRAINTS.items() <= theirs.items() and not list(validation.generate_problems(ours))
     pair = {"model_type": "t5", "is_encoder_decoder": True}
     assert generation_of(tmp_path, {"min_length": 5, "eos_token_id": 2}, pair).min_new_tokens == 4, "start is one"
 

@@ -11,7 +11,7 @@ import sentencepiece
 from etils import epath
 
 from lslm_jax.config import Config, DataConfig, ModelConfig, TaskConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import generation, pretrained
 from lslm_jax.convert.export import Exporter, export
 from lslm_jax.data import examples

@@ -13,7 +13,7 @@ from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TaskConfig, TrainConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import export, pretrained, weights
 from lslm_jax.convert.family import differences
 from lslm_jax.errors import ConfigError, LslmError

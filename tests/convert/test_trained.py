@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lslm_jax.config import Config, TaskConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import pretrained
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.models import presets

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, TokenizerConfig, TrainConfig
-from lslm_jax.config_checks import validate
+from lslm_jax.config.validation import validate
 from lslm_jax.data import chat, examples, templates
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.data.examples import Recipe

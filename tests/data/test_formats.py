@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from lslm_jax.config import CleanConfig, Config, DataConfig, TaskConfig, TokenizerConfig
-from lslm_jax.config_checks import validate
+from lslm_jax.config.validation import validate
 from lslm_jax.data import files, formats, sources
 from lslm_jax.data.prepare import prepare
 from lslm_jax.errors import ConfigError, DataError, InputMissing

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.errors import ConfigError
 from lslm_jax.evaluate import harness, likelihood
 from lslm_jax.evaluate.evaluator import Setting

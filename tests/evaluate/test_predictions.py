@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lslm_jax import config_checks, config_loading
+from lslm_jax.config import loading, validation
 from lslm_jax.data import held_out_files, pipeline
 from lslm_jax.data.prepare import prepare
 from lslm_jax.data.special import resolve
@@ -90,7 +90,7 @@ def evaluated(request, tmp_path_factory):
         "train": {"batch_size": 8},
         "generate": {"max_tokens": 4},
     }
-    config = config_checks.validate(config_loading.from_dict(tree))
+    config = validation.validate(loading.from_dict(tree))
     prepare(config, epath.Path(root) / "data", lambda line: None, workers=1)
     manifest = json.loads((root / "data" / "manifest.json").read_text())
     config, facts = resolve(config, manifest)
@@ -173,7 +173,7 @@ def test_predictions_are_those_that_are_scored(evaluated):
 
 def prepared(evaluated, tmp_path, *patterns: str, **changes):
     root, suffix, config, manifest, facts, _, _ = evaluated[-1]
-    config = config_loading.override(config, list(changes.pop("settings", {}).items()))
+    config = loading.override(config, list(changes.pop("settings", {}).items()))
     source = held_out_files.source_of(config, None)
     paths = manifest, epath.Path(root) / "data", epath.Path(tmp_path)
     patterns = patterns or (f"{root}/valid.{suffix}",)
@@ -210,14 +210,14 @@ def test_bad_records_of_a_file_are_counted_where_they_are_skipped(evaluated, tmp
 
 def test_a_missing_file_and_a_source_that_there_is_not_are_named(tmp_path):
     mixture = {"mixture": [{"name": name, "files": [f"{name}.txt"]} for name in ("one", "two")]}
-    config = config_loading.from_dict({"data": mixture})
+    config = loading.from_dict({"data": mixture})
     assert held_out_files.source_of(config, "two").files == ("two.txt",)
     with pytest.raises(ConfigError, match=r"--files needs --source=NAME of the mixture .* it has one, two"):
         held_out_files.source_of(config, None)
     with pytest.raises(ConfigError, match="--source=three names no source of the mixture"):
         held_out_files.source_of(config, "three")
     with pytest.raises(ConfigError, match="this run has one source"):
-        held_out_files.source_of(config_loading.from_dict({}), "one")
+        held_out_files.source_of(loading.from_dict({}), "one")
 
 
 @pytest.mark.parametrize("evaluated", ["causal"], indirect=True)

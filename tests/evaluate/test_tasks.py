@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lslm_jax import config_checks
-from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
-from lslm_jax.config_mesh import mesh_axes
+from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig, validation
+from lslm_jax.config.mesh_axes import mesh_axes
 from lslm_jax.data import pipeline
 from lslm_jax.data.prepare import prepare
 from lslm_jax.data.shards import Shards
@@ -42,7 +41,7 @@ def config(tmp_path_factory) -> Config:
         tokenizer=TokenizerConfig(kind="bytes"),
         train=TrainConfig(batch_size=8),
     )
-    config = config_checks.validate(config)
+    config = validation.validate(config)
     prepare(config, epath.Path(config.data.dir), lambda line: None)
     return config
 

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import GPT, T5, make_model, text_logits
 
 from lslm_jax.config import Config, GenerateConfig, MeshConfig, ModelConfig
-from lslm_jax.config_mesh import mesh_axes
+from lslm_jax.config.mesh_axes import mesh_axes
 from lslm_jax.data.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
 from lslm_jax.generate import decode

@@ -7,7 +7,7 @@ import numpy as np
 
 from lslm_jax.batch import Batch
 from lslm_jax.config import ModelConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.data.tokenizer import Bytes
 from lslm_jax.models import attention, presets
 

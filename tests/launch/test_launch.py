@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-from lslm_jax import config_checks, config_loading
+from lslm_jax.config import loading, validation
 from lslm_jax.errors import LslmError
 from lslm_jax.main import parser
 
@@ -131,7 +131,7 @@ def test_every_setting_that_they_name_is_one():
     for arguments in commands():
         settings = [argument for argument in arguments if argument.startswith("--config.")]
         pairs = [setting.removeprefix("--config.").split("=", 1) for setting in settings if "$" not in setting]
-        config_checks.validate(config_loading.override(config_loading.load(str(ROOT / "configs/llama_8b.py")), pairs))
+        validation.validate(loading.override(loading.load(str(ROOT / "configs/llama_8b.py")), pairs))
         parser().parse_args([argument for argument in arguments if argument not in settings])
         seen += len(pairs)
     assert seen > 8

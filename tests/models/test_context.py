@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
 from lslm_jax.config import Config, MeshConfig, ModelConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, blockwise, context, presets
 from lslm_jax.models.attention import Backend, Demands, Distances

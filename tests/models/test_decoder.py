@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.models import block, presets
 from lslm_jax.models.decoder import Decoder
 from lslm_jax.models.embedding import padded_vocab

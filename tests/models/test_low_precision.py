@@ -11,7 +11,7 @@ import pytest
 
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from lslm_jax.config_checks import fill_sizes, validate
+from lslm_jax.config.validation import fill_sizes, validate
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, low_precision, presets
 from lslm_jax.models.layers import projections

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets, quantized
 from lslm_jax.models.layers import Linear

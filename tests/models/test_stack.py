@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.models import presets, stack
 from lslm_jax.models.decoder import Decoder
 from lslm_jax.models.layers import Linear

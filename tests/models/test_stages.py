@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.models import attention, pipeline, presets, stack
 from lslm_jax.sharding import make_mesh, shardings_of
 

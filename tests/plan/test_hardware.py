@@ -11,7 +11,7 @@ import sys
 import pytest
 from tiny_plans import CONFIG
 
-from lslm_jax import config_loading
+from lslm_jax.config import loading
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ LLAMA = {
 
 def plan(tmp_path, topology, *flags):
     """The JSON of a plan in a process of its own, as jax reads its environment when it starts."""
-    (tmp_path / "config.json").write_text(config_loading.to_json(CONFIG))
+    (tmp_path / "config.json").write_text(loading.to_json(CONFIG))
     settings = [f"--config.model.{key}={value}" for key, value in LLAMA.items()]
     settings += ["--config.data.seq_len=1024", "--config.tokenizer.vocab_size=8192"]
     command = [sys.executable, "-m", "lslm_jax.main", "plan", f"--config={tmp_path}/config.json"]
@@ -156,7 +156,7 @@ def test_products_of_eight_bit_numbers_read_these_and_write_bfloat16():
 
 @gpu
 def test_what_cannot_be_planned_for_gpus_that_are_not_there_is_refused_and_not_left_out(tmp_path):
-    (tmp_path / "config.json").write_text(config_loading.to_json(CONFIG))
+    (tmp_path / "config.json").write_text(loading.to_json(CONFIG))
     command = [sys.executable, "-m", "lslm_jax.main", "plan", f"--config={tmp_path}/config.json"]
     done = subprocess.run(
         [*command, "--topology=h200:4", "--config.optimizer.offload=true"], capture_output=True, text=True
@@ -177,7 +177,7 @@ def test_experts_cost_what_their_tokens_cost_wherever_they_lie(expert, tmp_path)
 
 @tpu
 def test_hardware_that_nobody_builds_is_told_in_one_line(tmp_path):
-    (tmp_path / "config.json").write_text(config_loading.to_json(CONFIG))
+    (tmp_path / "config.json").write_text(loading.to_json(CONFIG))
     command = [sys.executable, "-m", "lslm_jax.main", "plan", f"--config={tmp_path}/config.json"]
     done = subprocess.run([*command, "--topology=v5p:3x3x3"], capture_output=True, text=True)
     assert done.returncode == 2

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from tiny_plans import CONFIG, CPU
 
-from lslm_jax import config_loading
-from lslm_jax.config_checks import validate
+from lslm_jax.config import loading
+from lslm_jax.config.validation import validate
 from lslm_jax.main import main
 from lslm_jax.plan.advice import changed
 from lslm_jax.plan.compiling import compile_step, resolve
@@ -19,7 +19,7 @@ from lslm_jax.plan.figures import figures
 @pytest.fixture
 def plan(tmp_path, capsys):
     """plan(flag, ...): the exit code, the JSON of stdout's last line or None, and stderr."""
-    (tmp_path / "config.json").write_text(config_loading.to_json(CONFIG))
+    (tmp_path / "config.json").write_text(loading.to_json(CONFIG))
 
     def run(*flags):
         with pytest.raises(SystemExit) as stop:

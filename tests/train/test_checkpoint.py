@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from lslm_jax import peers
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, MixtureSource, ModelConfig, TrainConfig
-from lslm_jax.config_checks import validate
+from lslm_jax.config.validation import validate
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, NumericAbort, SaveError
 from lslm_jax.runtime import pytree
 from lslm_jax.sharding import make_mesh

@@ -9,7 +9,7 @@ from error_table import assert_told
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from lslm_jax.config_checks import validate
+from lslm_jax.config.validation import validate
 from lslm_jax.errors import DeviceFault
 from lslm_jax.runtime.pytree import flatten, unflatten
 from lslm_jax.sharding import make_mesh, use

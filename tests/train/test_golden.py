@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lslm_jax import config_checks, config_loading
+from lslm_jax.config import loading, validation
 from lslm_jax.runtime.pytree import flatten
 from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train.checkpoint import Checkpoints
@@ -30,7 +30,7 @@ VERSIONS = sorted(path.name for path in GOLDEN.iterdir())
 
 def arrays(workdir):
     """The sha256 of each array of the only checkpoint of a run."""
-    config = config_checks.validate(config_loading.load(str(workdir / "config.json")))
+    config = validation.validate(loading.load(str(workdir / "config.json")))
     mesh = make_mesh(config, jax.devices()[:1])
     (saved,) = (workdir / "checkpoints").iterdir()
     made_by = json.loads((saved / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from lslm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from lslm_jax.config_checks import validate
+from lslm_jax.config.validation import validate
 from lslm_jax.data import order
 from lslm_jax.data.detours import Detour
 from lslm_jax.data.synthetic import SyntheticInput

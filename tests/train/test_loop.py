@@ -18,7 +18,7 @@ from jax._src.array import ArrayImpl
 
 from lslm_jax import resolving
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
-from lslm_jax.config_checks import validate
+from lslm_jax.config.validation import validate
 from lslm_jax.data import prefetch
 from lslm_jax.data.pipeline import SyntheticInput
 from lslm_jax.errors import DataError, NumericAbort, Preempted

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from lslm_jax.config import ModelConfig, OptimizerConfig
-from lslm_jax.config_checks import fill_sizes
+from lslm_jax.config.validation import fill_sizes
 from lslm_jax.models import presets
 from lslm_jax.models.decoder import Decoder
 from lslm_jax.models.layers import Linear

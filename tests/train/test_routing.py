@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_step import B, batch, batch_of, changed, distance, fresh_run, fresh_state, host
 
-from lslm_jax.config_checks import validate
+from lslm_jax.config.validation import validate
 from lslm_jax.models import attention
 from lslm_jax.sharding import make_mesh
 from lslm_jax.train import optim, step

@@ -24,7 +24,7 @@ from lslm_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from lslm_jax.config_checks import validate
+from lslm_jax.config.validation import validate
 from lslm_jax.data import detours, pipeline
 from lslm_jax.data.detours import Detour, at, extend
 from lslm_jax.data.synthetic import SyntheticInput

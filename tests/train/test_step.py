@@ -11,7 +11,7 @@ import pytest
 
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from lslm_jax.config_checks import validate
+from lslm_jax.config.validation import validate
 from lslm_jax.models import attention
 from lslm_jax.models.layers import Linear
 from lslm_jax.sharding import make_mesh, to_global

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from lslm_jax import config_loading, config_mesh
 from lslm_jax.config import (
     ROLES,
     Config,
@@ -18,8 +17,10 @@ from lslm_jax.config import (
     ModelConfig,
     Source,
     TokenizerConfig,
+    loading,
+    mesh_axes,
 )
-from lslm_jax.config_mesh import multiples
+from lslm_jax.config.mesh_axes import multiples
 from lslm_jax.errors import ConfigError
 
 
@@ -30,7 +31,7 @@ def validate(config: Config) -> Config:
       ConfigError: the first impossible value or combination. What depends on the number of devices is checked by
         `sharding.make_mesh`, what depends on the vocabulary by `resolve_vocabulary`.
     """
-    config = config_loading.expand_home(config)
+    config = loading.expand_home(config)
     for message in _problems(config):
         raise ConfigError(message)
     return replace(config, model=fill_sizes(config.model))
@@ -85,7 +86,7 @@ def _problems(config: Config) -> Iterator[str]:
     yield from _data_problems(config.data)
     yield from _task_problems(config)
     yield from _run_problems(config)
-    yield from config_mesh.problems(replace(config, model=fill_sizes(config.model)))
+    yield from mesh_axes.problems(replace(config, model=fill_sizes(config.model)))
 
 
 _POSITIVE = (

@@ -10,8 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from lslm_jax import config_loading
-from lslm_jax.config import Config, Source
+from lslm_jax.config import Config, Source, loading
 from lslm_jax.errors import ConfigError
 
 PREFIX = "--config."
@@ -159,7 +158,7 @@ def take_held_out_files(
       ConfigError: files are named twice, or a split beside them.
     """
     keys = ("data.valid_files", "data.test_files")
-    named = {key: config_loading.items(text, paths=True) for key, text in assignments if key in keys}
+    named = {key: loading.items(text, paths=True) for key, text in assignments if key in keys}
     changed = {key: files for key, files in named.items() if files and tuple(files) != value_of(own, key)}
     if not changed and not flags.files and [key for key, files in named.items() if files] == ["data.test_files"]:
         flags.split = flags.split or "test"
