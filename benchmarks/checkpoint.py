@@ -15,8 +15,8 @@ from etils import epath
 from measure import about, add_model, configured, spread, tell
 
 from lslm_jax.config import Config
+from lslm_jax.parallel.sharding import make_mesh, use
 from lslm_jax.runtime import huge_pages
-from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train import identity
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer

@@ -19,8 +19,8 @@ from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.generate.decode import generate
 from lslm_jax.models import presets
 from lslm_jax.models.quantized import KINDS, quantize
+from lslm_jax.parallel.sharding import make_mesh, use
 from lslm_jax.runtime import huge_pages
-from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train.state import num_parameters
 
 

@@ -24,8 +24,8 @@ from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, Lo
 from lslm_jax.config.validation import validate
 from lslm_jax.data.pipeline import SyntheticInput
 from lslm_jax.models import attention
+from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.runtime import huge_pages
-from lslm_jax.sharding import make_mesh, to_global
 from lslm_jax.train import identity
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.loop import train

@@ -22,8 +22,8 @@ from lslm_jax.config import Config
 from lslm_jax.data.synthetic import SyntheticInput
 from lslm_jax.evaluate.evaluator import choose_backend
 from lslm_jax.models.presets import flops_per_token
+from lslm_jax.parallel.sharding import make_mesh, to_global, use
 from lslm_jax.runtime import huge_pages
-from lslm_jax.sharding import make_mesh, to_global, use
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_state, init_state, num_parameters
 from lslm_jax.train.step import compile_for, lower, whole_batch

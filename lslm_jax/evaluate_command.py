@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import distributed, resolving, run_consistency
+from lslm_jax import resolving, run_consistency
 from lslm_jax.config import Config, loading
 from lslm_jax.data import examples, held_out_files, pipeline, records
 from lslm_jax.data.held_out_files import HeldOutFiles
@@ -30,10 +30,11 @@ from lslm_jax.errors import InputMissing
 from lslm_jax.evaluate import tasks
 from lslm_jax.evaluate.evaluator import Report
 from lslm_jax.observe import json_values
+from lslm_jax.parallel import multihost
+from lslm_jax.parallel.sharding import local_rows
 from lslm_jax.run_consistency import Run
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.progress import say
-from lslm_jax.sharding import local_rows
 
 _SPLITS = {"valid": "valid_files, _fraction or _split", "test": "test_files or _split"}  # keys that hold examples out
 _DIGEST = 8  # characters of the digest in file names
@@ -121,7 +122,7 @@ def write_report(
 
     They go to WORKDIR/evaluations, or to a temporary directory where that cannot be written.
     """
-    if not distributed.is_primary():
+    if not multihost.is_primary():
         return {}
     directory = _writable(workdir / "evaluations")
     settings = loading.to_dict(config)

@@ -21,9 +21,10 @@ from lslm_jax.runtime import lazy_imports
 try:
     from etils import epath
 
-    from lslm_jax import command_flags, peers
+    from lslm_jax import command_flags
     from lslm_jax.config import Config, loading, setting_flags, validation
     from lslm_jax.errors import ConfigError, InputMissing, LslmError, SaveError
+    from lslm_jax.parallel import heartbeat
     from lslm_jax.runtime import atomic_io, environment, huge_pages
     from lslm_jax.train import preemption
 except ModuleNotFoundError as missing:  # started by an interpreter that has not the packages of the project
@@ -48,23 +49,23 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             traceback.print_exc()
         elif not error.told:
             print(f"lslm: {error}", file=sys.stderr)
-        peers.end(error.exit_code, str(error))
+        heartbeat.end(error.exit_code, str(error))
     except KeyboardInterrupt:  # before or after the training loop, which catches it and saves
         print("lslm: interrupted", file=sys.stderr)
-        peers.end(130, "interrupted")
+        heartbeat.end(130, "interrupted")
     except ModuleNotFoundError as error:
         lazy_imports.refuse_missing(error)
     except BrokenPipeError:  # whoever read the output has ended, as `head` does
         _drop_stdout()
-        peers.end(128 + signal.SIGPIPE, "nobody reads the output")
+        heartbeat.end(128 + signal.SIGPIPE, "nobody reads the output")
     except Exception as error:
-        peers.explain(error)
+        heartbeat.explain(error)
         if (known := _explain(error)) and "--debug" not in argv:
             print(f"lslm: {known[1]}", file=sys.stderr)
-            peers.end(*known)
+            heartbeat.end(*known)
         traceback.print_exc()
-        peers.end(1, f"{type(error).__name__}: {error}".partition("\n")[0])
-    peers.end()
+        heartbeat.end(1, f"{type(error).__name__}: {error}".partition("\n")[0])
+    heartbeat.end()
 
 
 def _flush() -> None:
@@ -123,7 +124,8 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         topology.prepare(flags.topology)
     # Not before the config is known to be sound: this imports jax.
     environment.quiet_libraries()
-    from lslm_jax import distributed, verbs
+    from lslm_jax import verbs
+    from lslm_jax.parallel import multihost
     from lslm_jax.runtime import compile_cache
     from lslm_jax.train import identity, reproducible
 
@@ -132,7 +134,7 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
     if config.train.reproducible:
         reproducible.fix_threads()
     if flags.verb != "plan":  # for which one process is enough, whatever hardware it is for
-        distributed.start(flags.coordinator, flags.processes, flags.process, config.train.watchdog)
+        multihost.start(flags.coordinator, flags.processes, flags.process, config.train.watchdog)
         identity.check_processes(config, vars(flags))
     if flags.workdir:
         compile_cache.keep(flags.workdir)
@@ -224,7 +226,7 @@ def run() -> NoReturn:
         main()
     except SystemExit as stop:
         if isinstance(stop.code, int) and stop.code:
-            peers.end_soon(stop.code)  # a thread that hangs, in a save that failed, must not keep the process
+            heartbeat.end_soon(stop.code)  # a thread that hangs, in a save that failed, must not keep the process
         raise
 
 

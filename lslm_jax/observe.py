@@ -18,8 +18,8 @@ from typing import Any, Self
 import jax
 from etils import epath
 
-from lslm_jax import devices
 from lslm_jax.config import LogConfig
+from lslm_jax.parallel import hardware_specs
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.lazy_imports import import_metric_writers, import_tensorflow
 from lslm_jax.runtime.progress import say
@@ -302,7 +302,7 @@ def mfu(tokens_per_second: float, flops_per_token: float, num_devices: int, devi
     Returns:
       0 to 1, or None where the peak is unknown, as on CPUs.
     """
-    device = devices.find(device_kind)
+    device = hardware_specs.find(device_kind)
     return None if device is None else tokens_per_second * flops_per_token / (num_devices * device.flops)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import distributed
 from lslm_jax.config import Config
 from lslm_jax.data import records, special, synthetic, tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError, first_line
+from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io, lazy_imports
 from lslm_jax.runtime.progress import say
 from lslm_jax.train import manifest
@@ -38,7 +38,7 @@ def workdir(path: str, *, reads: bool = False) -> epath.Path:
     if atomic_io.is_remote(directory):
         if path.startswith("gs://"):
             lazy_imports.require_google_cloud(path)
-        if distributed.is_primary() and not reads:
+        if multihost.is_primary() and not reads:
             _try(directory)
         return directory
     _check_no_pretrained(directory)

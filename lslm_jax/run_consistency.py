@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from lslm_jax import distributed, resolving
+from lslm_jax import resolving
 from lslm_jax.config import Config, loading, setting_flags
 from lslm_jax.data import records, special
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, ConfigError, InputMissing
+from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io
 from lslm_jax.train import checkpoint, identity, manifest, metadata
 
@@ -352,15 +353,15 @@ def check_shared(workdir: epath.Path, seconds: float = 30.0) -> None:
     """
     if jax.process_count() == 1 or atomic_io.is_remote(workdir):
         return
-    name = distributed.by_primary("shared", lambda: _write_probe(workdir))
+    name = multihost.by_primary("shared", lambda: _write_probe(workdir))
     try:
         end = time.monotonic() + seconds
         while not (is_there := name in os.listdir(workdir)) and time.monotonic() < end:
             time.sleep(0.1)
         what = {f"a --workdir={workdir} that process 0 can write to": is_there}
-        distributed.check_equal("shared", what, remedy="put it on a file system that all hosts share")
+        multihost.check_equal("shared", what, remedy="put it on a file system that all hosts share")
     finally:
-        if distributed.is_primary():
+        if multihost.is_primary():
             (workdir / name).unlink(missing_ok=True)
 
 

@@ -13,7 +13,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import adopt, distributed, evaluate_command, interactive, resolving, respond, run_consistency, run_length
+from lslm_jax import adopt, evaluate_command, interactive, resolving, respond, run_consistency, run_length
 from lslm_jax.config import Config, loading
 from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of, obstacle
@@ -29,11 +29,12 @@ from lslm_jax.evaluate_command import HeldOut, open_for_evaluation
 from lslm_jax.models import quantized
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import json_values
+from lslm_jax.parallel import multihost
+from lslm_jax.parallel.sharding import local_rows, make_mesh, use
 from lslm_jax.plan.verb import plan as plan
 from lslm_jax.run_consistency import Run
 from lslm_jax.runtime import atomic_io, lazy_imports
 from lslm_jax.runtime.progress import say
-from lslm_jax.sharding import local_rows, make_mesh, use
 from lslm_jax.train import checkpoint, identity, ledger, lock, manifest, metadata, reproducible, rewind, spikes
 from lslm_jax.train.begin import check_tokenizer, find_start
 from lslm_jax.train.exports import Exports
@@ -51,7 +52,7 @@ def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:
     """What the primary prepares; the other processes find it there."""
-    return distributed.primary_first("prepare", lambda: prepare_data(config, data_dir, say))
+    return multihost.primary_first("prepare", lambda: prepare_data(config, data_dir, say))
 
 
 def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
@@ -59,11 +60,11 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     mesh = make_mesh(config)  # before anything slow: it may be refused
     reproducible.check(config, mesh)
     workdir = resolving.workdir(flags.workdir)
-    finished = distributed.by_primary("result", lambda: resolving.read_result(workdir))
-    goes_back = distributed.by_primary("back", lambda: rewind.is_pending(workdir, config.train.resume_from))
+    finished = multihost.by_primary("result", lambda: resolving.read_result(workdir))
+    goes_back = multihost.by_primary("back", lambda: rewind.is_pending(workdir, config.train.resume_from))
     asked = run_length.resolve_prepared(config, resolving.data_dir(config, workdir))
     if asked and finished["step"] >= asked.train.steps and not goes_back:
-        distributed.by_primary("settings", lambda: _compare_with_finished(asked, workdir, finished))
+        multihost.by_primary("settings", lambda: _compare_with_finished(asked, workdir, finished))
         say(f"{workdir} is complete: all {asked.train.steps} steps are done (raise train.steps to go on)")
         return finished
 
@@ -75,14 +76,14 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     elif line := obstacle(config.model, config.task.objective):
         say(line)
     with contextlib.ExitStack() as stack:
-        distributed.by_primary("lock", lambda: stack.enter_context(lock.hold(workdir)))
+        multihost.by_primary("lock", lambda: stack.enter_context(lock.hold(workdir)))
         run_consistency.check_shared(workdir)
         while True:
             try:
                 return _train(config, workdir, mesh)
             except spikes.Spike as spike:  # without its frames, which hold the state
                 go_round = functools.partial(spikes.go_round, workdir, config, spike.with_traceback(None))
-                say(distributed.by_primary("spike", go_round))
+                say(multihost.by_primary("spike", go_round))
 
 
 def _compare_with_finished(config: Config, workdir: epath.Path, finished: dict[str, Any]) -> None:
@@ -99,19 +100,19 @@ def _compare_with_finished(config: Config, workdir: epath.Path, finished: dict[s
 def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Does it in a directory that is this run's alone."""
     data_dir = resolving.data_dir(config, workdir)
-    if distributed.is_primary():
+    if multihost.is_primary():
         for directory in (workdir, workdir / "samples"):
             atomic_io.remove_leftovers(directory)
     _prepare(config, data_dir)
     if config.data.verify:
-        distributed.on_each("verify", lambda: records.verify(data_dir), records.place(data_dir))
+        multihost.on_each("verify", lambda: records.verify(data_dir), records.place(data_dir))
     config, facts = resolving.by_data(config, data_dir)
     identity.check_data(facts)
     with use(mesh, config.mesh):
         where = config, data_dir, config.model.vocab_size, local_rows(mesh, config.train.batch_size)
         data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
         config = run_length.resolve(config, data)
-        if distributed.is_primary():
+        if multihost.is_primary():
             atomic_io.write(workdir / "config.json", loading.to_json(config).encode())
         if length := run_length.describe(config, data):
             say(length)
@@ -121,11 +122,11 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
         setting = _setting(config, facts, data_dir, mesh, [data, *held_out.values()])
         exporter = _exporter(setting) if config.checkpoint.export_every else None
-        distributed.by_primary("detours", lambda: spikes.settle(workdir))
+        multihost.by_primary("detours", lambda: spikes.settle(workdir))
         left_out = detours.read(workdir)
         saved = workdir / "checkpoints"
-        distributed.by_primary("back", lambda: rewind.go_back(workdir, config.train.resume_from, say))
-        whole = distributed.by_primary("checkpoints", lambda: manifest.settle(saved, say))
+        multihost.by_primary("back", lambda: rewind.go_back(workdir, config.train.resume_from, say))
+        whole = multihost.by_primary("checkpoints", lambda: manifest.settle(saved, say))
         if whole is not None:
             before = metadata.read(saved / str(whole))
             data.offset = identity.continued_rows(before, whole, config.train.batch_size, left_out)
@@ -145,7 +146,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             exports=Exports(workdir, config.checkpoint, exporter) if exporter else None,
         )
         summary = json_values(summary | tasks.gzip_baseline(setting, held_out))
-    if distributed.is_primary():
+    if multihost.is_primary():
         resolving.write_result(workdir, summary)
     return summary
 

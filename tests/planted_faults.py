@@ -176,7 +176,7 @@ FAULTS = [
     ),
     Fault(
         "context parallelism mixes up early and late parts of rows",
-        "models/context.py",
+        "parallel/context_parallel.py",
         "return jnp.concatenate([x_BN2S[:, :, 0], x_BN2S[:, ::-1, 1]], axis=1).reshape(x_BS.shape)",
         "return jnp.concatenate([x_BN2S[:, :, 0], x_BN2S[:, :, 1]], axis=1).reshape(x_BS.shape)",
         "models/test_context.py train/test_split_rows.py",
@@ -312,14 +312,14 @@ FAULTS = [
     # Sharding, processes, configuration.
     Fault(
         "a mesh that does not use all devices is accepted",
-        "sharding.py",
+        "parallel/sharding.py",
         "if (product := math.prod(shape)) != num_devices:",
         "if (product := math.prod(shape)) > num_devices:",
         "test_sharding.py",
     ),
     Fault(
         "a batch that does not divide over the devices is accepted",
-        "sharding.py",
+        "parallel/sharding.py",
         "    if step_rows % rows:",
         "    if step_rows % rows > rows:",
         "test_sharding.py",
@@ -333,7 +333,7 @@ FAULTS = [
     ),
     Fault(
         "the causes of failures on other processes are lost",
-        "peers.py",
+        "parallel/heartbeat.py",
         'self._tell(_VERDICT, {"code": last["code"], "text": text})',
         'self._tell(_VERDICT, {"code": 77, "text": text})',
         "test_peers.py",

@@ -11,7 +11,7 @@ import pytest
 from lslm_jax.config import DataConfig, loading, validation
 from lslm_jax.data import pipeline
 from lslm_jax.models import attention, presets
-from lslm_jax.sharding import make_mesh, to_global
+from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_state, init_state
 from lslm_jax.train.step import make_train_step

@@ -3,11 +3,11 @@
 import jax
 import pytest
 
-from lslm_jax import distributed
 from lslm_jax.config import Config, MeshConfig
-from lslm_jax.distributed import Cluster, find_cluster
 from lslm_jax.errors import ConfigError
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel import multihost
+from lslm_jax.parallel.multihost import Cluster, find_cluster
+from lslm_jax.parallel.sharding import make_mesh
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
@@ -89,10 +89,10 @@ def test_half_a_cluster_is_refused_in_one_line(environ, flags, message):
     ],
 )
 def test_the_service_listens_on_the_named_address_alone(coordinator, expected):
-    assert distributed._bind_address(Cluster("flags", coordinator, 2, 0)) == expected
+    assert multihost._bind_address(Cluster("flags", coordinator, 2, 0)) == expected
 
 
 def test_alone_nothing_waits_and_wishes_are_known_at_once():
-    assert distributed.by_primary("one", lambda: 1) == distributed.primary_first("two", lambda: 1) == 1
-    agreement = distributed.Agreement(make_mesh(Config(mesh=MeshConfig(data=1)), jax.devices()[:1]))
+    assert multihost.by_primary("one", lambda: 1) == multihost.primary_first("two", lambda: 1) == 1
+    agreement = multihost.Agreement(make_mesh(Config(mesh=MeshConfig(data=1)), jax.devices()[:1]))
     assert [agreement.reached(wanted) for wanted in (False, True, False)] == [False, True, False]

@@ -26,9 +26,9 @@ def add_up(coordinator, processes, process, patience, failing, rounds):
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from lslm_jax import distributed, peers
+    from lslm_jax.parallel import heartbeat, multihost
 
-    distributed.start(coordinator, processes, process, patience)
+    multihost.start(coordinator, processes, process, patience)
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     split, replicated = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     add = jax.jit(jnp.sum, out_shardings=replicated)
@@ -43,12 +43,12 @@ def add_up(coordinator, processes, process, patience, failing, rounds):
             time.sleep(0.05)
     except DataError as error:
         print(f"lslm: {error}", file=sys.stderr)
-        peers.end(error.exit_code, str(error))
+        heartbeat.end(error.exit_code, str(error))
     except Exception as error:
-        peers.explain(error)
-        peers.end(1, "not explained")
+        heartbeat.explain(error)
+        heartbeat.end(1, "not explained")
     time.sleep(2.0 * process)
-    peers.end()
+    heartbeat.end()
 
 
 class Job:

@@ -80,12 +80,12 @@ def read_batches(coordinator, processes, process, data, to):
     """Writes the rows that a process reads of some batches, which must be those that its devices hold."""
     from etils import epath
 
-    from lslm_jax import distributed
     from lslm_jax.config import loading, validation
     from lslm_jax.data import pipeline
-    from lslm_jax.sharding import local_rows, make_mesh, to_global
+    from lslm_jax.parallel import multihost
+    from lslm_jax.parallel.sharding import local_rows, make_mesh, to_global
 
-    distributed.start(coordinator, processes, process)
+    multihost.start(coordinator, processes, process)
     config = validation.validate(loading.load("config.py"))
     mesh = make_mesh(config)
     rows = local_rows(mesh, 8)

@@ -13,10 +13,11 @@ import jax
 import pytest
 from etils import epath
 
-from lslm_jax import distributed, resolving, run_consistency
+from lslm_jax import resolving, run_consistency
 from lslm_jax.config import Config, DataConfig, loading
 from lslm_jax.errors import CheckpointRefused
 from lslm_jax.main import main
+from lslm_jax.parallel import multihost
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -342,8 +343,8 @@ def test_processes_must_see_the_same_run_directory(tmp_path, monkeypatch, is_sha
     values = {}
     probe = run_consistency._write_probe(epath.Path(tmp_path)) if is_shared else ".shared-elsewhere"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "is_primary", lambda: False)
-    monkeypatch.setattr(distributed, "by_primary", lambda name, work: probe)
-    monkeypatch.setattr(distributed, "check_equal", lambda name, found, remedy: values.update(found))
+    monkeypatch.setattr(multihost, "is_primary", lambda: False)
+    monkeypatch.setattr(multihost, "by_primary", lambda name, work: probe)
+    monkeypatch.setattr(multihost, "check_equal", lambda name, found, remedy: values.update(found))
     run_consistency.check_shared(epath.Path(tmp_path), seconds=0.2)
     assert values == {f"a --workdir={tmp_path} that process 0 can write to": is_shared}

@@ -15,7 +15,7 @@ from lslm_jax.config.validation import fill_sizes
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
 from lslm_jax.models.decoder import Decoder
-from lslm_jax.sharding import (
+from lslm_jax.parallel.sharding import (
     RULES,
     batch_sharding,
     constrain,

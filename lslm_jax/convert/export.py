@@ -11,7 +11,6 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import distributed
 from lslm_jax.config import Config, ModelConfig, loading
 from lslm_jax.convert import adapter as adapters
 from lslm_jax.convert import generation, hub, peft, safetensors, weights
@@ -23,6 +22,7 @@ from lslm_jax.data.marian import Marian
 from lslm_jax.data.templates import Template
 from lslm_jax.data.tokenizer_base import Tokenizer
 from lslm_jax.errors import ConfigError
+from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io
 
 _POOLED = ("classification", "regression")  # whose heads read the whole row
@@ -119,7 +119,7 @@ def export(directory: epath.Path, model: Any, exporter: Exporter, metrics: Mappi
     """
     require_export_directory(directory)
     sources = exporter.sources(model)
-    if not distributed.is_primary():
+    if not multihost.is_primary():
         for source in sources.values():
             source.make()  # every host takes part in fetching, one writes
         return {}

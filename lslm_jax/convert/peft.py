@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from lslm_jax import distributed
 from lslm_jax.config import ModelConfig
 from lslm_jax.convert import adapter as adapters
 from lslm_jax.convert import safetensors, weights
@@ -21,6 +20,7 @@ from lslm_jax.convert.family import LAYER, Family, Layout, Part, layout, num_inp
 from lslm_jax.convert.safetensors import Source, Tensor
 from lslm_jax.errors import ConfigError, DataError
 from lslm_jax.models import lora
+from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import flatten, unflatten
 
@@ -143,7 +143,7 @@ def export(
             ranks[adapted[0].theirs] = len(a)
     heads = weights.sources(model, family, config, objective, "float32", "top.")
     tops = {name: source.make() for name, source in heads.items()}
-    if not distributed.is_primary():
+    if not multihost.is_primary():
         return []
     sources = {PREFIX + name: Source(a.dtype, a.shape, lambda a=a: a) for name, a in (written | tops).items()}
     with atomic_io.whole_directory(directory, lambda name: name in (WEIGHTS, SETTINGS), SETTINGS) as part:

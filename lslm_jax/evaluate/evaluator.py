@@ -13,8 +13,8 @@ from lslm_jax.data.special import Special
 from lslm_jax.data.templates import Template
 from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
+from lslm_jax.parallel.sharding import num_shards
 from lslm_jax.runtime import progress
-from lslm_jax.sharding import num_shards
 
 
 class Report(NamedTuple):

@@ -14,8 +14,8 @@ from lslm_jax.evaluate import runner
 from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.generate import reading
 from lslm_jax.models.attention import Backend
+from lslm_jax.parallel.sharding import num_shards
 from lslm_jax.runtime.progress import Progress
-from lslm_jax.sharding import num_shards
 from lslm_jax.train.step import make_rate_step
 
 BackendOf = Callable[[int], Backend]

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lslm_jax.batch import Batch
-from lslm_jax.sharding import to_global
+from lslm_jax.parallel.sharding import to_global
 
 # Enough that no device waits for the host. All at once would hold all batches on the devices, and may never end: XLA
 # takes 32 programs a CPU device, and stops where processes have each filled up another one's queue.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.models.attention import KeyValues
-from lslm_jax.sharding import constrain
+from lslm_jax.parallel.sharding import constrain
 
 AXES = ("batch", "length", "kv_heads", "head_dim")
 """Logical axes of keys and of values: rows lie over the data axes of the mesh, heads over its tensor axis."""

@@ -20,8 +20,8 @@ from lslm_jax.generate import beam, constraints, lookup, reading, sampling
 from lslm_jax.generate.constraints import Text
 from lslm_jax.generate.reading import Memory, Prompts
 from lslm_jax.generate.text import Result, Row
+from lslm_jax.parallel.sharding import constrain, platform
 from lslm_jax.runtime.progress import say
-from lslm_jax.sharding import constrain, platform
 
 Ids = Sequence[int] | np.ndarray
 

@@ -19,7 +19,7 @@ from lslm_jax.generate import sampling
 from lslm_jax.generate.text import Row
 from lslm_jax.models import attention
 from lslm_jax.models.attention import KeyValues
-from lslm_jax.sharding import constrain
+from lslm_jax.parallel.sharding import constrain
 
 
 class Prompts(NamedTuple):

@@ -16,8 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import blockwise, context, kernels
+from lslm_jax.models import blockwise, kernels
 from lslm_jax.models.layers import near, softcap
+from lslm_jax.parallel import context_parallel
 
 
 class KeyValues(NamedTuple):
@@ -221,7 +222,7 @@ def attend(
     if source_segments_BS is not None and segments_BT is None:
         segments_BT = jnp.ones(q_BTHC.shape[:2], source_segments_BS.dtype)
     lengths = q_BTHC.shape[1], k_BSKC.shape[1]
-    is_split = context.is_split(*lengths)
+    is_split = context_parallel.is_split(*lengths)
     if backend.name != "xla":
         cannot = backend.name == "cudnn" and (is_split or (window and not causal))
         if bias_HTS is not None or distances is not None or everywhere is not None or cap or cannot:
@@ -237,7 +238,7 @@ def attend(
     if is_split:
         table_NH, farthest = distances or (None, 0)
         options = blockwise.Options(causal, window, cap, farthest)
-        attend_split = functools.partial(context.attend, backend.name, options, folded=folded)
+        attend_split = functools.partial(context_parallel.attend, backend.name, options, folded=folded)
         return attend_split(q_BTHC * scale, k_BSKC, v_BSKC, *segments, everywhere=everywhere, table_NH=table_NH)
     options = {"causal": causal, "window": window, "scale": scale}
     if backend.name == "cudnn":

@@ -24,8 +24,8 @@ from lslm_jax.models.layers import (
     rotate,
     weight_std,
 )
+from lslm_jax.parallel.sharding import constrain
 from lslm_jax.runtime import lazy_imports
-from lslm_jax.sharding import constrain
 
 # Attends from queries to keys and values; also returns the cache it wrote to, or None. The model that owns the layers
 # makes one for all of them: it knows the mask, the back end and the place in the cache.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lslm_jax.sharding import resolve
+from lslm_jax.parallel.sharding import resolve
 
 SAVED = "attention"  # under this name the outputs of kernels can be kept for the backward pass
 

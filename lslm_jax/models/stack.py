@@ -14,7 +14,7 @@ from flax import nnx
 from lslm_jax.config import ModelConfig
 from lslm_jax.models import grouped
 from lslm_jax.models.kernels import is_kernel_output
-from lslm_jax.sharding import platform
+from lslm_jax.parallel.sharding import platform
 
 UNROLLED = 16  # layers at most that are compiled one by one where nobody says so
 _DOTS = jax.checkpoint_policies.save_from_both_policies(

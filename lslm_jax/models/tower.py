@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.models import attention, context, experts, pipeline, stack
+from lslm_jax.models import attention, experts, stack
 from lslm_jax.models.attention import Backend, Distances, KeyValues
 from lslm_jax.models.block import Block
 from lslm_jax.models.experts import Routing
 from lslm_jax.models.layers import INIT_STD, Norm, near, normal, relative_bias, rotary_frequencies, rotation
 from lslm_jax.models.presets import layer_types
+from lslm_jax.parallel import context_parallel, pipeline_parallel
 
 
 class Rows(NamedTuple):
@@ -68,14 +69,14 @@ class Tower(nnx.Module):
         """
         config = self.config
         length = x_BTD.shape[1]
-        is_split = context.is_split(length)
+        is_split = context_parallel.is_split(length)
         bias_HTS = None if is_split else self._bias(length, length, 0)
         table_NH = None if self.distances is None or not is_split else self.distances.get_value()
         # Dropout draws for places as they lie, and experts that get full take tokens in their order: fold for neither.
         in_order = config.expert_capacity or (config.dropout and key is not None)
-        folded = self.causal and context.can_fold(length) and not in_order
+        folded = self.causal and context_parallel.can_fold(length) and not in_order
         if folded:
-            x_BTD, positions_BT, segments_BT = jax.tree.map(context.fold, (x_BTD, positions_BT, segments_BT))
+            x_BTD, positions_BT, segments_BT = jax.tree.map(context_parallel.fold, (x_BTD, positions_BT, segments_BT))
         attend_any = functools.partial(
             attention.attend, scale=config.attention_scale, cap=config.attention_softcap, backend=backend
         )
@@ -105,7 +106,7 @@ class Tower(nnx.Module):
         rows = Rows(positions_BT, segments_BT, memory_BSD, source_segments_BS)
         capacity = config.expert_capacity
         x_BTD, _, routing = self._run(x_BTD, rows, attending, (bias_HTS, table_NH), capacity=capacity, key=key)
-        return context.unfold(x_BTD) if folded else x_BTD, routing
+        return context_parallel.unfold(x_BTD) if folded else x_BTD, routing
 
     def extend(
         self,
@@ -226,9 +227,9 @@ class Tower(nnx.Module):
         beside = stack.beside(self.blocks, caches, cross, *self._differences())
         keys = None if key is None or not config.dropout else jax.random.split(key, config.num_layers)
         with jax.named_scope("blocks"):
-            if caches is None and pipeline.splits(config.num_layers, config.pipeline_rounds):
+            if caches is None and pipeline_parallel.splits(config.num_layers, config.pipeline_rounds):
                 rows = rows._replace(positions_BT=jnp.broadcast_to(rows.positions_BT, x_BTD.shape[:2]))
-                x_BTD, (caches, routing) = pipeline.run(
+                x_BTD, (caches, routing) = pipeline_parallel.run(
                     self.blocks,
                     x_BTD,
                     reading,

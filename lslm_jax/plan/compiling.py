@@ -14,9 +14,9 @@ from lslm_jax.config import Config
 from lslm_jax.data import special, synthetic, tokenizer
 from lslm_jax.evaluate.evaluator import choose_backend
 from lslm_jax.models.attention import Backend
+from lslm_jax.parallel.sharding import make_mesh, use
 from lslm_jax.plan import topology as topologies
 from lslm_jax.plan.topology import Topology
-from lslm_jax.sharding import make_mesh, use
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import State, abstract_state
 from lslm_jax.train.step import compile_for, lower, whole_batch

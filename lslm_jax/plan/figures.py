@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from lslm_jax import devices
 from lslm_jax.config import Config
-from lslm_jax.devices import Device
 from lslm_jax.models.presets import flops_per_token, keys_seen, layer_types
+from lslm_jax.parallel import hardware_specs
+from lslm_jax.parallel.hardware_specs import Device
 from lslm_jax.plan import cost, hlo
 from lslm_jax.plan.compiling import Compiled
 from lslm_jax.plan.cost import Network
@@ -33,7 +33,7 @@ def figures(compiled: Compiled, topology: Topology | None, memory: int | None, p
     """
     config, mesh = compiled.config, compiled.mesh
     kind = mesh.devices.flat[0].device_kind
-    device = devices.find(kind)
+    device = hardware_specs.find(kind)
     flops = _flops_per_token(config, compiled.batch.targets_BT.shape[1])
     tokens = config.train.batch_size * config.data.seq_len
     state = compiled.state
@@ -102,7 +102,7 @@ def limit_of(mesh: Any, topology: Topology | None, memory: int | None) -> int | 
     first = mesh.devices.flat[0]
     if topology is None:
         return (first.memory_stats() or {}).get("bytes_limit") if first.platform != "cpu" else None
-    device = devices.find(first.device_kind)
+    device = hardware_specs.find(first.device_kind)
     if device is None or not device.memory:
         return None
     return int(device.memory * jax_share()) if first.platform == "gpu" else device.memory

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from lslm_jax.devices import GIB
+from lslm_jax.parallel.hardware_specs import GIB
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lslm_jax.devices import DEVICES, Device, find
 from lslm_jax.errors import ConfigError, first_line
+from lslm_jax.parallel.hardware_specs import DEVICES, Device, find
 
 _TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # dimensions of their torus
 _MOST_DEVICES = 1 << 17

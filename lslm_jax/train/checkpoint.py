@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from lslm_jax import distributed, peers
 from lslm_jax.config import CheckpointConfig, validation
 from lslm_jax.errors import CheckpointRefused, LslmError, NumericAbort, SaveError, first_line
+from lslm_jax.parallel import heartbeat, multihost
 from lslm_jax.runtime import atomic_io, pytree
 from lslm_jax.runtime.progress import say
 from lslm_jax.runtime.pytree import flatten, unflatten
@@ -111,7 +111,7 @@ class Checkpoints:
             saved = self._orbax.save_checkpointables_async(
                 step, parts, metrics=dict(metrics or {}), custom_metadata=self.identity | {"memory": dict(memory or {})}
             )
-        if saved is not None and distributed.is_primary():
+        if saved is not None and multihost.is_primary():
             self._saving = self._aside.submit(_finish, saved, self._directory / str(step))
 
     def lack_of_room(self, state: State) -> str:
@@ -263,7 +263,7 @@ def load_latest(directory: epath.Path, load: Callable[[int], Any]) -> tuple[Any,
       CheckpointRefused: there is none, or the latest is damaged.
     """
     if jax.process_count() > 1:  # which have to read the same one, and cannot each try another
-        step = distributed.by_primary("latest", lambda: latest_step(directory))
+        step = multihost.by_primary("latest", lambda: latest_step(directory))
         return load(step), step
     for _ in range(_READ_TRIES):
         step = latest_step(directory)
@@ -296,7 +296,7 @@ def _open(directory: epath.Path, **options: Any) -> ocp.training.Checkpointer:
 
 def _check(directory: epath.Path, *parts: str) -> None:
     """Compares a checkpoint, or parts of it, with its manifest; of several processes one does so for all."""
-    distributed.by_primary(f"check {directory.name}", lambda: check_manifest(directory, parts))
+    multihost.by_primary(f"check {directory.name}", lambda: check_manifest(directory, parts))
 
 
 def _parts(state: State) -> dict[str, Any]:
@@ -362,7 +362,7 @@ def _as_save_error(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # tensorstore's failures are ValueErrors,
-        peers.explain(error)  # and so are those of collectives where a process is gone
+        heartbeat.explain(error)  # and so are those of collectives where a process is gone
         raise SaveError(f"cannot save {path}: {first_line(error)}") from error
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from lslm_jax import distributed
 from lslm_jax.config import CheckpointConfig
 from lslm_jax.convert.export import Exporter
+from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import abstract
 from lslm_jax.train import checkpoint
@@ -74,7 +74,7 @@ class Exports:
     def _save(self, step: int, model: Any, metrics: Mapping[str, float]) -> None:
         self._wait()
         sources = self._exporter.fetch(model)
-        if distributed.is_primary():
+        if multihost.is_primary():
             self._writing = self._aside.submit(self._write, step, sources, metrics)
 
     def _wait(self) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import distributed
 from lslm_jax.config import Config, loading
 from lslm_jax.data.detours import Detour, at
 from lslm_jax.errors import CheckpointRefused, DataError
+from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io, environment
 from lslm_jax.train.metadata import check_manifest_sha256, data_facts, manifest_sha256, read
 
@@ -113,7 +113,7 @@ def check_processes(config: Config, flags: Mapping[str, Any]) -> None:
     versions = {name: _version(name) for name in (*PACKAGES, "numpy")} | {"python": platform.python_version()}
     shared = {key: value for key, value in environment.numeric_settings().items() if key not in environment.LOCAL}
     values = {"command": flags.get("verb"), **given, **settings, **shared, **versions}
-    distributed.check_equal("settings", values, remedy="start all processes with the same settings and environment")
+    multihost.check_equal("settings", values, remedy="start all processes with the same settings and environment")
 
 
 def check_data(facts: Mapping[str, Any]) -> None:
@@ -124,7 +124,7 @@ def check_data(facts: Mapping[str, Any]) -> None:
     """
     values = {"data_sha256": facts["sha256"], "manifest_sha256": manifest_sha256(facts), **data_facts(facts)}
     values["tokenizer_sha256"] = facts["tokenizer"].get("sha256")
-    distributed.check_equal("data", values, DataError, "give all processes the same prepared data")
+    multihost.check_equal("data", values, DataError, "give all processes the same prepared data")
 
 
 def continued_rows(saved: Mapping[str, Any], step: int, batch_size: int, detours: Sequence[Detour]) -> int:

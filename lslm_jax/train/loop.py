@@ -9,15 +9,15 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import distributed
 from lslm_jax.config import Config
 from lslm_jax.data import detours, pipeline
 from lslm_jax.errors import Preempted
 from lslm_jax.evaluate.evaluator import Evaluator
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import device_memory, mfu
+from lslm_jax.parallel import multihost
+from lslm_jax.parallel.sharding import to_global
 from lslm_jax.runtime import atomic_io
-from lslm_jax.sharding import to_global
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.exports import Exports
 from lslm_jax.train.setup import Inputs, Run, Sample, set_up
@@ -154,7 +154,7 @@ def _evaluate(run: Run, state: State, *, is_recorded: bool = False) -> None:
         files[f"{step}.txt"] = text = inputs.sample(evaluated_model(state))
         run.progress.message(text)
         run.record.text(step, "samples", text)
-    for name, text in files.items() if distributed.is_primary() else ():
+    for name, text in files.items() if multihost.is_primary() else ():
         (inputs.workdir / "samples").mkdir(exist_ok=True)
         atomic_io.write(inputs.workdir / "samples" / name, text.encode())
 

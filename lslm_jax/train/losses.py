@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lslm_jax.models.experts import Routing
-from lslm_jax.sharding import constrain, num_shards
+from lslm_jax.parallel.sharding import constrain, num_shards
 
 
 class Sums(NamedTuple):

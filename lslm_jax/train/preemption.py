@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Self
 
-from lslm_jax import peers
 from lslm_jax.errors import Preempted
+from lslm_jax.parallel import heartbeat
 
 # SIGHUP: the terminal was closed. SIGUSR1: what many batch scripts of Slurm send.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -35,7 +35,7 @@ def end_on_signals(arguments: Sequence[str]) -> None:
 def _end(number: int, frame: FrameType | None) -> None:
     text = f"{signal.Signals(number).name}: nothing to save yet; the same command goes on from there"
     # From another thread: this one may be in the midst of a message to the other processes.
-    threading.Thread(target=peers.end_now, args=(Preempted.exit_code, text), daemon=True).start()
+    threading.Thread(target=heartbeat.end_now, args=(Preempted.exit_code, text), daemon=True).start()
 
 
 class Preemption:

@@ -25,7 +25,7 @@ from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError
 from lslm_jax.models.attention import Backend
-from lslm_jax.sharding import use
+from lslm_jax.parallel.sharding import use
 from lslm_jax.train.state import State, divide
 from lslm_jax.train.step import Metrics, accumulate_gradients, apply_gradients, key_of
 

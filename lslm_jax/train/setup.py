@@ -12,7 +12,6 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import distributed
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, loading
 from lslm_jax.data import detours, pipeline, prefetch
@@ -22,9 +21,10 @@ from lslm_jax.evaluate.evaluator import Evaluator
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.presets import flops_per_token
 from lslm_jax.observe import Metrics, Profiler, parameter_table
+from lslm_jax.parallel import multihost
+from lslm_jax.parallel.sharding import use
 from lslm_jax.runtime import huge_pages
 from lslm_jax.runtime.progress import Progress, StepTimer
-from lslm_jax.sharding import use
 from lslm_jax.train import reproducible
 from lslm_jax.train.begin import begin
 from lslm_jax.train.checkpoint import Checkpoints
@@ -88,7 +88,7 @@ class Run:
 
     inputs: Inputs
     preemption: Preemption
-    agreement: distributed.Agreement
+    agreement: multihost.Agreement
     progress: Progress
     record: Metrics
     profiler: Profiler
@@ -124,11 +124,11 @@ def set_up(inputs: Inputs, stack: contextlib.ExitStack) -> Run:
     steps, enter = config.train.steps, stack.enter_context
     example, around = data.batch(0), detours.read(workdir)
     optimizer = make_optimizer(config.optimizer, steps)
-    preemption, agreement = enter(Preemption(armed=False)), distributed.Agreement(mesh)
+    preemption, agreement = enter(Preemption(armed=False)), multihost.Agreement(mesh)
     for saved in (inputs.checkpoints, inputs.exports) if inputs.exports else (inputs.checkpoints,):
         enter(contextlib.closing(saved))
     progress = enter(Progress(steps))
-    record = enter(contextlib.closing(Metrics(str(workdir), config.log, primary=distributed.is_primary())))
+    record = enter(contextlib.closing(Metrics(str(workdir), config.log, primary=multihost.is_primary())))
     profiler = enter(contextlib.closing(Profiler(str(workdir), config.log.profile)))
 
     # XLA compiles the step while the weights are made or read; then tensorflow is imported for the first batch.
@@ -143,7 +143,7 @@ def set_up(inputs: Inputs, stack: contextlib.ExitStack) -> Run:
     batches = _batches(inputs, start, around, stack)
     train_step = compiling.result()
     huge_pages.give_back()
-    attempt = distributed.by_primary("attempt", lambda: attempts(workdir))
+    attempt = multihost.by_primary("attempt", lambda: attempts(workdir))
     ledger = Ledger(workdir, jax.process_index(), attempt, start, data, data.slots, around)
     enter(contextlib.closing(ledger))
     copies = Copies(state, mesh) if config.train.check_copies else None

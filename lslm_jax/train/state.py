@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
+from lslm_jax.parallel.sharding import shardings_of
 from lslm_jax.runtime.pytree import flatten, split
-from lslm_jax.sharding import shardings_of
 
 _ADAPTERS_ALONE = ("*", "!*.lora.*", "!top.*")
 

@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config
 from lslm_jax.models.attention import Backend
+from lslm_jax.parallel.sharding import batch_sharding, constrain, platform
 from lslm_jax.runtime.pytree import join
-from lslm_jax.sharding import batch_sharding, constrain, platform
 from lslm_jax.train import losses, optim
 from lslm_jax.train.losses import Sums
 from lslm_jax.train.state import State, divide, on_device

@@ -12,8 +12,8 @@ from typing import Self
 
 from etils import epath
 
-from lslm_jax import peers
 from lslm_jax.errors import PeerLost, SaveError
+from lslm_jax.parallel import heartbeat
 from lslm_jax.runtime import atomic_io
 
 _PATIENCE = 10  # usual steps that one may take, at least
@@ -64,7 +64,7 @@ class Watchdog:
             silent = time.monotonic() - last if last is not None else 0.0
             if silent > max(self._seconds, _PATIENCE * usual):
                 text = f"no step for {silent:.0f} s after step {self._steps}, where one takes {usual:.2g} s"
-                peers.end_now(PeerLost.exit_code, text + self._dump())
+                heartbeat.end_now(PeerLost.exit_code, text + self._dump())
 
     def _dump(self) -> str:
         """Says where the stacks are, unless the file system is what everything waits for."""

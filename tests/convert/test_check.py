@@ -12,7 +12,7 @@ from test_parity import CASES, make
 from lslm_jax import adopt
 from lslm_jax.config import Config, TaskConfig
 from lslm_jax.convert import check, pretrained, theirs
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel.sharding import make_mesh
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

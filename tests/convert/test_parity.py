@@ -15,7 +15,7 @@ from lslm_jax.config import Config, TaskConfig
 from lslm_jax.convert import export, pretrained, safetensors, weights
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.models import attention, layers
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train import losses
 from lslm_jax.train.state import abstract_model
 

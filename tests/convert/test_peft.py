@@ -14,8 +14,8 @@ from lslm_jax.convert import peft as ours_peft
 from lslm_jax.convert import pretrained, safetensors
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
+from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime.pytree import flatten, unflatten
-from lslm_jax.sharding import make_mesh
 from lslm_jax.train.state import abstract_model
 
 torch = pytest.importorskip("torch")

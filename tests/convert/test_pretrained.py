@@ -19,8 +19,8 @@ from lslm_jax.convert.family import differences
 from lslm_jax.errors import ConfigError, LslmError
 from lslm_jax.main import main
 from lslm_jax.models import presets
+from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime.pytree import flatten
-from lslm_jax.sharding import make_mesh
 from lslm_jax.train.state import abstract_model
 
 BODY = {"num_layers": 2, "d_model": 32, "num_heads": 2, "max_length": 64}

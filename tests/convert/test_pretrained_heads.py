@@ -16,8 +16,8 @@ from lslm_jax.data import heads, labels, special
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.errors import ConfigError, DataError
 from lslm_jax.models import presets
+from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime.pytree import flatten
-from lslm_jax.sharding import make_mesh
 from lslm_jax.train.state import abstract_model
 
 NAMES = ["neutral", "contradiction", "entailment"]

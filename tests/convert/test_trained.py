@@ -13,7 +13,7 @@ from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import pretrained
 from lslm_jax.data import tokenizer as tokenizers
 from lslm_jax.models import presets
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train.state import abstract_model
 
 torch = pytest.importorskip("torch")

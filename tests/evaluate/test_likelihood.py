@@ -13,7 +13,7 @@ from lslm_jax.evaluate import harness, likelihood
 from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.evaluate.likelihood import Text
 from lslm_jax.models import attention, presets
-from lslm_jax.sharding import make_mesh, shardings_of
+from lslm_jax.parallel.sharding import make_mesh, shardings_of
 from lslm_jax.train import losses
 
 LONGEST, V = 40, 37

@@ -17,7 +17,7 @@ from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import tasks
 from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.models import attention, presets
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel.sharding import make_mesh
 
 WORDS = ("film", "plot", "cast", "end", "a", "the", "scene")
 COUNT = 13

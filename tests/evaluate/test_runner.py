@@ -9,7 +9,7 @@ import pytest
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, TrainConfig
 from lslm_jax.evaluate import runner
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel.sharding import make_mesh
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 50])

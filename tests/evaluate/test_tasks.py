@@ -17,7 +17,7 @@ from lslm_jax.data.special import special_ids
 from lslm_jax.evaluate import tasks
 from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.models import attention, presets
-from lslm_jax.sharding import make_mesh, shardings_of
+from lslm_jax.parallel.sharding import make_mesh, shardings_of
 
 SPECIAL = special_ids({"vocab_size": 259, "bos_id": 1, "eos_id": 2}, "decoder")
 LENGTHS = [3, 50, 16, 0, 120, 7, 31, 64, 5, 90, 1, 12, 33]

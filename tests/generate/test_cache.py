@@ -7,7 +7,7 @@ from tiny_models import LLAMA, all_logits
 
 from lslm_jax.config import Config, MeshConfig
 from lslm_jax.generate import cache as caches
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel.sharding import make_mesh
 
 
 def test_a_cache_costs_what_it_says():

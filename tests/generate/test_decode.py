@@ -14,7 +14,7 @@ from lslm_jax.errors import ConfigError
 from lslm_jax.generate import decode
 from lslm_jax.generate.decode import generate, stream
 from lslm_jax.models.quantized import quantize
-from lslm_jax.sharding import make_mesh, shardings_of
+from lslm_jax.parallel.sharding import make_mesh, shardings_of
 
 GREEDY = GenerateConfig(max_tokens=24, temperature=0.0)
 WARM = GenerateConfig(max_tokens=24, temperature=1.0, top_k=40, repetition_penalty=1.2)

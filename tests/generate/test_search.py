@@ -12,7 +12,7 @@ from lslm_jax.data.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
 from lslm_jax.generate import decode, reading
 from lslm_jax.generate.decode import generate, stream
-from lslm_jax.sharding import make_mesh, shardings_of
+from lslm_jax.parallel.sharding import make_mesh, shardings_of
 
 BEAMS = GenerateConfig(max_tokens=12, beams=3, length_penalty=0.6)
 GREEDY = GenerateConfig(max_tokens=12, temperature=0.0)

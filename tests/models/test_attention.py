@@ -16,7 +16,7 @@ from lslm_jax.config import Config, MeshConfig, ModelConfig
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, kernels
 from lslm_jax.models.attention import Backend, Demands
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel.sharding import make_mesh
 
 B, T, H, C = 3, 256, 4, 64
 FAST = {"platform": "gpu", "compute_capability": 9.0, "dtype": "bfloat16", "head_dim": 64, "length": 1024}

@@ -14,10 +14,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from lslm_jax.config import Config, MeshConfig, ModelConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import attention, blockwise, context, presets
+from lslm_jax.models import attention, blockwise, presets
 from lslm_jax.models.attention import Backend, Demands, Distances
 from lslm_jax.models.layers import relative_bias
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel import context_parallel
+from lslm_jax.parallel.sharding import make_mesh
 
 B, T, S, H, K, C = 2, 64, 32, 4, 2, 8
 FARTHEST = 20
@@ -67,8 +68,8 @@ def split(
     q_BTHC, k_BSKC, v_BSKC, table_NH=None, *, segments=(None, None), causal=True, backend=attention.XLA, **options
 ):
     """The same on the mesh in use, with rows folded as a stack folds them."""
-    folded = causal and context.can_fold(q_BTHC.shape[1])
-    fold = context.fold if folded else lambda x: x
+    folded = causal and context_parallel.can_fold(q_BTHC.shape[1])
+    fold = context_parallel.fold if folded else lambda x: x
     out_BTHC = attention.attend(
         fold(q_BTHC),
         fold(k_BSKC),
@@ -81,7 +82,7 @@ def split(
         folded=folded,
         **options,
     )
-    return context.unfold(out_BTHC) if folded else out_BTHC
+    return context_parallel.unfold(out_BTHC) if folded else out_BTHC
 
 
 def with_gradients(attend, weights_BTHC, *parts, **options):
@@ -176,9 +177,9 @@ def test_folding_gives_each_device_an_early_chunk_and_a_late_one(devices):
     length = 6 * devices
     rows_BT = np.arange(2 * length).reshape(2, length)
     with jax.set_mesh(mesh_of(context=devices)):
-        folded_BT = jax.jit(context.fold)(rows_BT)
-        back_BT = jax.jit(lambda x: context.unfold(context.fold(x)))(rows_BT)
-    places_T = context.order(devices, length, folded=True)
+        folded_BT = jax.jit(context_parallel.fold)(rows_BT)
+        back_BT = jax.jit(lambda x: context_parallel.unfold(context_parallel.fold(x)))(rows_BT)
+    places_T = context_parallel.order(devices, length, folded=True)
     np.testing.assert_array_equal(folded_BT, rows_BT[:, places_T])
     np.testing.assert_array_equal(back_BT, rows_BT)
     for device, own_T in enumerate(places_T.reshape(devices, 6)):
@@ -192,7 +193,9 @@ def blocks_visited(devices, length, *, folded, causal=True, window=0, size=4):
     total = []
     for device in range(devices):
         firsts = [
-            s + b for s in context.starts(device, devices, length, folded=folded) for b in range(0, stretch, size)
+            s + b
+            for s in context_parallel.starts(device, devices, length, folded=folded)
+            for b in range(0, stretch, size)
         ]
         options = blockwise.Options(causal, window)
         spans = [blockwise.reach(options, first, size, length // size, size) for first in firsts]

@@ -18,7 +18,7 @@ from lslm_jax.models.block import Mlp
 from lslm_jax.models.experts import Experts
 from lslm_jax.models.grouped import block_size, grouped_dot, lay_out
 from lslm_jax.models.layers import ACTIVATIONS
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train import losses
 
 B, T, D, F, E = 3, 12, 8, 16, 4

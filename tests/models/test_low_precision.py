@@ -15,7 +15,7 @@ from lslm_jax.config.validation import fill_sizes, validate
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, low_precision, presets
 from lslm_jax.models.layers import projections
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train import optim
 from lslm_jax.train.state import init_state
 from lslm_jax.train.step import make_train_step

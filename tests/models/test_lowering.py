@@ -16,7 +16,7 @@ from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainCo
 from lslm_jax.config.validation import validate
 from lslm_jax.models import attention, presets
 from lslm_jax.models.attention import Backend
-from lslm_jax.sharding import batch_sharding, make_mesh, shardings_of
+from lslm_jax.parallel.sharding import batch_sharding, make_mesh, shardings_of
 from lslm_jax.train import optim, state, step
 
 exhaustive = pytest.mark.exhaustive  # lowering one step takes one to four seconds

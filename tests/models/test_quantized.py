@@ -15,8 +15,8 @@ from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets, quantized
 from lslm_jax.models.layers import Linear
 from lslm_jax.models.quantized import quantize
+from lslm_jax.parallel.sharding import make_mesh, shardings_of
 from lslm_jax.runtime.pytree import flatten
-from lslm_jax.sharding import make_mesh, shardings_of
 
 pytest.importorskip("qwix")
 

@@ -12,7 +12,7 @@ from lslm_jax.config.validation import fill_sizes
 from lslm_jax.models import presets, stack
 from lslm_jax.models.decoder import Decoder
 from lslm_jax.models.layers import Linear
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel.sharding import make_mesh
 
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=61, max_length=16, dropout=0.2))
 LLAMA = fill_sizes(replace(presets.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, vocab_size=61))

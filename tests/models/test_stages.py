@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 from lslm_jax.batch import Batch
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import fill_sizes
-from lslm_jax.models import attention, pipeline, presets, stack
-from lslm_jax.sharding import make_mesh, shardings_of
+from lslm_jax.models import attention, presets, stack
+from lslm_jax.parallel import pipeline_parallel
+from lslm_jax.parallel.sharding import make_mesh, shardings_of
 
 B, T = 8, 12
 exhaustive = pytest.mark.exhaustive
@@ -43,8 +44,8 @@ MIXED = replace(
     ],
 )
 def test_stages_idle_while_the_pipeline_fills_and_empties(parts, stages, rounds, times, idle):
-    assert pipeline.num_times(parts, stages, rounds) == times
-    assert pipeline.idle(parts, stages, rounds) == pytest.approx(idle)
+    assert pipeline_parallel.num_times(parts, stages, rounds) == times
+    assert pipeline_parallel.idle(parts, stages, rounds) == pytest.approx(idle)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_stages_idle_while_the_pipeline_fills_and_empties(parts, stages, rounds,
     [(64, 1, 0, 16), (64, 1, 32, 32), (12, 1, 0, 12), (12, 1, 8, 6), (7, 1, 4, 1), (1, 1, 0, 1), (20, 2, 6, 4)],
 )
 def test_a_batch_is_split_into_as_many_equal_parts_as_keep_stages_busy(rows, rounds, most, parts):
-    assert pipeline.num_parts(rows, 4, rounds, most) == parts
+    assert pipeline_parallel.num_parts(rows, 4, rounds, most) == parts
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_every_part_meets_every_layer_in_order_with_its_own_rows(stages, rounds,
 
     def staged(layers, x_BTD, shared):
         options = {"beside": beside, "keys": None, "remat": "none", "parts": 0, "rounds": rounds}
-        y_BTD, said_LMB = pipeline.run(layers, x_BTD, reading, told_BT, shared, **options)
+        y_BTD, said_LMB = pipeline_parallel.run(layers, x_BTD, reading, told_BT, shared, **options)
         return y_BTD, jnp.swapaxes(said_LMB, 1, 2).reshape(num_layers, rows)  # part m has every M-th row
 
     def plain(layers, x_BTD, shared):

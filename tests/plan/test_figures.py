@@ -6,7 +6,7 @@ import pytest
 from tiny_plans import CONFIG, CPU, compiled
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.devices import DEVICES
+from lslm_jax.parallel.hardware_specs import DEVICES
 from lslm_jax.plan import cost, report
 from lslm_jax.plan.figures import bounds, figures, run, share_seen
 

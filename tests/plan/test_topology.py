@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from lslm_jax.devices import find
 from lslm_jax.errors import ConfigError
+from lslm_jax.parallel.hardware_specs import find
 from lslm_jax.plan.topology import Topology, devices, parse, prepare
 
 

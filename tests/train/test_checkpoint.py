@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from lslm_jax import peers
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, MixtureSource, ModelConfig, TrainConfig
 from lslm_jax.config.validation import validate
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, NumericAbort, SaveError
+from lslm_jax.parallel import heartbeat
+from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime import pytree
-from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.begin import begin
 from lslm_jax.train.checkpoint import Checkpoints
@@ -463,7 +463,7 @@ def test_a_save_that_a_lost_process_fails_is_no_failing_disk(tmp_path, monkeypat
     def explain(error):
         raise Lost(str(error))
 
-    monkeypatch.setattr(peers, "explain", explain)
+    monkeypatch.setattr(heartbeat, "explain", explain)
     with pytest.raises(Lost, match="Gloo"), checkpoint._as_save_error(tmp_path):
         raise ValueError("Gloo AllReduce failed: Connection closed by peer")
 

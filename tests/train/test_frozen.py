@@ -14,8 +14,8 @@ from lslm_jax.config.validation import validate
 from lslm_jax.data.pipeline import SyntheticInput
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, lora, presets
+from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.runtime.pytree import flatten, unflatten
-from lslm_jax.sharding import make_mesh, to_global
 from lslm_jax.train import step
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import State, abstract_model, abstract_state, divide, init_state, num_parameters

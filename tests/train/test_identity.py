@@ -12,8 +12,8 @@ from lslm_jax.data import order
 from lslm_jax.data.detours import Detour
 from lslm_jax.data.synthetic import SyntheticInput
 from lslm_jax.errors import CheckpointRefused, DataError
+from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime import environment
-from lslm_jax.sharding import make_mesh
 from lslm_jax.train import identity, metadata
 
 CONFIG = validate(

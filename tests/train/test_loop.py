@@ -25,8 +25,8 @@ from lslm_jax.errors import DataError, NumericAbort, Preempted
 from lslm_jax.evaluate.evaluator import Report
 from lslm_jax.main import main
 from lslm_jax.models import attention
+from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime import atomic_io
-from lslm_jax.sharding import make_mesh
 from lslm_jax.train import checkpoint, identity, ledger, loop, setup
 from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer

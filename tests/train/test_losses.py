@@ -15,7 +15,7 @@ from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainCo
 from lslm_jax.config.mesh_axes import mesh_axes
 from lslm_jax.config.validation import validate
 from lslm_jax.models import attention
-from lslm_jax.sharding import batch_sharding, make_mesh
+from lslm_jax.parallel.sharding import batch_sharding, make_mesh
 from lslm_jax.train import losses, optim, state, step
 from lslm_jax.train.losses import Settings, cross_entropy
 

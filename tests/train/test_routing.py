@@ -9,7 +9,7 @@ from test_step import B, batch, batch_of, changed, distance, fresh_run, fresh_st
 
 from lslm_jax.config.validation import validate
 from lslm_jax.models import attention
-from lslm_jax.sharding import make_mesh
+from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train import optim, step
 from lslm_jax.train.state import divide, init_state
 

@@ -11,7 +11,7 @@ from test_step import FAMILIES, batch, batch_of, changed, distance, fresh_run, f
 
 from lslm_jax.batch import Batch
 from lslm_jax.models import attention
-from lslm_jax.sharding import make_mesh, to_global
+from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.train import optim, step
 from lslm_jax.train.state import abstract_state
 

@@ -14,7 +14,7 @@ from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Optimiz
 from lslm_jax.config.validation import validate
 from lslm_jax.models import attention
 from lslm_jax.models.layers import Linear
-from lslm_jax.sharding import make_mesh, to_global
+from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.train import optim, reproducible, step
 from lslm_jax.train.state import abstract_state, divide, evaluated_model, init_state, num_parameters
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lslm_jax.models import stack
-from lslm_jax.sharding import constrain, num_shards, resolve
+from lslm_jax.parallel.sharding import constrain, num_shards, resolve
 
 
 def num_times(parts: int, stages: int, rounds: int) -> int:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lslm_jax import errors, peers
+from lslm_jax import errors
 from lslm_jax.errors import ConfigError, LslmError, PeerLost, first_line
+from lslm_jax.parallel import heartbeat
 from lslm_jax.runtime import environment, progress
 
 _JOIN_SECONDS = 600.0  # for the other processes to come
@@ -147,7 +148,7 @@ def start(
     if not is_primary():
         progress.be_quiet()
     if patience:
-        peers.begin(_client(), jax.process_index(), jax.process_count(), patience)
+        heartbeat.begin(_client(), jax.process_index(), jax.process_count(), patience)
 
 
 def _connect() -> None:

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lslm_jax.models import blockwise, kernels
 from lslm_jax.models.blockwise import Options
-from lslm_jax.sharding import axes_of, resolve
+from lslm_jax.parallel.sharding import axes_of, resolve
 
 
 def devices_of(length: int) -> int:
