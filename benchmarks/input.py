@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from lslm_jax.config import Config, DataConfig, TrainConfig
-from lslm_jax.data import pipeline, prefetch
+from lslm_jax.data import dataloader, prefetch
 from lslm_jax.data.shards import ShardWriter
 
 VOCAB_SIZE = 50_257
@@ -41,7 +41,7 @@ def measure(config: Config, directory: epath.Path, args: argparse.Namespace) -> 
     """Opens the set as a resumed run does, then reads for `args.seconds`."""
     memory = resident_bytes()
     began = time.perf_counter()
-    rows = pipeline.open_train(config, directory, VOCAB_SIZE)
+    rows = dataloader.open_train(config, directory, VOCAB_SIZE)
     opened = time.perf_counter() - began
     max_segments = rows.max_segments()
     searched = time.perf_counter() - began

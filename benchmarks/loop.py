@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import validate
-from lslm_jax.data.pipeline import SyntheticInput
+from lslm_jax.data.batch import Batch
+from lslm_jax.data.dataloader import SyntheticInput
 from lslm_jax.models import attention
 from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.runtime import huge_pages

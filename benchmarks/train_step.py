@@ -19,7 +19,7 @@ from measure import about, add_model, busiest, configured, matmul_rate, spread, 
 
 from lslm_jax import observe
 from lslm_jax.config import Config
-from lslm_jax.data.synthetic import SyntheticInput
+from lslm_jax.data.synthetic_data import SyntheticInput
 from lslm_jax.evaluate.evaluator import choose_backend
 from lslm_jax.models.presets import flops_per_token
 from lslm_jax.parallel.sharding import make_mesh, to_global, use

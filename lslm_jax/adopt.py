@@ -12,7 +12,8 @@ from lslm_jax.config import Config, DataConfig, loading, validation
 from lslm_jax.convert import check, pretrained, theirs, weights
 from lslm_jax.convert.check import Comparison
 from lslm_jax.convert.pretrained import Pretrained
-from lslm_jax.data import records, tokenizer
+from lslm_jax.data.prepare.prepare import data_manifest
+from lslm_jax.data.tokenizers import tokenizer
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
 from lslm_jax.runtime import atomic_io
@@ -145,9 +146,9 @@ def write(workdir: epath.Path, model: Any, config: Config, facts: dict[str, Any]
     with atomic_io.saving(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
     manifest = {
-        "version": records.VERSION,
+        "version": data_manifest.VERSION,
         "settings": _PREPARED,
-        "given_tokenizer": records.given_sha256(config),
+        "given_tokenizer": data_manifest.given_sha256(config),
         "inputs": {},
         "labels": facts["labels"],
         "tokenizer": words.facts() | {"file": words.save(data_dir)},
@@ -156,7 +157,7 @@ def write(workdir: epath.Path, model: Any, config: Config, facts: dict[str, Any]
     }
     atomic_io.write_json(data_dir / "manifest.json", manifest)
     atomic_io.write(workdir / "config.json", loading.to_json(config).encode())
-    made_by = identity.make(config, words.sha256, records.content_sha256(manifest), mesh)
+    made_by = identity.make(config, words.sha256, data_manifest.content_sha256(manifest), mesh)
     checkpoints = Checkpoints(workdir, config.checkpoint, made_by)
     zero = jnp.zeros((), jnp.int32)
     checkpoints.save(State(step=zero, model=model, optimizer=None, ema=None, skipped=zero))

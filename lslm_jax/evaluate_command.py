@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 
 from lslm_jax import resolving, run_consistency
 from lslm_jax.config import Config, loading
-from lslm_jax.data import examples, held_out_files, pipeline, records
-from lslm_jax.data.held_out_files import HeldOutFiles
+from lslm_jax.data import dataloader, encode_examples
+from lslm_jax.data.prepare.prepare import data_manifest, held_out_files
+from lslm_jax.data.prepare.prepare.held_out_files import HeldOutFiles
 from lslm_jax.errors import InputMissing
 from lslm_jax.evaluate import tasks
 from lslm_jax.evaluate.evaluator import Report
@@ -53,7 +54,7 @@ class HeldOut(NamedTuple):
 
     name: str
     described: dict[str, Any]
-    data: dict[str, pipeline.EvalInput]
+    data: dict[str, dataloader.EvalInput]
     origins: list[str]
     digest: str
 
@@ -97,7 +98,7 @@ def _described(found: HeldOutFiles, flags: argparse.Namespace) -> HeldOut:
     described: dict[str, Any] = {"files": list(flags.files)}
     if found.dropped:
         described["dropped"] = found.dropped
-        say(f"evaluate: dropped: {examples.counted(found.dropped)}")
+        say(f"evaluate: dropped: {encode_examples.counted(found.dropped)}")
     name = re.sub(r"[^\w.-]+", "_", epath.Path(flags.files[0]).name)[:60] or "files"
     return HeldOut(name, described, {found.source: found.data}, found.origins, found.sha256)
 
@@ -105,8 +106,8 @@ def _described(found: HeldOutFiles, flags: argparse.Namespace) -> HeldOut:
 def _split(run: Run, split: str, rows: Any) -> HeldOut:
     for name in run.facts.get("splits", ()) if run.config.data.verify else ():
         if name.rpartition("/")[2] == split:
-            records.verify_split(run.data_dir, run.facts, name)
-    data = pipeline.open_eval(run.config, run.data_dir, run.config.model.vocab_size, rows, split)
+            data_manifest.verify_split(run.data_dir, run.facts, name)
+    data = dataloader.open_eval(run.config, run.data_dir, run.config.model.vocab_size, rows, split)
     if not data:
         raise InputMissing(
             f"{run.data_dir} holds no {split} split: set data.{_SPLITS[split]} and prepare again, or evaluate on "

@@ -12,7 +12,8 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax.data import chat, formats
+from lslm_jax.data.chat.tokenize_chat import tokenize_chat
+from lslm_jax.data.readers import formats
 from lslm_jax.errors import DataError, InputMissing
 
 Prompt = dict[str, Any]
@@ -84,7 +85,7 @@ def _json_line(line: bytes, origin: str) -> Prompt:
 
 def _conversation(fields: Mapping[str, Any], origin: str) -> list[dict[str, Any]]:
     """The messages of a conversation that the model is to answer."""
-    messages = chat.messages_of(fields["messages"], origin)
+    messages = tokenize_chat.messages_of(fields["messages"], origin)
     if messages[-1]["role"] == "assistant":
         raise DataError(f"{origin}: the last message is the assistant's: there is nothing to answer")
     return messages

@@ -10,7 +10,9 @@ from typing import Any
 from etils import epath
 
 from lslm_jax.config import Config
-from lslm_jax.data import records, special, synthetic, tokenizer
+from lslm_jax.data import synthetic_data
+from lslm_jax.data.prepare.prepare import data_manifest
+from lslm_jax.data.tokenizers import special_tokens, tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError, first_line
 from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io, lazy_imports
@@ -111,7 +113,7 @@ def by_data(config: Config, data_dir: epath.Path) -> tuple[Config, dict[str, Any
     Raises:
       InputMissing: nothing is prepared.
     """
-    return special.resolve(config, read_manifest(config, data_dir))
+    return special_tokens.resolve(config, read_manifest(config, data_dir))
 
 
 def read_manifest(config: Config, data_dir: epath.Path) -> dict[str, Any]:
@@ -122,12 +124,12 @@ def read_manifest(config: Config, data_dir: epath.Path) -> dict[str, Any]:
       DataError: the manifest is damaged or was altered.
     """
     if config.data.source == "synthetic" and not config.data.mixture:
-        return synthetic.facts(config)
-    facts = records.read(data_dir / "manifest.json")
+        return synthetic_data.facts(config)
+    facts = data_manifest.read(data_dir / "manifest.json")
     if facts is None:
         raise InputMissing(f"{data_dir} holds no prepared data (no manifest.json): run prepare or train first")
-    records.check_content(facts, data_dir)
-    facts["sha256"] = records.content_sha256(facts)
+    data_manifest.check_content(facts, data_dir)
+    facts["sha256"] = data_manifest.content_sha256(facts)
     facts.setdefault("labels", [])  # written by earlier versions
     return facts
 
@@ -136,4 +138,4 @@ def by_tokenizer(config: Config) -> tuple[Config, dict[str, Any]]:
     """A config with the vocabulary and labels that it names itself, and what a manifest would say of them."""
     path = epath.Path(config.tokenizer.path)
     facts = {"tokenizer": tokenizer.load(path).facts() | {"file": path.name}, "labels": list(config.data.labels)}
-    return special.resolve(config, facts)
+    return special_tokens.resolve(config, facts)

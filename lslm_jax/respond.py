@@ -11,9 +11,10 @@ import numpy as np
 from etils import epath
 
 from lslm_jax import prompt_files
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, GenerateConfig
-from lslm_jax.data import chat, examples, pipeline
+from lslm_jax.data import dataloader, encode_examples
+from lslm_jax.data.batch import Batch
+from lslm_jax.data.chat.tokenize_chat import tokenize_chat
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.errors import ConfigError
 from lslm_jax.evaluate import heads, predictions
@@ -147,12 +148,12 @@ def _ids(setting: Setting, prompts: Sequence[Prompt]) -> tuple[list[np.ndarray],
         talks = [_conversation(prompt) for prompt in prompts]
         origins = ["the prompt"] if len(talks) == 1 else [f"prompt {number}" for number in range(len(talks))]
         asked = zip(talks, origins, strict=True)
-        return [chat.prompt(talk, setting.template, setting.words, origin) for talk, origin in asked], ()
+        return [tokenize_chat.prompt(talk, setting.template, setting.words, origin) for talk, origin in asked], ()
     if config.task.objective == "causal" or config.data.mixture:  # of a mixture, the prompts bring their prefix
         texts = [prompt["prompt"] for prompt in prompts]
     else:
         recipe = _recipe(setting)
-        texts = [examples.texts(_example(setting, prompt), recipe)[0] for prompt in prompts]
+        texts = [encode_examples.texts(_example(setting, prompt), recipe)[0] for prompt in prompts]
     between = config.task.objective == "seq2seq" and config.model.family == "decoder"
     return setting.words.encode_batch(texts), (setting.words.bos_id,) if between else ()
 
@@ -168,22 +169,22 @@ def _manner(setting: Setting) -> GenerateConfig:
     """How texts are written: in a chat, as its template begins and ends an answer."""
     if setting.template is None:
         return setting.config.generate
-    return answering(setting.config.generate, chat.ending(setting.template, setting.words))
+    return answering(setting.config.generate, tokenize_chat.ending(setting.template, setting.words))
 
 
-def answering(settings: GenerateConfig, ending: chat.Ending) -> GenerateConfig:
+def answering(settings: GenerateConfig, ending: tokenize_chat.Ending) -> GenerateConfig:
     """Settings by which a text ends where an answer does; what begins it is the template's business."""
     stop_ids = (*settings.stop_ids, *(id for id in ending.ids if id not in settings.stop_ids))
     return replace(settings, stop_ids=stop_ids, stop=(*settings.stop, *ending.texts), bos=False)
 
 
-def _recipe(setting: Setting) -> examples.Recipe:
+def _recipe(setting: Setting) -> encode_examples.Recipe:
     source = setting.source(setting.config.data.mixture[0].name if setting.config.data.mixture else "")
     numbers = {name: number for number, name in enumerate(setting.labels)}
-    return examples.Recipe(source, setting.config.task.objective, numbers)
+    return encode_examples.Recipe(source, setting.config.task.objective, numbers)
 
 
-def _example(setting: Setting, prompt: Prompt) -> examples.Example:
+def _example(setting: Setting, prompt: Prompt) -> encode_examples.Example:
     """A prompt as an example whose answer is not known."""
     text, some = prompt["prompt"], setting.labels[0] if setting.labels else 0.0
     match _recipe(setting).source.example:
@@ -246,15 +247,15 @@ def _shares(setting: Setting, scores_V: np.ndarray) -> np.ndarray:
     return predictions.softmax(scores_V)
 
 
-def _as_split(setting: Setting, found: list[examples.Example], directory: epath.Path) -> pipeline.EvalInput:
+def _as_split(setting: Setting, found: list[encode_examples.Example], directory: epath.Path) -> dataloader.EvalInput:
     recipe = _recipe(setting)
-    fields, numbers = examples.shape(recipe.source, recipe.objective)
+    fields, numbers = encode_examples.shape(recipe.source, recipe.objective)
     writer = ShardWriter(directory / "valid", setting.words.vocab_size, 1 << 26, fields, numbers)
-    for i, [encoded] in enumerate(examples.encode(found, recipe, setting.words)):
+    for i, [encoded] in enumerate(encode_examples.encode(found, recipe, setting.words)):
         writer.add(encoded.fields, 0, i + 1, encoded.numbers)
     writer.finish()
-    rows = pipeline.make_rows(Shards.open(directory / "valid", name="the prompts"), setting.config, setting.special)
-    return pipeline.EvalInput(rows, setting.config)
+    rows = dataloader.make_rows(Shards.open(directory / "valid", name="the prompts"), setting.config, setting.special)
+    return dataloader.EvalInput(rows, setting.config)
 
 
 def _fill(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -> Iterator[Answer]:

@@ -17,8 +17,9 @@ from etils import epath
 
 from lslm_jax import resolving
 from lslm_jax.config import Config, loading, setting_flags
-from lslm_jax.data import records, special
-from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data.prepare.prepare import data_manifest
+from lslm_jax.data.tokenizers import special_tokens
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, ConfigError, InputMissing
 from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io
@@ -94,7 +95,7 @@ def _open_step(config: Config, flags: argparse.Namespace, workdir: epath.Path, s
     facts = resolving.read_manifest(config, data_dir)
     saved = metadata.read(directory)
     check_tokenizer(saved, facts, data_dir, directory)
-    resolved, facts = special.resolve(config, facts)
+    resolved, facts = special_tokens.resolve(config, facts)
     identity.check_inputs(directory, resolved)
     check_data(saved, config, facts, data_dir, workdir, step)
     if not flags.files:
@@ -213,7 +214,7 @@ def _check_prepared(
         if key.startswith("data.") and setting_flags.is_below(key, setting_flags.EFFECTIVE[flags.verb]):
             config = loading.with_value(config, key, setting_flags.value_of(own, key))
     remedy = "leave it out" if flags.verb != "evaluate" else "to evaluate on other examples use --files=FILE"
-    records.check_settings(facts, config, records.named_sources(config), data_dir, remedy)
+    data_manifest.check_settings(facts, config, data_manifest.named_sources(config), data_dir, remedy)
 
 
 def check_finished(config: Config, workdir: epath.Path, finished: Mapping[str, Any], data_dir: epath.Path) -> list[str]:
@@ -240,9 +241,9 @@ def check_finished(config: Config, workdir: epath.Path, finished: Mapping[str, A
     if (data_dir / "manifest.json").exists():
         prepared = True
         if config.data.source != "shards" or config.data.mixture:
-            record = records.read(data_dir / "manifest.json")
+            record = data_manifest.read(data_dir / "manifest.json")
             assert record is not None
-            records.check(record, config, records.named_sources(config), data_dir, finished=True)
+            data_manifest.check(record, config, data_manifest.named_sources(config), data_dir, finished=True)
     elif data_dir != own_dir:
         raise CheckpointRefused(
             f"{workdir} is complete and was trained on the data in {own_dir}, not {data_dir}: use another --workdir"
@@ -257,7 +258,7 @@ def check_finished(config: Config, workdir: epath.Path, finished: Mapping[str, A
                     f"{workdir} is complete and was trained on other data ({saved['data_sha256'][:_SHOWN]}, now "
                     f"{facts['sha256'][:_SHOWN]}): use another --workdir, or put the former back"
                 )
-        config, _ = special.resolve(config, facts)
+        config, _ = special_tokens.resolve(config, facts)
     harmless = _WITHOUT_EFFECT + ("tokenizer.path",) * prepared  # its content was compared
     return _harmless_changes(config, made_with, workdir, finished, harmless)
 

@@ -9,7 +9,7 @@ from etils import epath
 
 from lslm_jax import resolving
 from lslm_jax.config import Config
-from lslm_jax.data import pipeline
+from lslm_jax.data import dataloader
 from lslm_jax.errors import ConfigError, InputMissing
 
 
@@ -33,7 +33,7 @@ def resolve_prepared(config: Config, data_dir: epath.Path) -> Config | None:
     if not (data_dir / "manifest.json").exists():
         return None
     resolved, _ = resolving.by_data(config, data_dir)
-    data = pipeline.open_train(resolved, data_dir, resolved.model.vocab_size)
+    data = dataloader.open_train(resolved, data_dir, resolved.model.vocab_size)
     return replace(config, train=replace(config.train, steps=resolve(resolved, data).train.steps))
 
 
@@ -50,7 +50,7 @@ def of_prepared(config: Config, data_dir: epath.Path) -> dict[str, Any]:
     """`rows_per_epoch` and `steps_per_epoch` of prepared data; nothing where a run could not be trained on them."""
     with contextlib.suppress(ConfigError, InputMissing):
         resolved, _ = resolving.by_data(config, data_dir)
-        data = pipeline.open_train(resolved, data_dir, resolved.model.vocab_size)
+        data = dataloader.open_train(resolved, data_dir, resolved.model.vocab_size)
         if data.num_rows:
             return {"rows_per_epoch": data.num_rows, "steps_per_epoch": data.num_rows / config.train.batch_size}
     return {}

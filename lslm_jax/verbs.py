@@ -19,9 +19,12 @@ from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of, obstacle
 from lslm_jax.convert.export import export as write_pretrained
 from lslm_jax.convert.export import export_adapter as write_adapter
-from lslm_jax.data import chat, detours, pipeline, records, templates, tokenizer
-from lslm_jax.data.prepare import prepare as prepare_data
+from lslm_jax.data import dataloader, skipped_batches
+from lslm_jax.data.chat.tokenize_chat import chat_template, tokenize_chat
+from lslm_jax.data.prepare.prepare import data_manifest
+from lslm_jax.data.prepare.prepare.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
+from lslm_jax.data.tokenizers import tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import harness, tasks
 from lslm_jax.evaluate.evaluator import Setting, choose_backend
@@ -105,12 +108,12 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             atomic_io.remove_leftovers(directory)
     _prepare(config, data_dir)
     if config.data.verify:
-        multihost.on_each("verify", lambda: records.verify(data_dir), records.place(data_dir))
+        multihost.on_each("verify", lambda: data_manifest.verify(data_dir), data_manifest.place(data_dir))
     config, facts = resolving.by_data(config, data_dir)
     identity.check_data(facts)
     with use(mesh, config.mesh):
         where = config, data_dir, config.model.vocab_size, local_rows(mesh, config.train.batch_size)
-        data, held_out = pipeline.open_train(*where), pipeline.open_eval(*where)
+        data, held_out = dataloader.open_train(*where), dataloader.open_eval(*where)
         config = run_length.resolve(config, data)
         if multihost.is_primary():
             atomic_io.write(workdir / "config.json", loading.to_json(config).encode())
@@ -123,7 +126,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         setting = _setting(config, facts, data_dir, mesh, [data, *held_out.values()])
         exporter = _exporter(setting) if config.checkpoint.export_every else None
         multihost.by_primary("detours", lambda: spikes.settle(workdir))
-        left_out = detours.read(workdir)
+        left_out = skipped_batches.read(workdir)
         saved = workdir / "checkpoints"
         multihost.by_primary("back", lambda: rewind.go_back(workdir, config.train.resume_from, say))
         whole = multihost.by_primary("checkpoints", lambda: manifest.settle(saved, say))
@@ -164,7 +167,7 @@ def audit(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     data_dir = resolving.data_dir(config, workdir)
     run_consistency.check_files(workdir, config)
     config, _ = resolving.by_data(config, data_dir)
-    data = pipeline.open_train(config, data_dir, config.model.vocab_size)
+    data = dataloader.open_train(config, data_dir, config.model.vocab_size)
     audited = ledger.audit(workdir, data, config.train.batch_size)
     saved = manifest.list_steps(workdir / "checkpoints")
     if saved and audited["steps"] < saved[-1]:  # the ledger is synced before a checkpoint is saved
@@ -292,7 +295,7 @@ def _exporter(setting: Setting, dtype: str = "float32") -> Exporter:
     """What writes models of a run, which end their text where they were taught to end an answer."""
     config = setting.config
     if setting.template is not None:
-        ending = chat.ending(setting.template, setting.words)
+        ending = tokenize_chat.ending(setting.template, setting.words)
         config = replace(config, generate=respond.answering(config.generate, ending))
     return Exporter(config, setting.words, setting.labels, dtype, setting.template)
 
@@ -354,7 +357,7 @@ def _setting(
         raise DataError(f"{data_dir / file} was altered: its sha256 is not the one in {data_dir}/manifest.json")
     backend = choose_backend(config, mesh, inputs)
     setting = Setting(config, words, facts["labels"], facts["special"], backend, mesh)
-    return setting._replace(template=templates.of_run(config, facts, data_dir, words))
+    return setting._replace(template=chat_template.of_run(config, facts, data_dir, words))
 
 
 def _load_model(

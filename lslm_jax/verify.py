@@ -10,7 +10,7 @@ from etils import epath
 
 from lslm_jax import resolving, run_consistency
 from lslm_jax.config import Config, loading
-from lslm_jax.data import records
+from lslm_jax.data.prepare.prepare import data_manifest
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, LslmError
 from lslm_jax.runtime import atomic_io, file_lock
 from lslm_jax.runtime.progress import say
@@ -94,7 +94,7 @@ def _verify_data(data_dir: epath.Path, *, needs_data: bool) -> int:
     Raises:
       DataError: they are damaged, or only their manifest is gone.
     """
-    record = records.read(data_dir / "manifest.json")
+    record = data_manifest.read(data_dir / "manifest.json")
     if record is None:
         is_unfinished = (data_dir / "unfinished.json").exists()
         splits = [path.parent for pattern in ("train", "*/train") for path in data_dir.glob(f"{pattern}/manifest.json")]
@@ -103,8 +103,8 @@ def _verify_data(data_dir: epath.Path, *, needs_data: bool) -> int:
         if needs_data:
             say(f"{data_dir} holds {'half' if is_unfinished else 'no'} prepared data: they are not verified")
         return 0
-    size = records.verify(data_dir)
+    size = data_manifest.verify(data_dir)
     say(f"{data_dir} is whole: {size:,} bytes")
-    for name in records.changed_inputs(record):
+    for name in data_manifest.changed_inputs(record):
         say(f"warning: {name} has changed since {data_dir} was prepared from it")
     return size

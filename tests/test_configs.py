@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from lslm_jax.config import DataConfig, loading, validation
-from lslm_jax.data import pipeline
+from lslm_jax.data import dataloader
 from lslm_jax.models import attention, presets
 from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.train.optim import make_optimizer
@@ -94,7 +94,7 @@ def shrunk(path, directory):
     }
     data = replace(config.data, source="synthetic", mixture=(), **held_out)
     config = resolved(validation.validate(replace(config, data=data)))
-    return config, pipeline.open_train(config, directory, config.model.vocab_size).batch(0)
+    return config, dataloader.open_train(config, directory, config.model.vocab_size).batch(0)
 
 
 def shapes(tree):

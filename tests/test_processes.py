@@ -13,7 +13,7 @@ import pytest
 from error_table import assert_told
 from loopback import free_port
 
-from lslm_jax.data import records
+from lslm_jax.data.prepare.prepare import data_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -81,7 +81,7 @@ def read_batches(coordinator, processes, process, data, to):
     from etils import epath
 
     from lslm_jax.config import loading, validation
-    from lslm_jax.data import pipeline
+    from lslm_jax.data import dataloader
     from lslm_jax.parallel import multihost
     from lslm_jax.parallel.sharding import local_rows, make_mesh, to_global
 
@@ -89,7 +89,7 @@ def read_batches(coordinator, processes, process, data, to):
     config = validation.validate(loading.load("config.py"))
     mesh = make_mesh(config)
     rows = local_rows(mesh, 8)
-    train = pipeline.open_train(config, epath.Path(data), 259, rows)
+    train = dataloader.open_train(config, epath.Path(data), 259, rows)
     for step in STEPS_READ:
         batch = train.batch(step)
         placed = to_global(batch, mesh, 8)
@@ -235,7 +235,7 @@ def test_a_process_with_other_data_is_named_before_the_first_step(corpus, alone,
     flags = [[f"--config.data.dir={directory}"] for directory in own]
     manifest = json.loads((own[1] / "manifest.json").read_text())
     manifest["tokenizer"]["eos_id"] = 5
-    manifest["content_sha256"] = records.content_sha256(manifest)
+    manifest["content_sha256"] = data_manifest.content_sha256(manifest)
     (own[1] / "manifest.json").write_text(json.dumps(manifest))
     codes, _, texts = started(corpus, [tmp_path / "run"] * 2, flags).end()
     assert codes == [65, 65] and "give all processes the same prepared data" in texts[0], texts

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config.mesh_axes import MESH_AXES
 from lslm_jax.config.validation import fill_sizes
+from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
 from lslm_jax.models.decoder import Decoder

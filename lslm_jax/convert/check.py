@@ -20,10 +20,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import ModelConfig
 from lslm_jax.convert.pretrained import Pretrained
 from lslm_jax.convert.safetensors import read_header
+from lslm_jax.data.batch import Batch
 from lslm_jax.errors import DataError, InputMissing
 from lslm_jax.models import attention
 from lslm_jax.models.embedding import places

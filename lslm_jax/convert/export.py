@@ -17,10 +17,11 @@ from lslm_jax.convert import generation, hub, peft, safetensors, weights
 from lslm_jax.convert.family import Family, differences
 from lslm_jax.convert.pretrained import FAMILIES, is_pretrained
 from lslm_jax.convert.safetensors import Source
-from lslm_jax.data import templates, tokenizer_json
-from lslm_jax.data.marian import Marian
-from lslm_jax.data.templates import Template
-from lslm_jax.data.tokenizer_base import Tokenizer
+from lslm_jax.data.chat.tokenize_chat import chat_template
+from lslm_jax.data.chat.tokenize_chat.chat_template import Template
+from lslm_jax.data.tokenizers import to_hf
+from lslm_jax.data.tokenizers.base import Tokenizer
+from lslm_jax.data.tokenizers.marian import Marian
 from lslm_jax.errors import ConfigError
 from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io
@@ -67,7 +68,7 @@ class Exporter:
         self._settings = _json(settings)
         self._texts = _vocabulary(words, config.model, family.model_type)
         if template is not None:
-            self._texts[templates.FILE] = template.text.encode()
+            self._texts[chat_template.FILE] = template.text.encode()
         if objective in ("causal", "seq2seq"):
             written = generation.write(config.generate, tokens, config.model.family)
             self._texts[generation.FILE] = _json(written)
@@ -185,12 +186,12 @@ def _vocabulary(words: Tokenizer, model: ModelConfig, model_type: str) -> dict[s
     """The files of a tokenizer, by name."""
     if isinstance(words, Marian):
         return words.files()
-    return tokenizer_json.files(words, model.family, model_type, model.max_length)
+    return to_hf.files(words, model.family, model_type, model.max_length)
 
 
 _WRITTEN = ("*.safetensors", "model.safetensors.index.json", "config.json", "README.md", "tokenizer*.json", "*.spm")
 _WRITTEN += (generation.FILE, "vocab.*", "merges.txt", "spiece.model", "tokenizer.model", "special_tokens_map.json")
-_WRITTEN += ("added_tokens.json", templates.FILE, "adapter_config.json", "*.tmp")
+_WRITTEN += ("added_tokens.json", chat_template.FILE, "adapter_config.json", "*.tmp")
 
 
 def _is_ours(name: str) -> bool:

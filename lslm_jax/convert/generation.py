@@ -11,7 +11,7 @@ from etils import epath
 
 from lslm_jax.config import GenerateConfig
 from lslm_jax.convert import keys
-from lslm_jax.data.tokenizer_base import Tokenizer
+from lslm_jax.data.tokenizers.base import Tokenizer
 from lslm_jax.errors import ConfigError
 from lslm_jax.runtime import atomic_io
 

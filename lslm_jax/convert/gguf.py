@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lslm_jax.data.gguf_files import open_file
+from lslm_jax.data.tokenizers.gguf import open_file
 from lslm_jax.errors import ConfigError, DataError
 
 _KEYS = {

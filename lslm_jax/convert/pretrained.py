@@ -16,7 +16,7 @@ from lslm_jax.convert import adapter as adapters
 from lslm_jax.convert import decoders, encoders, generation, gguf, hub, pairs, safetensors
 from lslm_jax.convert.family import RUN_KEYS, Family, Unlike
 from lslm_jax.convert.safetensors import Stored, same_bytes
-from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, InputMissing, LslmError
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.progress import say

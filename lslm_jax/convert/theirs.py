@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from lslm_jax.batch import Batch
 from lslm_jax.convert.check import Reference
 from lslm_jax.convert.family import LAYER, Part
 from lslm_jax.convert.pretrained import Pretrained
+from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError, DataError
 
 

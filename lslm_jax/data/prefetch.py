@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from lslm_jax.batch import Batch
+from lslm_jax.data.batch import Batch
 from lslm_jax.runtime.lazy_imports import import_tensorflow
 
 _WORKERS = 2  # threads that make batches

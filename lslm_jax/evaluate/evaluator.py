@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, Source
 from lslm_jax.data import prefetch
-from lslm_jax.data.pipeline import EvalInput
-from lslm_jax.data.special import Special
-from lslm_jax.data.templates import Template
+from lslm_jax.data.batch import Batch
+from lslm_jax.data.chat.tokenize_chat.chat_template import Template
+from lslm_jax.data.dataloader import EvalInput
+from lslm_jax.data.tokenizers.special_tokens import Special
 from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel.sharding import num_shards

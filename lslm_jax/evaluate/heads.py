@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config
-from lslm_jax.data.pipeline import EvalInput
+from lslm_jax.data.batch import Batch
+from lslm_jax.data.dataloader import EvalInput
 from lslm_jax.evaluate import classification, predictions, report, runner, squad
 from lslm_jax.evaluate.evaluator import Report, Setting, batches
 from lslm_jax.models.attention import Backend

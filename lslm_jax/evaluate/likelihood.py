@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config
+from lslm_jax.data.batch import Batch
 from lslm_jax.evaluate import runner
 from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.generate import reading

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lslm_jax.data.pipeline import EvalInput
+from lslm_jax.data.dataloader import EvalInput
 
 MAX_CHARS = 2000  # of a document's text that a line holds
 

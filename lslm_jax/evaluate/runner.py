@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lslm_jax.batch import Batch
+from lslm_jax.data.batch import Batch
 from lslm_jax.parallel.sharding import to_global
 
 # Enough that no device waits for the host. All at once would hold all batches on the devices, and may never end: XLA

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lslm_jax.batch import Batch
-from lslm_jax.data.pipeline import EvalInput
+from lslm_jax.data.batch import Batch
+from lslm_jax.data.dataloader import EvalInput
 from lslm_jax.evaluate import heads, metrics, predictions, runner, texts
 from lslm_jax.evaluate.evaluator import Evaluator, Report, Setting, batches, joined
 from lslm_jax.train.step import make_eval_step, make_target_loss_step

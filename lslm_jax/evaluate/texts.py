@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lslm_jax.data.pipeline import EvalInput
+from lslm_jax.data.dataloader import EvalInput
 from lslm_jax.evaluate import classification, heads, predictions, report, squad, translation
 from lslm_jax.evaluate.evaluator import Report, Setting
 from lslm_jax.generate import decode

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lslm_jax.batch import Array
 from lslm_jax.config import ModelConfig
+from lslm_jax.data.batch import Array
 from lslm_jax.generate import cache as caches
 from lslm_jax.generate import sampling
 from lslm_jax.generate.text import Row

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import ModelConfig
+from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.embedding import Embedding, places

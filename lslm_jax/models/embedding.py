@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import ModelConfig
+from lslm_jax.data.batch import Batch
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.experts import Routing
 from lslm_jax.models.layers import INIT_STD, Norm, constant, dropout, normal, sinusoids, softcap

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import ModelConfig
+from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention, heads
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.embedding import Embedding, places

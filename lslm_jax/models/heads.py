@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import ModelConfig
+from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError
 from lslm_jax.models.layers import ACTIVATIONS, Linear, Norm, constant, dropout, normal, weight_std
 

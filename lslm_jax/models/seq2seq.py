@@ -7,8 +7,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from lslm_jax.batch import Array, Batch
 from lslm_jax.config import ModelConfig
+from lslm_jax.data.batch import Array, Batch
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.embedding import Embedding, places
 from lslm_jax.models.experts import Routing

@@ -16,9 +16,9 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, MeshConfig
 from lslm_jax.config.mesh_axes import MESH_AXES, mesh_axes, multiples, slices
+from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError
 
 Rules = Mapping[str, tuple[str, ...]]

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config
-from lslm_jax.data import special, synthetic, tokenizer
+from lslm_jax.data import synthetic_data
+from lslm_jax.data.batch import Batch
+from lslm_jax.data.tokenizers import special_tokens, tokenizer
 from lslm_jax.evaluate.evaluator import choose_backend
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel.sharding import make_mesh, use
@@ -50,14 +51,14 @@ class Compiled(NamedTuple):
 def resolve(config: Config) -> Config:
     """The config with the vocabulary and labels that it names itself: planning needs no data, only their shapes."""
     config = replace(config, data=replace(config.data, source="synthetic", mixture=()))
-    facts = synthetic.facts(config)
+    facts = synthetic_data.facts(config)
     if config.tokenizer.kind == "bytes":
         facts |= {"tokenizer": tokenizer.Bytes().facts()}
     elif config.tokenizer.path and not config.model.vocab_size:
         facts |= {"tokenizer": tokenizer.load(config.tokenizer.path).facts()}
     if config.data.labels:
         facts |= {"labels": config.data.labels}
-    return special.resolve(config, facts)[0]
+    return special_tokens.resolve(config, facts)[0]
 
 
 def compile_step(config: Config, topology: Topology | None) -> Compiled:
@@ -69,7 +70,7 @@ def compile_step(config: Config, topology: Topology | None) -> Compiled:
     mesh = make_mesh(config, topologies.devices(topology))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     with use(mesh, config.mesh), topologies.as_if_there(topology):
-        data = synthetic.SyntheticInput(config, config.model.vocab_size, np.arange(1))
+        data = synthetic_data.SyntheticInput(config, config.model.vocab_size, np.arange(1))
         backend, batch = choose_backend(config, mesh, [data]), whole_batch(config, data.batch(0), mesh)
         begun = time.monotonic()
         state = abstract_state(config, optimizer, mesh)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lslm_jax.config import Config
 from lslm_jax.convert import hub, pretrained
 from lslm_jax.convert.family import differences
-from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import flatten

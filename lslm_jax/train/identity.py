@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lslm_jax.config import Config, loading
-from lslm_jax.data.detours import Detour, at
+from lslm_jax.data.skipped_batches import Detour, at
 from lslm_jax.errors import CheckpointRefused, DataError
 from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io, environment

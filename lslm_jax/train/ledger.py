@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lslm_jax.batch import Batch
-from lslm_jax.data.detours import Detour, Rows, at, parse, rows
+from lslm_jax.data.batch import Batch
+from lslm_jax.data.skipped_batches import Detour, Rows, at, parse, rows
 from lslm_jax.errors import DataError, InputMissing, first_line
 from lslm_jax.runtime import atomic_io
 

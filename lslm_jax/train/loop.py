@@ -10,7 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lslm_jax.config import Config
-from lslm_jax.data import detours, pipeline
+from lslm_jax.data import dataloader, skipped_batches
 from lslm_jax.errors import Preempted
 from lslm_jax.evaluate.evaluator import Evaluator
 from lslm_jax.models.attention import Backend
@@ -31,7 +31,7 @@ def train(
     config: Config,
     workdir: epath.Path,
     mesh: Mesh,
-    data: pipeline.TrainInput | pipeline.SyntheticInput,
+    data: dataloader.TrainInput | dataloader.SyntheticInput,
     backend: Backend,
     checkpoints: Checkpoints,
     *,
@@ -123,7 +123,9 @@ def _record(run: Run, step: int) -> None:
         run.speeds.append(speed["tokens_per_second"])
         used = _mfu(run, run.speeds[-1])
         speed |= ({} if used is None else {"mfu": used}) | device_memory()
-    run.record.write(step, run.last | {"epoch": run.inputs.data.epoch(detours.at(step, run.skipped_batches))}, speed)
+    run.record.write(
+        step, run.last | {"epoch": run.inputs.data.epoch(skipped_batches.at(step, run.skipped_batches))}, speed
+    )
     run.ledger.write()
 
 

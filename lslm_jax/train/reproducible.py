@@ -21,8 +21,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config
+from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel.sharding import use

@@ -12,10 +12,11 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, loading
-from lslm_jax.data import detours, pipeline, prefetch
-from lslm_jax.data.detours import Detour
+from lslm_jax.data import dataloader, prefetch
+from lslm_jax.data import skipped_batches as detours
+from lslm_jax.data.batch import Batch
+from lslm_jax.data.skipped_batches import Detour
 from lslm_jax.errors import CheckpointRefused
 from lslm_jax.evaluate.evaluator import Evaluator
 from lslm_jax.models.attention import Backend
@@ -61,7 +62,7 @@ class Inputs:
     config: Config
     workdir: epath.Path
     mesh: Mesh
-    data: pipeline.TrainInput | pipeline.SyntheticInput
+    data: dataloader.TrainInput | dataloader.SyntheticInput
     backend: Backend
     checkpoints: Checkpoints
     evaluate: Evaluator | None

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from lslm_jax.config import Config
-from lslm_jax.data import detours
+from lslm_jax.data import skipped_batches
 from lslm_jax.errors import NumericAbort
 from lslm_jax.train import checkpoint, manifest
 
@@ -109,20 +109,20 @@ def go_round(workdir: epath.Path, config: Config, spike: Spike) -> str:
     if not before:
         raise NumericAbort(f"{spike}; no checkpoint from before is left to go back to: raise checkpoint.keep")
     step = max([step for step in before if step < spike.first - config.train.spike_steps] or before)
-    found = detours.extend(detours.read(workdir), step, spike.last)
+    found = skipped_batches.extend(skipped_batches.read(workdir), step, spike.last)
     if found[-1].times > MAX_DETOURS:
         raise NumericAbort(f"{spike}; leaving out batches after step {step} did not help, {MAX_DETOURS} times")
-    detours.write(workdir, found, back_to=step)
+    skipped_batches.write(workdir, found, back_to=step)
     settle(workdir)
     return f"{spike}: going back to step {step}, without the {found[-1].batches} batches that came after it"
 
 
 def settle(workdir: epath.Path) -> None:
     """Finishes going back, which a kill may have ended half-way: no checkpoint of a way that was left may be taken."""
-    step = detours.back_to(workdir)
+    step = skipped_batches.back_to(workdir)
     if step is None:
         return
     for path in manifest.checkpoints_in(workdir / "checkpoints"):
         if int(path.name) > step:
             manifest.discard(path)
-    detours.write(workdir, detours.read(workdir))
+    skipped_batches.write(workdir, skipped_batches.read(workdir))

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config
+from lslm_jax.data.batch import Batch
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel.sharding import batch_sharding, constrain, platform
 from lslm_jax.runtime.pytree import join

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from chat_shapes import SHAPES, SPECIAL
 from etils import epath
+from lslm_jax.data.chat.tokenize_chat.special_token_escaping import guard_of
 
 from lslm_jax.config import Config, DataConfig, TokenizerConfig
-from lslm_jax.data import chat, templates
-from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data.guard import guard_of
+from lslm_jax.data.chat.tokenize_chat import chat_template, tokenize_chat
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -78,7 +78,7 @@ def template_of(shape, vocabulary, words, tmp_path):
     path.write_text(SHAPES[shape])
     data = DataConfig(chat_template=str(path), example="chat")
     given = TokenizerConfig(kind="huggingface", path=f"{vocabulary}/tokenizer.json")
-    return templates.choose(Config(data=data, tokenizer=given), words)
+    return chat_template.choose(Config(data=data, tokenizer=given), words)
 
 
 def talk_for(shape):
@@ -97,15 +97,15 @@ def test_texts_and_ids_of_a_conversation_are_those_of_transformers(shape, vocabu
     for count in range(2, len(messages) + 1):
         asks = messages[count - 1]["role"] == "user"
         talk = {"messages": messages[:count]}
-        [text] = templates.fill_in(template, talk, [(count, asks)], "here")
+        [text] = chat_template.fill_in(template, talk, [(count, asks)], "here")
         assert text == expected(theirs, shape, messages[:count], tokenize=False, add_generation_prompt=asks)
         ids = expected(theirs, shape, messages[:count], add_generation_prompt=asks)
         assert words.encode_framed(text).ids.tolist() == ids
         hidden, seam = guard.hide(talk, "a.jsonl:1")
-        [text] = templates.fill_in(template, hidden, [(count, asks)], "here")
+        [text] = chat_template.fill_in(template, hidden, [(count, asks)], "here")
         assert guard.encode(guard.settle(text, (), seam)[0], seam).ids.tolist() == ids
         if asks:
-            assert chat.prompt(talk, template, words, "here").tolist() == ids
+            assert tokenize_chat.prompt(talk, template, words, "here").tolist() == ids
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -113,8 +113,8 @@ def test_what_is_learnt_is_what_transformers_reads_and_the_model_will_be_asked(
     shape, vocabulary, words, theirs, tmp_path
 ):
     template, messages = template_of(shape, vocabulary, words, tmp_path), talk_for(shape)
-    learnt = chat.learn({"messages": messages}, template, words, "here")
-    places = chat.answers(messages)
+    learnt = tokenize_chat.learn({"messages": messages}, template, words, "here")
+    places = tokenize_chat.answers(messages)
     if shape == "thinking":
         assert len(learnt) == len(places)
         wholes = [expected(theirs, shape, messages[: i + 1]) for i in places]
@@ -132,6 +132,6 @@ def test_what_is_learnt_is_what_transformers_reads_and_the_model_will_be_asked(
 def test_tools_are_told_as_in_transformers(vocabulary, words, theirs, tmp_path):
     template = template_of("llama3", vocabulary, words, tmp_path)
     tools = [{"type": "function", "function": {"name": "caf\u00e9", "description": "<&>", "parameters": {}}}]
-    [text] = templates.fill_in(template, {"messages": TALK, "tools": tools}, [(5, False)], "here")
+    [text] = chat_template.fill_in(template, {"messages": TALK, "tools": tools}, [(5, False)], "here")
     assert text == expected(theirs, "llama3", TALK, tokenize=False, tools=tools)
     assert datetime.datetime.now().strftime("%Y") in text

@@ -18,7 +18,7 @@ from lslm_jax.config import Config, ModelConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import hub
 from lslm_jax.convert.export import Exporter, export
-from lslm_jax.data.tokenizer import Bytes
+from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import presets
 

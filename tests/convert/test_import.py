@@ -16,7 +16,7 @@ from lslm_jax.config import Config, TaskConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import check, export
 from lslm_jax.convert.export import Exporter
-from lslm_jax.data.tokenizer import Bytes
+from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
 from lslm_jax.main import main
 from lslm_jax.models import attention, presets

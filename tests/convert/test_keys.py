@@ -9,8 +9,9 @@ from etils import epath
 from lslm_jax.config import validation
 from lslm_jax.convert import adapter, generation, gguf, keys, pretrained
 from lslm_jax.convert.family import Family
-from lslm_jax.data import gguf_files, tokenizer
-from lslm_jax.data.tokenizer import Bytes
+from lslm_jax.data.tokenizers import gguf as gguf_files
+from lslm_jax.data.tokenizers import tokenizer
+from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError, DataError, LslmError
 
 BY_NAME = {family.model_type: family for family in pretrained.FAMILIES if family is not pretrained.pairs.T5_GATED}

@@ -17,8 +17,8 @@ from etils import epath
 from test_parity import CASES, example, load, make, our_outputs, their_outputs
 
 from lslm_jax.convert import generation, keys, pretrained
-from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data import tokenizer_json
+from lslm_jax.data.tokenizers import to_hf
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import LslmError
 from lslm_jax.generate import decode
 
@@ -386,7 +386,7 @@ def test_a_perturbed_tokenizer_config_gives_the_ids_of_transformers_or_is_reject
         try:
             ours = tokenizers.load(tmp_path / "tokenizer.json")
             family = "encoder" if config["model_type"] == "bert" else "decoder"
-            files = tokenizer_json.files(ours, family, config["model_type"], 64)
+            files = to_hf.files(ours, family, config["model_type"], 64)
         except Exception as error:
             tally.reject(error, touched, note)
             continue

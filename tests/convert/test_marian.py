@@ -14,8 +14,8 @@ from lslm_jax.config import Config, DataConfig, ModelConfig, TaskConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import generation, pretrained
 from lslm_jax.convert.export import Exporter, export
-from lslm_jax.data import examples
-from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data import encode_examples
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.models import presets
 
@@ -106,9 +106,9 @@ def test_ids_and_texts_are_those_of_transformers(directory, words):
 
 
 def test_targets_are_cut_by_their_own_model_and_a_language_is_one_token(words):
-    recipe = examples.Recipe(DataConfig(example="pair"), "seq2seq", {})
+    recipe = encode_examples.Recipe(DataConfig(example="pair"), "seq2seq", {})
     example = {"source": ">>fra<< the cat", "target": "le chat"}
-    [[encoded]] = examples.encode([example], recipe, words)
+    [[encoded]] = encode_examples.encode([example], recipe, words)
     source, target = encoded.fields
     assert words.piece(source[0]) == ">>fra<<" and words.decode(source) == ">>fra<< the cat"
     assert target.tolist() == words.encode_targets(["le chat"])[0].tolist() != words.encode("le chat").tolist()

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, TaskConfig
 from lslm_jax.convert import export, pretrained, safetensors, weights
-from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data.batch import Batch
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.models import attention, layers
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train import losses

@@ -12,8 +12,10 @@ from test_import import LABELS, MODELS, SIZES, save
 
 from lslm_jax.config import Config, DataConfig, TaskConfig
 from lslm_jax.convert import export, pretrained
-from lslm_jax.data import heads, labels, special
+from lslm_jax.data import label_names
+from lslm_jax.data.objectives.causal_lm import classification_rows
 from lslm_jax.data.shards import Shards, ShardWriter
+from lslm_jax.data.tokenizers import special_tokens
 from lslm_jax.errors import ConfigError, DataError
 from lslm_jax.models import presets
 from lslm_jax.parallel.sharding import make_mesh
@@ -72,15 +74,15 @@ def test_a_head_is_put_into_the_order_of_the_labels_of_the_data(classifier):
 
 def test_labels_of_the_data_stand_in_the_order_of_the_model(classifier, tmp_path):
     found = {name: i for i, name in enumerate(NAMES)}
-    assert labels.pretrained_names(str(classifier)) == list(found)
+    assert label_names.pretrained_names(str(classifier)) == list(found)
     (tmp_path / "a.csv").write_text("text,label\nx,entailment\ny,neutral\n")
     data = DataConfig(files=(f"{tmp_path}/a.csv",), example="label")
     config = Config(data=data, task=TaskConfig(objective="classification"))
-    assert labels.names(config, {"": data}) == {"": ["entailment", "neutral"]}
+    assert label_names.names(config, {"": data}) == {"": ["entailment", "neutral"]}
     config = replace(config, train=replace(config.train, init_from=str(classifier)))
-    assert labels.names(config, {"": data}) == {"": NAMES}
+    assert label_names.names(config, {"": data}) == {"": NAMES}
     (tmp_path / "a.csv").write_text("text,label\nx,yes\ny,no\n")
-    assert labels.names(config, {"": data}) == {"": ["no", "yes"]}
+    assert label_names.names(config, {"": data}) == {"": ["no", "yes"]}
 
 
 @pytest.mark.parametrize(
@@ -145,8 +147,8 @@ def test_two_separators_stand_between_the_texts_of_a_pair(tmp_path):
     config = Config(data=DataConfig(seq_len=12), task=TaskConfig(objective="classification"))
     facts = {"vocab_size": 300, "bos_id": 0, "eos_id": 2, "mask_id": 4}
     for separators, expected in ((1, [0, 11, 12, 2, 21, 22, 23, 2]), (2, [0, 11, 12, 2, 2, 21, 22, 23, 2])):
-        ids = special.special_ids(facts | {"separators": separators}, "encoder")
-        batch = heads.LabelRows(shards, config, ids).batch(np.array([0]), np.array([0]))
+        ids = special_tokens.special_ids(facts | {"separators": separators}, "encoder")
+        batch = classification_rows.LabelRows(shards, config, ids).batch(np.array([0]), np.array([0]))
         assert batch.segments_BT is not None and batch.types_BT is not None
         length = int(batch.segments_BT.sum())
         assert batch.tokens_BT[0, :length].tolist() == expected
@@ -203,7 +205,7 @@ def test_an_export_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     old = (directory / "config.json").read_bytes(), (directory / "model.safetensors").read_bytes()
     from test_import import Exporter, random_model
 
-    from lslm_jax.data.tokenizer import Bytes
+    from lslm_jax.data.tokenizers.tokenizer import Bytes
 
     exporter, model = Exporter(config, Bytes(), []), random_model(config.model, "causal")
     monkeypatch.setattr(exporter, "_settings", None)  # fails when all else is written

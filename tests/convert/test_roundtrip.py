@@ -13,8 +13,8 @@ from test_import import SIZES, save
 
 from lslm_jax.config import TokenizerConfig
 from lslm_jax.convert import generation, pretrained
-from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data import tokenizer_files, vocabulary
+from lslm_jax.data.tokenizers import hf_metadata, train
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.models import presets
 
 TEXT = "The cat sat, the dog (naïve) slept: 1234 <|end|>\n"
@@ -64,7 +64,7 @@ def word_pieces(directory):
 
 def pieces(directory):
     """A tokenizer.model with tokens behind its pieces, as chat models have them."""
-    made = vocabulary.train(iter([TEXT] * 20), TokenizerConfig(vocab_size=290))
+    made = train.train(iter([TEXT] * 20), TokenizerConfig(vocab_size=290))
     (directory / "tokenizer.model").write_bytes(made.content)
     (directory / "added_tokens.json").write_text(json.dumps({"<|turn|>": made.vocab_size, END: made.vocab_size + 1}))
     return {"tokenizer_class": "LlamaTokenizer", "eos_token": END, "additional_special_tokens": ["<|turn|>"]}
@@ -130,7 +130,7 @@ def contents(directory):
     directory = epath.Path(directory)
     source = pretrained.describe(directory)
     words = tokenizers.load(pretrained.vocabulary(directory))
-    beside = tokenizer_files.read(directory)
+    beside = hf_metadata.read(directory)
     objective = pretrained.task_of(source)
     ids = [words.encode(text).tolist() for text in (TEXT, "<|turn|>x", "")]
     framed = words.encode_framed(f"<|turn|>the cat{END}").ids.tolist()

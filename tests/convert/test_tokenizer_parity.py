@@ -8,9 +8,11 @@ from etils import epath
 
 from lslm_jax.config import Config, DataConfig, TaskConfig, TokenizerConfig
 from lslm_jax.convert import pretrained
-from lslm_jax.data import heads, special, tokenizer_classes, tokenizer_json, vocabulary
-from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data.objectives.causal_lm import classification_rows
 from lslm_jax.data.shards import Shards, ShardWriter
+from lslm_jax.data.tokenizers import hf_classes, to_hf, train
+from lslm_jax.data.tokenizers import special_tokens as special
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 
 transformers = pytest.importorskip("transformers")
 
@@ -19,7 +21,7 @@ QUESTION, CONTEXT = "who sat on the mat", "the cat sat on the mat and slept"
 
 def exported(words, kind, directory, family="encoder"):
     (directory / "config.json").write_text(json.dumps({"model_type": kind}))
-    for name, content in tokenizer_json.files(words, family, kind, 64).items():
+    for name, content in to_hf.files(words, family, kind, 64).items():
         (directory / name).write_bytes(content)
     return transformers.AutoTokenizer.from_pretrained(directory)
 
@@ -30,7 +32,7 @@ def own_row(words, tmp_path):
     writer.add([words.encode(QUESTION), words.encode(CONTEXT)], 0, 1, (0.0, 0.0))
     writer.finish()
     config = Config(data=DataConfig(seq_len=64), task=TaskConfig(objective="qa"))
-    rows = heads.AnswerRows(
+    rows = classification_rows.AnswerRows(
         Shards.open(epath.Path(tmp_path / "train")), config, special.special_ids(words.facts(), "encoder")
     )
     batch = rows.batch(np.array([0]), np.array([0]))
@@ -40,7 +42,7 @@ def own_row(words, tmp_path):
 
 
 def test_a_question_and_its_context_are_what_a_bert_trained_here_reads(tmp_path):
-    words = vocabulary.train(iter([QUESTION, CONTEXT] * 9), TokenizerConfig(vocab_size=300))
+    words = train.train(iter([QUESTION, CONTEXT] * 9), TokenizerConfig(vocab_size=300))
     theirs = exported(words, "bert", tmp_path)
     ids, types = own_row(words, tmp_path)
     encoded = theirs(QUESTION, CONTEXT)
@@ -79,11 +81,11 @@ def test_a_pair_of_a_given_tokenizer_is_what_transformers_makes_of_it(kind, tmp_
     assert type(again) is type(theirs)
 
 
-@pytest.mark.parametrize("name", sorted(tokenizer_classes._RULES))
+@pytest.mark.parametrize("name", sorted(hf_classes._RULES))
 def test_rules_of_a_class_are_those_of_transformers(name):
     made = json.loads(getattr(transformers, name)().backend_tokenizer.to_str())
-    for part, rules in tokenizer_classes._RULES[name].items():
-        assert tokenizer_classes._agrees(rules, made[part]), made[part]
+    for part, rules in hf_classes._RULES[name].items():
+        assert hf_classes._agrees(rules, made[part]), made[part]
 
 
 def test_registered_classes_are_those_of_transformers():
@@ -94,6 +96,6 @@ def test_registered_classes_are_those_of_transformers():
     kinds = {family.model_type for family in pretrained.FAMILIES} - {"marian"}  # Marian's is not a tokenizer.json
     for kind in kinds:
         name = (registered.get(kind) or "").removesuffix("Fast")
-        assert ("" if name == "TokenizersBackend" else name) == tokenizer_classes._REGISTERED.get(kind, ""), kind
-        assert (name == "TokenizersBackend") == (kind in tokenizer_classes._GENERIC), kind
-        assert (kind in incorrect and kind not in tokenizer_classes._GENERIC) == (kind in tokenizer_classes._FORCED)
+        assert ("" if name == "TokenizersBackend" else name) == hf_classes._REGISTERED.get(kind, ""), kind
+        assert (name == "TokenizersBackend") == (kind in hf_classes._GENERIC), kind
+        assert (kind in incorrect and kind not in hf_classes._GENERIC) == (kind in hf_classes._FORCED)

@@ -11,7 +11,7 @@ import pytest
 from lslm_jax.config import Config, TaskConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import pretrained
-from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.models import presets
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train.state import abstract_model

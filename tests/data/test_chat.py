@@ -7,18 +7,19 @@ import pathlib
 import numpy as np
 import pytest
 from etils import epath
+from lslm_jax.data.chat.tokenize_chat.chat_template import Template
+from lslm_jax.data.chat.tokenize_chat.special_token_escaping import guard_of
+from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, TokenizerConfig, TrainConfig
 from lslm_jax.config.validation import validate
-from lslm_jax.data import chat, examples, templates
-from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data.examples import Recipe
-from lslm_jax.data.guard import guard_of
-from lslm_jax.data.pipeline import open_eval, open_train
-from lslm_jax.data.prepare import prepare
+from lslm_jax.data import encode_examples
+from lslm_jax.data.chat.tokenize_chat import chat_template, tokenize_chat
+from lslm_jax.data.dataloader import open_eval, open_train
+from lslm_jax.data.encode_examples import Recipe
 from lslm_jax.data.shards import Shards
-from lslm_jax.data.templates import Template
-from lslm_jax.data.vocabulary import train as train_vocabulary
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.train import train as train_vocabulary
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 TURNS = """\
@@ -39,15 +40,15 @@ def template(text: str, **more) -> Template:
 
 
 def fill_in(text: str, messages=()) -> str:
-    talk = {"messages": list(messages) or chat.of_pair("Hi", "Yo")}
-    return templates.fill_in(template(text), talk, [(len(talk["messages"]), False)], "f:1")[0]
+    talk = {"messages": list(messages) or tokenize_chat.of_pair("Hi", "Yo")}
+    return chat_template.fill_in(template(text), talk, [(len(talk["messages"]), False)], "f:1")[0]
 
 
 def turns(*contents: str) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-def answers_of(learnt: chat.Learnt, words) -> list[str]:
+def answers_of(learnt: tokenize_chat.Learnt, words) -> list[str]:
     """What is learnt, each stretch of it with the end token as |."""
     edges = np.flatnonzero(np.diff(learnt.marks, prepend=0, append=0))
     parts = [learnt.ids[begin:end] for begin, end in edges.reshape(-1, 2)]
@@ -67,7 +68,7 @@ def words(request):
 
 
 def test_answers_alone_are_learnt_with_their_ends_and_nothing_behind(words):
-    [learnt] = chat.learn({"messages": turns("a", "b c", "d", " e\n")}, template(TURNS), words, "f:1")
+    [learnt] = tokenize_chat.learn({"messages": turns("a", "b c", "d", " e\n")}, template(TURNS), words, "f:1")
     assert answers_of(learnt, words) == ["b c", " e\n"]
     assert learnt.num_bytes == len("b c") + len(" e\n")
     whole = words.decode(learnt.ids)
@@ -78,22 +79,22 @@ def test_answers_alone_are_learnt_with_their_ends_and_nothing_behind(words):
 
 def test_what_follows_the_last_answer_is_left_out(words):
     talk = [*turns("a", "b"), {"role": "user", "content": "never read"}]
-    [learnt] = chat.learn({"messages": talk}, template(TURNS), words, "f:1")
+    [learnt] = tokenize_chat.learn({"messages": talk}, template(TURNS), words, "f:1")
     assert answers_of(learnt, words) == ["b"] and "never" not in words.decode(learnt.ids)
 
 
 def test_a_template_that_forgets_makes_an_example_of_each_answer_as_it_was_asked(words):
     talk = turns("q/1", "t/b", "q/2", "t/d")
-    first, second = chat.learn({"messages": talk}, template(FORGETS), words, "f:1")
+    first, second = tokenize_chat.learn({"messages": talk}, template(FORGETS), words, "f:1")
     assert answers_of(first, words) == ["t/b"] and answers_of(second, words) == ["t/d"]
     assert words.decode(second.ids).replace(" ", "") == "u:q/1a:bu:q/2a:t/d"
-    asked = chat.prompt({"messages": talk[:3]}, template(FORGETS), words, "f:1")
+    asked = tokenize_chat.prompt({"messages": talk[:3]}, template(FORGETS), words, "f:1")
     np.testing.assert_array_equal(second.ids[: len(asked)], asked)
 
 
 def test_an_answer_that_begins_a_text_has_something_before_it(words):
     text = "{% for m in messages if m.role == 'assistant' %}{{ m.content + eos_token }}{% endfor %}"
-    [learnt] = chat.learn({"messages": turns("a", "b")}, template(text), words, "f:1")
+    [learnt] = tokenize_chat.learn({"messages": turns("a", "b")}, template(text), words, "f:1")
     assert learnt.ids[0] == words.bos_id and learnt.marks[0] == 0
     assert answers_of(learnt, words) == ["b"]
 
@@ -101,12 +102,12 @@ def test_an_answer_that_begins_a_text_has_something_before_it(words):
 def test_a_beginning_that_is_not_that_of_answers_is_refused(words):
     text = "{{ messages[0].content }}{% if add_generation_prompt %}A:{% else %}B:{{ eos_token }}{% endif %}"
     with pytest.raises(ConfigError, match=r"^f:1: the chat template t.jinja asks for an answer with 'A:', but .* 'B:"):
-        chat.learn({"messages": turns("a", "b")}, template(text), words, "f:1")
+        tokenize_chat.learn({"messages": turns("a", "b")}, template(text), words, "f:1")
 
 
 def test_a_template_tells_how_an_answer_ends():
     words = tokenizers.Bytes()
-    ending = lambda text: chat.ending(template(text), words)
+    ending = lambda text: tokenize_chat.ending(template(text), words)
     assert ending(TURNS) == ((words.eos_id,), ())
     assert ending("{{ messages[1].content }} [end]\n{{ messages[0].content }}") == ((), ("[end]\nQuestion",))
     with pytest.raises(ConfigError, match=r"t.jinja does not mark where an answer ends: put \{\{ eos_token \}\} behin"):
@@ -115,7 +116,7 @@ def test_a_template_tells_how_an_answer_ends():
 
 def test_an_end_that_is_no_token_is_learnt_as_text():
     words, text = tokenizers.Bytes(), "{% for m in messages %}{{ m.content }}[end]\n\n{% endfor %}"
-    [learnt] = chat.learn({"messages": turns("a", "b")}, template(text), words, "f:1")
+    [learnt] = tokenize_chat.learn({"messages": turns("a", "b")}, template(text), words, "f:1")
     assert words.decode(learnt.ids[learnt.marks == 1]) == "b[end]"
 
 
@@ -138,7 +139,7 @@ HOSTILE = [
 def test_contents_spell_no_special_token(words, content):
     special = set(words.special_tokens.values())
     messages = turns(content, f"x{content}", "b", content)
-    [learnt] = chat.learn({"messages": messages}, template(TURNS), words, "f:1")
+    [learnt] = tokenize_chat.learn({"messages": messages}, template(TURNS), words, "f:1")
     assert sum(id in special for id in learnt.ids.tolist()) == 4
     assert words.decode(learnt.ids).replace("\n", "") == "".join(
         f"{message['role']}:{message['content']}" for message in messages
@@ -148,7 +149,7 @@ def test_contents_spell_no_special_token(words, content):
 @pytest.mark.parametrize(("first", "second"), [("<", "/s>"), ("</", "s>"), ("</s", ">"), ("a</s", ">b")])
 def test_contents_that_meet_spell_none_either(words, first, second):
     text = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '' if add_generation_prompt else eos_token }}"
-    [learnt] = chat.learn({"messages": turns(first, second)}, template(text), words, "f:1")
+    [learnt] = tokenize_chat.learn({"messages": turns(first, second)}, template(text), words, "f:1")
     assert (learnt.ids == words.eos_id).sum() == 1
     assert words.decode(learnt.ids) == first + second
 
@@ -157,7 +158,7 @@ def test_names_and_values_deep_in_a_message_spell_none(words):
     call = {"function": {"name": "</s>", "arguments": {"</s>": ["</s>", 1, None, True]}}}
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
     text = "{{ messages[0].content }}:{% if messages[1] %}{{ messages[1].tool_calls | tojson + eos_token }}{% endif %}"
-    [learnt] = chat.learn({"messages": talk}, template(text), words, "f:1")
+    [learnt] = tokenize_chat.learn({"messages": talk}, template(text), words, "f:1")
     assert (learnt.ids == words.eos_id).sum() == 1
     assert json.loads(words.decode(learnt.ids).partition(":")[2]) == [call]
 
@@ -227,7 +228,7 @@ def test_a_hostile_or_broken_template_is_refused_in_one_line(text, message):
     ],
 )
 def test_a_template_without_an_end_is_ended(text, monkeypatch):
-    monkeypatch.setitem(templates._LIMITS, "seconds", 0.3)
+    monkeypatch.setitem(chat_template._LIMITS, "seconds", 0.3)
     with pytest.raises(ConfigError, match=r"^f:1: the chat template t\.jinja takes more than 0\.3 s$"):
         fill_in(text)
 
@@ -235,12 +236,12 @@ def test_a_template_without_an_end_is_ended(text, monkeypatch):
 def test_the_process_that_fills_templates_in_has_no_secret_of_ours(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     started = []
-    popen = templates.subprocess.Popen
+    popen = chat_template.subprocess.Popen
     monkeypatch.setattr(
-        templates.subprocess, "Popen", lambda *args, **more: (started.append(more), popen(*args, **more))[1]
+        chat_template.subprocess, "Popen", lambda *args, **more: (started.append(more), popen(*args, **more))[1]
     )
     text = "{{ messages[0]['content'] }}{# of its own process #}"
-    assert templates.fill_in(template(text), {"messages": turns("a", "b")}, [(1, False)], "f:1") == ["a"]
+    assert chat_template.fill_in(template(text), {"messages": turns("a", "b")}, [(1, False)], "f:1") == ["a"]
     assert started and set(started[0]["env"]) <= {"PATH", "LANG", "LC_ALL", "TZ", "PYTHONPATH"}
 
 
@@ -259,7 +260,7 @@ def found(directory, name="tokenizer.json", given="") -> str | None:
         tokenizer=TokenizerConfig(kind="huggingface", path=f"{directory}/{name}"),
         data=DataConfig(example="chat", chat_template=given),
     )
-    text = templates.read(config)
+    text = chat_template.read(config)
     return text and text[0]
 
 
@@ -287,7 +288,7 @@ def test_a_template_is_found_beside_its_vocabulary_or_named(tmp_path):
 
 def decode(content, **source):
     recipe = Recipe(DataConfig(example="chat", **source), "causal", {}, template(TURNS))
-    return examples.decode(content, recipe, "strict", "f:1"), recipe
+    return encode_examples.decode(content, recipe, "strict", "f:1"), recipe
 
 
 def nested(depth: int) -> list:
@@ -395,14 +396,14 @@ def test_what_is_no_conversation_is_told_in_one_line(messages, message):
 
 def test_contents_are_cleaned_and_count_and_who_read_them_where_is_nothing():
     example, recipe = decode({"messages": turns("a  b ", " c\x00")})
-    cleaned = examples.cleaned(example, recipe, CleanConfig(whitespace="collapse"))
+    cleaned = encode_examples.cleaned(example, recipe, CleanConfig(whitespace="collapse"))
     assert cleaned["messages"] == turns("a b", "c")
-    assert examples.reason(cleaned, recipe, CleanConfig(max_chars=4)) == "too_long"
-    assert examples.reason(cleaned, recipe, CleanConfig()) is None
-    assert examples.reason(decode({"messages": turns("a", " ")})[0], recipe, CleanConfig()) == "no_answer"
+    assert encode_examples.reason(cleaned, recipe, CleanConfig(max_chars=4)) == "too_long"
+    assert encode_examples.reason(cleaned, recipe, CleanConfig()) is None
+    assert encode_examples.reason(decode({"messages": turns("a", " ")})[0], recipe, CleanConfig()) == "no_answer"
     other = cleaned | {"origin": "f:2"}
-    assert examples.digest(other, recipe) == examples.digest(cleaned, recipe)
-    assert examples.texts(cleaned, recipe) == ["a b", "c"]
+    assert encode_examples.digest(other, recipe) == encode_examples.digest(cleaned, recipe)
+    assert encode_examples.texts(cleaned, recipe) == ["a b", "c"]
 
 
 # From files to rows.
@@ -516,10 +517,10 @@ def test_an_evaluation_counts_the_bytes_of_answers(tmp_path):
 def test_processes_and_interruptions_change_nothing_though_a_conversation_makes_several_examples(tmp_path, monkeypatch):
     text = FORGETS + "{% if false %}{{ strftime_now('%Y') }}{% endif %}"
     config = config_of(tmp_path, text, shard_tokens=150)
-    monkeypatch.setattr("lslm_jax.data.templates._now", lambda: "2020-01-01T00:00:00")
+    monkeypatch.setattr("lslm_jax.data.chat.chat_template._now", lambda: "2020-01-01T00:00:00")
     summary = run(config, tmp_path / "one")
     assert summary["documents"] > 30 and summary["shards"] > 5
-    monkeypatch.setattr("lslm_jax.data.parallel._BLOCK_DOCUMENTS", 7)
+    monkeypatch.setattr("lslm_jax.data.prepare.worker_pool._BLOCK_DOCUMENTS", 7)
     run(config, tmp_path / "two", workers=2)
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
@@ -530,10 +531,10 @@ def test_processes_and_interruptions_change_nothing_though_a_conversation_makes_
         if (tmp_path / "killed" / "train" / "tokens-00003.bin").exists():
             raise Killed
 
-    monkeypatch.setattr("lslm_jax.data.prepare._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("lslm_jax.data.prepare.prepare._LOG_SECONDS", 0.0)
     with pytest.raises(Killed):
         prepare(config, epath.Path(tmp_path / "killed"), kill, workers=1)
-    monkeypatch.setattr("lslm_jax.data.templates._now", lambda: "2031-01-01T00:00:00")
+    monkeypatch.setattr("lslm_jax.data.chat.chat_template._now", lambda: "2031-01-01T00:00:00")
     run(config, tmp_path / "killed")
     assert content(tmp_path / "killed") == content(tmp_path / "one")
 
@@ -543,7 +544,7 @@ def test_the_template_travels_with_the_data_and_another_is_refused(tmp_path):
     assert not run(config, tmp_path / "out")["skipped"]
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TURNS
     record = json.loads((tmp_path / "out" / "manifest.json").read_text())["chat"]
-    assert templates.load(record, epath.Path(tmp_path / "out")).text == TURNS
+    assert chat_template.load(record, epath.Path(tmp_path / "out")).text == TURNS
     (tmp_path / "t.jinja").write_text(TURNS + " ")
     with pytest.raises(ConfigError, match=r"was prepared with another chat template: choose another data\.dir"):
         run(config, tmp_path / "out")
@@ -551,7 +552,7 @@ def test_the_template_travels_with_the_data_and_another_is_refused(tmp_path):
     assert run(config, tmp_path / "out")["skipped"]
     (tmp_path / "out" / "chat_template.jinja").write_text("x")
     with pytest.raises(DataError, match=r"chat_template\.jinja is not what the data were prepared with"):
-        templates.load(record, epath.Path(tmp_path / "out"))
+        chat_template.load(record, epath.Path(tmp_path / "out"))
 
 
 def test_a_mixture_of_conversations_is_drawn_from(tmp_path):
@@ -601,7 +602,7 @@ def test_tables_hold_conversations_or_questions_and_answers(tmp_path, suffix):
     dropped = run(config, tmp_path / "out")["dropped"]
     assert dropped == ({"duplicate": 1} if suffix == "parquet" else {})
     words = tokenizers.Bytes()
-    [learnt] = chat.learn(
+    [learnt] = tokenize_chat.learn(
         {"messages": turns(*("abcd" if suffix == "parquet" else "ab"))}, template(TURNS), words, "f:1"
     )
     shards = Shards.open(epath.Path(tmp_path / "out" / "train"))

@@ -3,7 +3,7 @@
 import pytest
 
 from lslm_jax.config import CleanConfig
-from lslm_jax.data import clean
+from lslm_jax.data.prepare.prepare import cleaning
 from lslm_jax.errors import DataError
 
 AWKWARD = [
@@ -24,8 +24,8 @@ AWKWARD = [
 def test_cleaning_twice_changes_nothing(unicode, whitespace, control):
     config = CleanConfig(unicode=unicode, whitespace=whitespace, control=control)
     for text in AWKWARD:
-        once = clean.clean_text(text, config)
-        assert clean.clean_text(once, config) == once
+        once = cleaning.clean_text(text, config)
+        assert cleaning.clean_text(once, config) == once
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,13 @@ def test_cleaning_twice_changes_nothing(unicode, whitespace, control):
     ],
 )
 def test_text_is_cleaned_as_configured(config, text, cleaned):
-    assert clean.clean_text(text, config) == cleaned
+    assert cleaning.clean_text(text, config) == cleaned
 
 
 def test_short_and_long_documents_are_named_so():
     config = CleanConfig(min_chars=2, max_chars=3)
-    assert [clean.reason("x" * n, config) for n in range(1, 5)] == ["too_short", None, None, "too_long"]
-    assert clean.reason("x" * 10**6, CleanConfig()) is None
+    assert [cleaning.reason("x" * n, config) for n in range(1, 5)] == ["too_short", None, None, "too_long"]
+    assert cleaning.reason("x" * 10**6, CleanConfig()) is None
 
 
 @pytest.mark.parametrize(
@@ -59,26 +59,26 @@ def test_short_and_long_documents_are_named_so():
 )
 def test_undecodable_text_stops_with_its_place_unless_told_otherwise(data, message):
     with pytest.raises(DataError) as error:
-        clean.decode(data, "strict", "f.txt")
+        cleaning.decode(data, "strict", "f.txt")
     assert str(error.value) == f"{message}; clean.bad_utf8 may be replace or skip"
-    assert clean.decode(data, "skip", "f.txt") is None
-    replaced = clean.decode(data, "replace", "f.txt")
+    assert cleaning.decode(data, "skip", "f.txt") is None
+    replaced = cleaning.decode(data, "replace", "f.txt")
     assert "\ufffd" in replaced
     replaced.encode()
 
 
 def test_the_held_out_share_is_a_function_of_the_text():
-    digests = [clean.digest(f"document {i}") for i in range(20_000)]
-    valid = {digest for digest in digests if clean.is_valid(digest, 0.05)}
+    digests = [cleaning.digest(f"document {i}") for i in range(20_000)]
+    valid = {digest for digest in digests if cleaning.is_valid(digest, 0.05)}
     assert 0.04 < len(valid) / len(digests) < 0.06
-    assert valid <= {digest for digest in digests if clean.is_valid(digest, 0.06)}
-    assert not any(clean.is_valid(digest, 0.0) for digest in digests)
-    assert all(clean.is_valid(digest, 1.0) for digest in digests)
+    assert valid <= {digest for digest in digests if cleaning.is_valid(digest, 0.06)}
+    assert not any(cleaning.is_valid(digest, 0.0) for digest in digests)
+    assert all(cleaning.is_valid(digest, 1.0) for digest in digests)
 
 
 def test_equal_documents_are_seen_once():
-    memory = clean.Deduplicator(near=False)
-    seen = [memory.seen(clean.digest(text), None) for text in ("a", "b", "a", "a ")]
+    memory = cleaning.Deduplicator(near=False)
+    seen = [memory.seen(cleaning.digest(text), None) for text in ("a", "b", "a", "a ")]
     assert seen == [None, None, "duplicate", None]
 
 
@@ -89,6 +89,6 @@ def test_near_documents_are_seen_once_and_distant_ones_stay():
     many_changed = ["zebra" if i % 10 == 0 else word for i, word in enumerate(words)]
     texts = [" ".join(words), " ".join(one_changed).upper(), " ".join(many_changed), "".join(chinese)]
     texts += ["".join([*chinese[:300], "\u4e00", *chinese[301:]]), "short", "short!", "...", "???"]
-    memory = clean.Deduplicator(near=True)
-    seen = [memory.seen(clean.digest(text), clean.signature(text)) for text in texts]
+    memory = cleaning.Deduplicator(near=True)
+    seen = [memory.seen(cleaning.digest(text), cleaning.signature(text)) for text in texts]
     assert seen == [None, "near_duplicate", None, None, "near_duplicate", None, "near_duplicate", None, None]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lslm_jax.data.fitting import Fitting, cut, fit
+from lslm_jax.data.example_packing import Fitting, cut, fit
 
 
 @pytest.mark.parametrize("limits", [(30,), (30, 20), (7, 50)])

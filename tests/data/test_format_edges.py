@@ -10,10 +10,10 @@ import pathlib
 
 import pytest
 from etils import epath
+from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import CleanConfig, Config, DataConfig, TaskConfig, TokenizerConfig
-from lslm_jax.data import files, sources
-from lslm_jax.data.prepare import prepare
+from lslm_jax.data.readers import files, sources
 from lslm_jax.errors import ConfigError, DataError
 
 LINES = b'{"text": "aa"}\n{"text": "bb"}\n'
@@ -61,7 +61,7 @@ def test_lines_may_end_with_a_carriage_return_alone(tmp_path, name, content, set
 
 
 def test_a_carriage_return_at_the_end_of_a_read_is_one_line_end(tmp_path, monkeypatch):
-    from lslm_jax.data import formats
+    from lslm_jax.data.readers import formats
 
     monkeypatch.setattr(formats, "_HEAD", 4)  # so that line feeds come later
     stream = formats._WithLineFeeds(io.BytesIO(b"abc\r\nde\rf\r\r\ng"))

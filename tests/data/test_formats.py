@@ -10,11 +10,11 @@ import pathlib
 
 import pytest
 from etils import epath
+from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import CleanConfig, Config, DataConfig, TaskConfig, TokenizerConfig
 from lslm_jax.config.validation import validate
-from lslm_jax.data import files, formats, sources
-from lslm_jax.data.prepare import prepare
+from lslm_jax.data.readers import files, formats, sources
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 BYTES = TokenizerConfig(kind="bytes")
@@ -176,7 +176,7 @@ def test_the_summary_lists_files_by_what_they_are_read_as(tmp_path):
 )
 @pytest.mark.parametrize("chunk", [1, 2, 3, 1000])
 def test_documents_are_separated_by_a_mark(tmp_path, monkeypatch, separator, content, chunk):
-    monkeypatch.setattr("lslm_jax.data.formats._CHUNK", chunk)
+    monkeypatch.setattr("lslm_jax.data.readers.formats._CHUNK", chunk)
     assert texts(write(tmp_path / "a.txt", content), separator=separator) == ["one\n1", "two", "three"]
     indented = write(tmp_path / "b.txt", "def f():\n  pass\n\n  # g\n")
     assert texts(indented, separator="blank_line") == ["def f():\n  pass", "  # g"]
@@ -242,9 +242,9 @@ def test_devices_and_pipes_are_rejected(tmp_path):
 def test_one_document_is_limited_in_size(tmp_path, monkeypatch, name, content, message):
     for module in ("formats", "record_files"):
         monkeypatch.setattr(f"lslm_jax.data.{module}.MAX_RECORD", 1000)
-    monkeypatch.setattr("lslm_jax.data.record_files._CHUNK", 700)
-    monkeypatch.setattr("lslm_jax.data.formats.MAX_FILE", 2000)
-    monkeypatch.setattr("lslm_jax.data.formats._CHUNK", 1 << 10)
+    monkeypatch.setattr("lslm_jax.data.readers.record_files._CHUNK", 700)
+    monkeypatch.setattr("lslm_jax.data.readers.formats.MAX_FILE", 2000)
+    monkeypatch.setattr("lslm_jax.data.readers.formats._CHUNK", 1 << 10)
     path = write(tmp_path / name, content)
     with pytest.raises(DataError) as error:
         texts(path)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tiny_data import BOS, EOS, NUM_LABELS, VOCAB_SIZE, Case, config_of, write_all, write_examples, write_manifest
 
-from lslm_jax.data.fitting import cut
-from lslm_jax.data.pipeline import open_eval, open_train
+from lslm_jax.data.dataloader import open_eval, open_train
+from lslm_jax.data.example_packing import cut
 from lslm_jax.errors import ConfigError
 
 SIZE = VOCAB_SIZE + 1

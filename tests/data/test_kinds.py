@@ -8,12 +8,12 @@ import pathlib
 import numpy as np
 import pytest
 from etils import epath
+from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, TaskConfig, TokenizerConfig
-from lslm_jax.data import sources
-from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data.prepare import prepare
+from lslm_jax.data.readers import sources
 from lslm_jax.data.shards import Shards
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 BYTES = TokenizerConfig(kind="bytes")
@@ -97,7 +97,7 @@ def test_pairs_are_aligned_line_by_line_and_held_out_ones_kept_whole(pairs, tmp_
 def test_processes_and_interruptions_change_nothing(pairs, tmp_path, monkeypatch):
     pairs = dataclasses.replace(pairs, data=dataclasses.replace(pairs.data, shard_tokens=300))
     run(pairs, tmp_path / "one")
-    monkeypatch.setattr("lslm_jax.data.parallel._BLOCK_DOCUMENTS", 3)
+    monkeypatch.setattr("lslm_jax.data.prepare.worker_pool._BLOCK_DOCUMENTS", 3)
     run(pairs, tmp_path / "two", workers=2)
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
@@ -108,7 +108,7 @@ def test_processes_and_interruptions_change_nothing(pairs, tmp_path, monkeypatch
         if (tmp_path / "killed" / "train" / "tokens-00002.bin").exists():
             raise Killed
 
-    monkeypatch.setattr("lslm_jax.data.prepare._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("lslm_jax.data.prepare.prepare._LOG_SECONDS", 0.0)
     with pytest.raises(Killed):
         prepare(pairs, epath.Path(tmp_path / "killed"), kill, workers=1)
     run(pairs, tmp_path / "killed")

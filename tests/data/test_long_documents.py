@@ -9,13 +9,14 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
+from lslm_jax.data.prepare.prepare.prepare import prepare
 
 import lslm_jax
 from lslm_jax.config import CleanConfig, Config, DataConfig, TokenizerConfig
-from lslm_jax.data import clean, long_documents, vocabulary
-from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data.prepare import prepare
+from lslm_jax.data.prepare.prepare import cleaning, long_documents
 from lslm_jax.data.shards import Shards
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers import train
 from lslm_jax.errors import DataError
 
 ENGLISH = 'The quick (brown) fox, 42 times,  jumped over\u00e9 the lazy dog\'s back;\t"why?" he said -- naturally.'
@@ -61,16 +62,16 @@ def test_cleaning_in_parts_is_cleaning_the_whole(config, as_bytes):
     for text in texts:
         content = text.encode() if as_bytes else text
         found = long_documents.cleaned(content, config, "strict", "f")
-        expected = clean.clean_text(text, config)
+        expected = cleaning.clean_text(text, config)
         assert b"".join(found.parts).decode() == expected
-        assert found.length == len(expected) and found.digest == clean.digest(expected)
+        assert found.length == len(expected) and found.digest == cleaning.digest(expected)
 
 
 @pytest.mark.parametrize("policy", ["strict", "replace", "skip"])
 def test_bad_bytes_in_a_long_text_are_treated_as_in_any(policy):
     content = (text_of(0).encode() + b"\xff\n" + text_of(1).encode()).replace(CJK[:2].encode(), CJK[:2].encode()[:4])
     try:
-        expected = clean.decode(content, policy, "f")
+        expected = cleaning.decode(content, policy, "f")
     except DataError as error:
         with pytest.raises(DataError) as found:
             long_documents.cleaned(content, CleanConfig(), policy, "f")
@@ -80,12 +81,12 @@ def test_bad_bytes_in_a_long_text_are_treated_as_in_any(policy):
     if expected is None:
         assert found is None
     else:
-        assert b"".join(found.parts).decode() == clean.clean_text(expected, CleanConfig())
+        assert b"".join(found.parts).decode() == cleaning.clean_text(expected, CleanConfig())
 
 
 def trained(model: str) -> tokenizers.Tokenizer:
-    texts = [clean.clean_text(text_of(seed, count=300), CleanConfig()) for seed in range(5)] + [CJK]
-    return vocabulary.train(iter(texts), TokenizerConfig(model=model, vocab_size=400))
+    texts = [cleaning.clean_text(text_of(seed, count=300), CleanConfig()) for seed in range(5)] + [CJK]
+    return train.train(iter(texts), TokenizerConfig(model=model, vocab_size=400))
 
 
 def byte_level() -> tokenizers.Tokenizer:

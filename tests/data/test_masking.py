@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from lslm_jax.data.objectives.causal_lm.masked_lm import choose_words, num_predictions
 from tiny_data import BOS, EOS, PACKINGS, VOCAB_SIZE, Case, config_of, write_all, write_manifest
 
-from lslm_jax.data import tokenizer
-from lslm_jax.data.masking import choose_words, num_predictions
-from lslm_jax.data.pipeline import open_eval, open_train
+from lslm_jax.data.dataloader import open_eval, open_train
 from lslm_jax.data.shards import ShardWriter
+from lslm_jax.data.tokenizers import tokenizer
 
 MASKED = Case("masked", "encoder")
 SIZE = VOCAB_SIZE + 1

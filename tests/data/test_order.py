@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lslm_jax.data.order import PATTERN, choose, combine, mixture_pattern, permute
+from lslm_jax.data.index_shuffle import PATTERN, choose, combine, mixture_pattern, permute
 from lslm_jax.errors import ConfigError
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tiny_data import BOS, EOS, PACKINGS, VOCAB_SIZE, Case, config_of, examples_of, write_all
 
-from lslm_jax.data.fitting import cut
-from lslm_jax.data.pipeline import open_train
+from lslm_jax.data.dataloader import open_train
+from lslm_jax.data.example_packing import cut
 
 ENCODED = Case("seq2seq", "encoder_decoder", 2)
 DECODED = Case("seq2seq", "decoder", 2)

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from lslm_jax.config import Config, DataConfig, EvalConfig, MixtureSource, TrainConfig
-from lslm_jax.data.pipeline import open_eval, open_train
+from lslm_jax.data.dataloader import open_eval, open_train
 from lslm_jax.data.prefetch import batches
 from lslm_jax.data.shards import ShardWriter
 from lslm_jax.errors import ConfigError, DataError, InputMissing

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from lslm_jax.batch import Batch
+from lslm_jax.data.batch import Batch
 from lslm_jax.data.prefetch import batches
 from lslm_jax.errors import DataError
 
@@ -17,7 +17,7 @@ CONSUMER = """
 import sys
 import time
 import numpy as np
-from lslm_jax.batch import Batch
+from lslm_jax.data.batch import Batch
 from lslm_jax.data.prefetch import batches
 
 def make(step):

@@ -16,13 +16,14 @@ import time
 import numpy as np
 import pytest
 from etils import epath
+from lslm_jax.data.prepare.prepare.prepare import prepare
 
 import lslm_jax
 from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, TokenizerConfig
-from lslm_jax.data import clean, vocabulary
-from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data.prepare import prepare
+from lslm_jax.data.prepare.prepare import cleaning
 from lslm_jax.data.shards import Shards
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers import train as vocabulary
 from lslm_jax.errors import ConfigError, DataError, InputMissing, LslmError, SaveError
 
 LIBRARY = pathlib.Path(os.__file__).parent
@@ -187,8 +188,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes_and_leaves_no_process(tmp_
 @pytest.mark.parametrize("size", [1_000, 400_000], ids=["between results", "while it writes one"])
 def test_a_killed_worker_is_told_in_one_line(size, corpus, tmp_path, monkeypatch):
     """A result of 400,000 characters does not fit into the pipe, which nobody reads while `kill_one` waits."""
-    monkeypatch.setattr("lslm_jax.data.parallel._BLOCK_CHARS", size)
-    monkeypatch.setattr("lslm_jax.data.prepare._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("lslm_jax.data.prepare.worker_pool._BLOCK_CHARS", size)
+    monkeypatch.setattr("lslm_jax.data.prepare.prepare._LOG_SECONDS", 0.0)
     for i in range(6):
         (tmp_path / "raw" / f"big{i}.py").write_text(f"{i}" * 400_000)
 
@@ -418,7 +419,7 @@ def test_near_duplicates_of_real_text_are_dropped(shared, tmp_path):
 )
 def test_a_missing_package_is_named_when_it_is_needed_and_only_then(tmp_path, monkeypatch, package, config, message):
     tokenizers.sentencepiece.cache_clear()
-    clean._empty_minhash.cache_clear()
+    cleaning._empty_minhash.cache_clear()
     for name in ("sentencepiece", "tokenizers", "datasketch", "pyarrow", "tensorflow_datasets"):
         monkeypatch.setitem(sys.modules, name, None)
     path = write(tmp_path / "a.jsonl", "a text that is long enough")

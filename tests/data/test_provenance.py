@@ -10,10 +10,11 @@ import time
 import numpy as np
 import pytest
 from etils import epath
+from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, TaskConfig, TokenizerConfig
-from lslm_jax.data import directory_lock, labels, records
-from lslm_jax.data.prepare import prepare
+from lslm_jax.data import label_names
+from lslm_jax.data.prepare.prepare import data_manifest, directory_lock
 from lslm_jax.data.shards import Shards
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
@@ -48,8 +49,8 @@ def test_labels_flipped_in_place_are_noticed(tmp_path):
     path.write_text("text,label\ngood,0\nbad,1\n")
     with pytest.raises(DataError, match=rf"the input has changed .*: {path} has the same size but another content; "):
         run(classes(str(path)), tmp_path / "out")
-    [record] = [records.read(epath.Path(tmp_path / "out" / "manifest.json"))]
-    assert records.changed_inputs(record) == [str(path)]
+    [record] = [data_manifest.read(epath.Path(tmp_path / "out" / "manifest.json"))]
+    assert data_manifest.changed_inputs(record) == [str(path)]
 
 
 def test_text_altered_between_a_kill_and_the_continuation_is_noticed(tmp_path, monkeypatch):
@@ -63,8 +64,8 @@ def test_text_altered_between_a_kill_and_the_continuation_is_noticed(tmp_path, m
         if (tmp_path / "out" / "train" / "tokens-00003.bin").exists():
             raise Killed
 
-    monkeypatch.setattr("lslm_jax.data.prepare._LOG_SECONDS", 0.0)
-    monkeypatch.setattr("lslm_jax.data.parallel._BLOCK_DOCUMENTS", 3)
+    monkeypatch.setattr("lslm_jax.data.prepare.prepare._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("lslm_jax.data.prepare.worker_pool._BLOCK_DOCUMENTS", 3)
     with pytest.raises(Killed):
         run(config, tmp_path / "out", kill)
     status = path.stat()
@@ -81,7 +82,7 @@ def test_a_file_edited_while_it_is_read_is_noticed_at_the_end(tmp_path, monkeypa
     def edit(line: str) -> None:
         path.write_text(path.read_text().replace("two", "2nd"))
 
-    monkeypatch.setattr("lslm_jax.data.prepare._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("lslm_jax.data.prepare.prepare._LOG_SECONDS", 0.0)
     with pytest.raises(DataError, match=f"^{path} was changed while it was read: remove {tmp_path}/out and prepare"):
         run(config, tmp_path / "out", lambda line: edit(line) if "examples read" in line else None)
 
@@ -93,18 +94,20 @@ def test_an_altered_manifest_is_noticed_and_an_older_one_accepted(tmp_path, key)
     run(classes(str(path)), tmp_path / "out")
     directory, manifest = epath.Path(tmp_path / "out"), tmp_path / "out" / "manifest.json"
     sound = json.loads(manifest.read_text())
-    assert records.verify(directory) > 0
+    assert data_manifest.verify(directory) > 0
     changes = {"labels": ["pos", "neg"], "source_labels": {"": ["pos", "neg"]}}
     changes["tokenizer"] = sound["tokenizer"] | {"eos_id": 5}
     altered = sound | {key: changes[key]}
-    assert records.content_sha256(altered) != records.content_sha256(sound)
+    assert data_manifest.content_sha256(altered) != data_manifest.content_sha256(sound)
     manifest.write_text(json.dumps(altered))
     with pytest.raises(DataError, match=f"^{manifest} was altered: its labels, tokenizer or splits are not"):
-        records.verify(directory)
+        data_manifest.verify(directory)
     older = {name: value for name, value in sound.items() if name != "content_sha256"}
     manifest.write_text(json.dumps(older))
-    assert records.verify(directory) > 0
-    assert records.content_sha256(older) == records.content_sha256(older | {"labels": []}), "as it was on record"
+    assert data_manifest.verify(directory) > 0
+    assert data_manifest.content_sha256(older) == data_manifest.content_sha256(older | {"labels": []}), (
+        "as it was on record"
+    )
     assert run(classes(str(path)), tmp_path / "out")["skipped"]
 
 
@@ -157,13 +160,13 @@ RECORD = {
 def test_an_entry_of_a_manifest_of_a_wrong_type_is_named(tmp_path, key, value):
     path = epath.Path(tmp_path / "manifest.json")
     path.write_text(json.dumps(RECORD))
-    assert records.read(path) == RECORD
+    assert data_manifest.read(path) == RECORD
     path.write_text(json.dumps(RECORD | {key: value}))
     with pytest.raises(DataError, match=f"manifest.json is damaged: {key} is "):
-        records.read(path)
+        data_manifest.read(path)
     path.write_text(json.dumps({name: entry for name, entry in RECORD.items() if name != "splits"}))
     with pytest.raises(DataError, match=r"manifest.json is damaged: it lacks splits"):
-        records.read(path)
+        data_manifest.read(path)
 
 
 # Several processes.
@@ -295,13 +298,13 @@ def test_labels_with_bad_bytes_follow_the_policy(tmp_path, suffix):
 
 
 def test_labels_that_are_hardly_meant_to_differ_are_named():
-    assert list(labels.describe(["Pos", "neg", "pos"])) == [
+    assert list(label_names.describe(["Pos", "neg", "pos"])) == [
         "3 labels: Pos, neg, pos",
         "warning: the labels 'Pos' and 'pos' are different classes, though alike",
     ]
     only = ["1 label: only", "warning: all examples have the label 'only': there is nothing to tell apart"]
-    assert list(labels.describe(["only"])) == only and list(labels.describe([])) == []
-    assert list(labels.describe(["1", "1.0", "nan", "x"]))[1:] == [
+    assert list(label_names.describe(["only"])) == only and list(label_names.describe([])) == []
+    assert list(label_names.describe(["1", "1.0", "nan", "x"]))[1:] == [
         "warning: the label 'nan' looks like a missing value and is a class",
         "warning: the labels '1' and '1.0' are different classes, though alike",
     ]

@@ -13,7 +13,7 @@ import unittest.mock
 import pytest
 
 from lslm_jax.config import DataConfig, Source
-from lslm_jax.data import sources
+from lslm_jax.data.readers import sources
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 TEXTS = ["plain", "two\nlines", '"quoted", with, commas\tand tabs', "\u00e9\U0001f600", "  blanks  ", ""]

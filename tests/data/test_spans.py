@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tiny_data import BOS, EOS, VOCAB_SIZE, Case, config_of, write_all
 
-from lslm_jax.data import spans
-from lslm_jax.data.pipeline import open_train
+from lslm_jax.data.dataloader import open_train
+from lslm_jax.data.objectives.causal_lm import span_corruption
 from lslm_jax.errors import ConfigError
 
 SPANS = Case("span_corruption", "encoder_decoder")
@@ -58,10 +58,10 @@ def test_rows_decode_back_to_the_stream_of_documents_joined_by_eos(tmp_path, rat
 
 @pytest.mark.parametrize("raw", [1, 2, 3, 4, 7])
 def test_the_shortest_texts_decode_back_too(raw):
-    sizes = spans.lengths(np.full(50, raw), 0.15, 3.0)
+    sizes = span_corruption.lengths(np.full(50, raw), 0.15, 3.0)
     ids = np.tile(np.arange(10, 10 + raw, dtype=np.int32), (50, 1))
     keys = np.arange(50, dtype=np.uint64)
-    for read, _, said in pieces(spans.corrupt(ids, sizes, keys, SENTINELS, BOS, EOS, 16, 16)):
+    for read, _, said in pieces(span_corruption.corrupt(ids, sizes, keys, SENTINELS, BOS, EOS, 16, 16)):
         assert decode(read, said) == list(range(10, 10 + raw))
 
 
@@ -70,9 +70,9 @@ def test_every_target_belongs_to_the_document_of_its_token_or_span():
     raw = np.array([60, 60, 23])
     document = np.where(np.arange(60) < raw[:, None], np.sort(rng.integers(0, 7, (3, 60)), axis=1), -1)
     ids = np.where(document >= 0, 100 + 1000 * document + np.arange(60), 0).astype(np.int32)
-    sizes, keys = spans.lengths(raw, 0.3, 3.0), np.arange(3, dtype=np.uint64)
-    batch = spans.corrupt(ids, sizes, keys, SENTINELS, BOS, EOS, 60, 40)
-    found = spans.documents_of_targets(document, sizes, keys, 40)
+    sizes, keys = span_corruption.lengths(raw, 0.3, 3.0), np.arange(3, dtype=np.uint64)
+    batch = span_corruption.corrupt(ids, sizes, keys, SENTINELS, BOS, EOS, 60, 40)
+    found = span_corruption.documents_of_targets(document, sizes, keys, 40)
     assert ((found >= 0) == (batch.weights_BT > 0)).all()
     for row_found, row_ids, count in zip(found, batch.targets_BT, sizes.target, strict=True):
         for cell in range(count):
@@ -82,22 +82,22 @@ def test_every_target_belongs_to_the_document_of_its_token_or_span():
 
 
 def test_the_usual_sizes_are_those_of_t5():
-    assert spans.raw_length(512, 114, 0.15, 3.0, 100) == 568
-    full = spans.lengths(568, 0.15, 3.0)
+    assert span_corruption.raw_length(512, 114, 0.15, 3.0, 100) == 568
+    full = span_corruption.lengths(568, 0.15, 3.0)
     assert (full.noise, full.spans, full.source, full.target) == (85, 28, 512, 114)
 
 
 def test_a_source_row_is_always_filled_exactly():
     for source_len in range(3, 300):
         for rate, length in ((0.15, 3.0), (0.5, 3.0), (0.3, 1.0), (0.05, 20.0)):
-            raw = spans.raw_length(source_len, 10_000, rate, length, 10_000)
-            assert spans.lengths(raw, rate, length).source == source_len
-            assert spans.lengths(raw + 1, rate, length).source == source_len + 1
+            raw = span_corruption.raw_length(source_len, 10_000, rate, length, 10_000)
+            assert span_corruption.lengths(raw, rate, length).source == source_len
+            assert span_corruption.lengths(raw + 1, rate, length).source == source_len + 1
 
 
 def test_spans_are_of_the_mean_length_apart_and_anywhere():
-    sizes = spans.lengths(np.full(4000, 100), 0.15, 3.0)
-    noise, first = spans.draw_spans(sizes, np.arange(4000, dtype=np.uint64), 100)
+    sizes = span_corruption.lengths(np.full(4000, 100), 0.15, 3.0)
+    noise, first = span_corruption.draw_spans(sizes, np.arange(4000, dtype=np.uint64), 100)
     assert (noise.sum(axis=1) == 15).all() and (first.sum(axis=1) == 5).all()
     assert not (first & ~noise).any()
     np.testing.assert_array_equal(first[:, 1:], noise[:, 1:] & ~noise[:, :-1])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lslm_jax.data.special import special_ids
+from lslm_jax.data.tokenizers.special_tokens import special_ids
 
 OLD = {"kind": "bytes", "vocab_size": 259, "pad_id": 0, "bos_id": 1, "eos_id": 2}
 BERT = {"vocab_size": 100, "bos_id": 7, "eos_id": 8, "mask_id": 9, "sentinel_ids": []}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_data import CASES, VOCAB_SIZE, Case, config_of, write_all
 
-from lslm_jax.data.pipeline import open_train
+from lslm_jax.data.dataloader import open_train
 
 
 def synthetic(case, rows=None, token_types=2, **settings):

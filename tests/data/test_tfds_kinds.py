@@ -6,10 +6,11 @@ import unittest.mock
 
 import pytest
 from etils import epath
+from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import Config, DataConfig, TaskConfig, TokenizerConfig
-from lslm_jax.data import labels, sources
-from lslm_jax.data.prepare import prepare
+from lslm_jax.data import label_names
+from lslm_jax.data.readers import sources
 from lslm_jax.data.shards import Shards
 from lslm_jax.errors import DataError
 
@@ -107,7 +108,7 @@ def test_pairs_of_wmt(data_dir):
 
 def test_labels_of_glue_have_their_names(data_dir):
     config = Config(data=sst2(data_dir), task=TaskConfig(objective="classification"))
-    assert labels.names(config, {"": config.data}) == {"": ["negative", "positive"]}
+    assert label_names.names(config, {"": config.data}) == {"": ["negative", "positive"]}
     found = contents(config.data)
     assert sorted((content["text"], content["label"]) for content in found) == sorted(
         (english.encode(), i % 2) for i, (_, english) in enumerate(PAIRS[:20])
@@ -175,7 +176,7 @@ def test_words_and_tags_of_a_sequence(tmp_path):
         map(str, [{"words": [b"Ann", b"sings"], "tags": [1, 0]}, {"words": [], "tags": []}])
     )
     config = Config(data=ner, task=TaskConfig(objective="tagging"))
-    assert labels.names(config, {"": ner}) == {"": ["O", "B-PER"]}
+    assert label_names.names(config, {"": ner}) == {"": ["O", "B-PER"]}
 
 
 @pytest.mark.parametrize(

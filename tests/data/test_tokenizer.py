@@ -14,8 +14,8 @@ import tokenizers as package
 from etils import epath
 
 from lslm_jax.config import TokenizerConfig
-from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data import tokenizer_json, vocabulary
+from lslm_jax.data.tokenizers import to_hf, train
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 LIBRARY = pathlib.Path(os.__file__).parent
@@ -45,7 +45,7 @@ def model(request) -> str:
 
 @pytest.fixture(scope="module")
 def trained(model, sources) -> tokenizers.Tokenizer:
-    return vocabulary.train(iter(sources[:12]), TokenizerConfig(model=model, vocab_size=1024))
+    return train.train(iter(sources[:12]), TokenizerConfig(model=model, vocab_size=1024))
 
 
 def test_a_trained_vocabulary_gives_every_text_back(trained, sources):
@@ -89,13 +89,13 @@ def test_training_depends_on_the_text_alone(model, trained):
 
 def test_long_documents_and_odd_characters_are_trained_on():
     text = "word " * 5000 + "x" * 20_000 + "\n" * 9000 + "\x00\u2581\u2585\t" * 100
-    tokenizer = vocabulary.train(iter([text, ""]), TokenizerConfig(vocab_size=285))
+    tokenizer = train.train(iter([text, ""]), TokenizerConfig(vocab_size=285))
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_the_size_of_a_trained_vocabulary_is_an_upper_bound(model):
     texts = ["the cat sat on the mat with another cat that sat"] * 3
-    made = vocabulary.train(iter(texts), TokenizerConfig(model=model, vocab_size=5000))
+    made = train.train(iter(texts), TokenizerConfig(model=model, vocab_size=5000))
     assert 270 < made.vocab_size < 400
     assert made.decode(made.encode(texts[0])) == texts[0]
 
@@ -106,20 +106,20 @@ def test_the_size_of_a_trained_vocabulary_is_an_upper_bound(model):
 )
 def test_rare_spaces_are_spaces(model, text):
     coverage = {"character_coverage": 0.98} if " " in text else {}
-    made = vocabulary.train(iter([text]), TokenizerConfig(model=model, vocab_size=300, **coverage))
+    made = train.train(iter([text]), TokenizerConfig(model=model, vocab_size=300, **coverage))
     for other in (text, "A C  G", " x", "a\u2581b "):
         assert made.decode(made.encode(other)) == other
-    theirs = package.Tokenizer.from_str(json.dumps(tokenizer_json.convert(made, "decoder")))
+    theirs = package.Tokenizer.from_str(json.dumps(to_hf.convert(made, "decoder")))
     assert theirs.decode(theirs.encode("A C  G", add_special_tokens=False).ids) == "A C  G"
 
 
 def test_user_symbols_are_one_token_and_text():
     symbols = ("<|turn|>", "def ")
     texts = ["def add(a, b): return a <|turn|> b"] * 20
-    made = vocabulary.train(iter(texts), TokenizerConfig(vocab_size=320, user_symbols=symbols))
+    made = train.train(iter(texts), TokenizerConfig(vocab_size=320, user_symbols=symbols))
     for symbol in symbols:
         assert len(made.encode(symbol)) == 1 and made.decode(made.encode(f"x{symbol}y")) == f"x{symbol}y"
-    converted = tokenizer_json.convert(made, "decoder")
+    converted = to_hf.convert(made, "decoder")
     theirs = package.Tokenizer.from_str(json.dumps(converted))
     for text in ("def f <|turn|>", "a<|turn|>b def "):
         assert theirs.encode(text, add_special_tokens=False).ids == made.encode(text).tolist()
@@ -129,26 +129,25 @@ def test_user_symbols_are_one_token_and_text():
 def test_characters_beyond_the_coverage_are_spelt_in_bytes():
     texts = ["abcdefgh" * 200 + "é"]
     kept, left = (
-        vocabulary.train(iter(texts), TokenizerConfig(vocab_size=300, character_coverage=share))
-        for share in (1.0, 0.99)
+        train.train(iter(texts), TokenizerConfig(vocab_size=300, character_coverage=share)) for share in (1.0, 0.99)
     )
     assert len(kept.encode("é")) == 1 and len(left.encode("é")) == 2 and left.decode(left.encode("é")) == "é"
 
 
 def test_a_vocabulary_too_small_for_the_characters_is_refused():
     with pytest.raises(ConfigError, match=r"^tokenizer.vocab_size is 100, but .* need at least 2\d\d$"):
-        vocabulary.train(iter(["abcdefgh"]), TokenizerConfig(vocab_size=100))
+        train.train(iter(["abcdefgh"]), TokenizerConfig(vocab_size=100))
 
 
 def test_without_byte_fallback_unknown_characters_are_unknown():
     config = TokenizerConfig(vocab_size=12, byte_fallback=False)
-    tokenizer = vocabulary.train(iter(["aab aab ab ba"] * 9), config)
+    tokenizer = train.train(iter(["aab aab ab ba"] * 9), config)
     assert 3 in tokenizer.encode("a\u00e9")
 
 
 def test_no_text_is_no_vocabulary():
     with pytest.raises(InputMissing, match=r"^there is no text to train a vocabulary on$"):
-        vocabulary.train(iter([]), TokenizerConfig())
+        train.train(iter([]), TokenizerConfig())
 
 
 def test_bytes_are_bytes():
@@ -447,7 +446,7 @@ def test_a_hostile_tokenizer_is_refused_in_a_line(parts, message, tmp_path):
 
 
 def test_a_sentencepiece_model_whose_pieces_are_not_utf_8_is_refused(tmp_path):
-    made = vocabulary.train(iter(["the cat sat on the mat"] * 9), TokenizerConfig(vocab_size=300))
+    made = train.train(iter(["the cat sat on the mat"] * 9), TokenizerConfig(vocab_size=300))
     (tmp_path / "tokenizer.model").write_bytes(made.content.replace("\u2581".encode(), b"\xff\xfe\xff"))
     with pytest.raises(DataError, match="is not a SentencePiece model"):
         tokenizers.load(tmp_path / "tokenizer.model")
@@ -458,7 +457,7 @@ CHAT = {"eos_token": "<|im_end|>", "bos_token": None, "additional_special_tokens
 
 @pytest.mark.parametrize("where", ["added_tokens.json", "added_tokens_decoder"])
 def test_tokens_added_behind_a_sentencepiece_model_are_tokens(where, tmp_path):
-    made = vocabulary.train(iter(["user the cat sat on the mat"] * 9), TokenizerConfig(vocab_size=300))
+    made = train.train(iter(["user the cat sat on the mat"] * 9), TokenizerConfig(vocab_size=300))
     size = made.vocab_size
     ids = {"<|im_start|>": size, "<|im_end|>": size + 1, "<tool>": size + 2}
     (tmp_path / "tokenizer.model").write_bytes(made.content)

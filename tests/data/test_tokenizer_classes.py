@@ -8,8 +8,8 @@ import tokenizers as package
 from etils import epath
 
 from lslm_jax.config import TokenizerConfig
-from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data import tokenizer_base, tokenizer_classes, tokenizer_json, vocabulary
+from lslm_jax.data.tokenizers import base, hf_classes, to_hf, train
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, DataError
 
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -70,16 +70,16 @@ def test_settings_that_contradict_the_file_are_rejected_by_name(key, content, tm
 
 
 def test_an_exported_tokenizer_that_transformers_would_build_otherwise_is_reported(capsys):
-    words = vocabulary.train(iter(["the cat sat on the mat"] * 9), TokenizerConfig(vocab_size=270))
-    tokenizer_json.files(words, "decoder", "llama", 64)
+    words = train.train(iter(["the cat sat on the mat"] * 9), TokenizerConfig(vocab_size=270))
+    to_hf.files(words, "decoder", "llama", 64)
     assert not capsys.readouterr().err
-    tokenizer_classes._report.cache_clear()
-    tokenizer_json.files(words, "decoder", "qwen2", 64)  # whose tokenizer is always Qwen2Tokenizer
+    hf_classes._report.cache_clear()
+    to_hf.files(words, "decoder", "qwen2", 64)  # whose tokenizer is always Qwen2Tokenizer
     assert "AutoTokenizer of transformers 5 replaces it by that of Qwen2Tokenizer" in capsys.readouterr().err
 
 
 def test_a_panic_of_the_library_is_one_line_and_other_output_is_kept(content, tmp_path, capfd):
-    with tokenizer_base.without_panic_text():
+    with base.without_panic_text():
         os.write(2, b"kept")
     assert capfd.readouterr().err == "kept"
     broken = content | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}

@@ -8,8 +8,8 @@ import pytest
 import tokenizers as hugging_face
 
 from lslm_jax.config import TokenizerConfig
-from lslm_jax.data import tokenizer as tokenizers
-from lslm_jax.data import tokenizer_json, vocabulary
+from lslm_jax.data.tokenizers import to_hf, train
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError
 
 HARD = ["  two  spaces\n\n\ttab", "naïve €5 😀👩‍🚀 日本語", "", "a" * 37, " " * 19, "x = [1,2]\n" * 9, "\r\n\0"]
@@ -22,13 +22,13 @@ def words(kind):
     if kind == "bytes":
         return tokenizers.Bytes()
     settings = TokenizerConfig(model=kind, vocab_size=500)
-    return vocabulary.train(itertools.chain(TEXTS[::2], HARD), settings)
+    return train.train(itertools.chain(TEXTS[::2], HARD), settings)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "bytes"])
 def test_ids_and_texts_are_the_same(kind):
     ours = words(kind)
-    converted = tokenizer_json.convert(ours, "decoder")
+    converted = to_hf.convert(ours, "decoder")
     theirs = hugging_face.Tokenizer.from_str(json.dumps(converted))
     likely = lambda ids: sum(converted["model"]["vocab"][id][1] for id in ids)
     assert theirs.get_vocab_size() == ours.vocab_size
@@ -50,7 +50,7 @@ def test_ids_and_texts_are_the_same(kind):
     ],
 )
 def test_texts_are_framed_as_models_of_the_family_read_them(family, single, pair):
-    theirs = hugging_face.Tokenizer.from_str(json.dumps(tokenizer_json.convert(words("bpe"), family)))
+    theirs = hugging_face.Tokenizer.from_str(json.dumps(to_hf.convert(words("bpe"), family)))
     assert theirs.encode("a").tokens == single
     assert theirs.encode("a", "b").tokens == pair
 
@@ -62,26 +62,24 @@ def test_a_given_tokenizer_without_bos_is_given_back_without_one(tmp_path):
     ours = tokenizers.load(tmp_path / "tokenizer.json")
     assert not ours.adds_bos
     for family in ("decoder", "encoder", "encoder_decoder"):
-        assert tokenizer_json.convert(ours, family) == json.loads(ours.content)
+        assert to_hf.convert(ours, family) == json.loads(ours.content)
 
 
 def test_roles_are_named_and_read_back(tmp_path):
     ours = words("bpe")
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_json.convert(ours, "decoder")))
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(tokenizer_json.settings_of(ours, "decoder", "llama", 64))
-    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(to_hf.convert(ours, "decoder")))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(to_hf.settings_of(ours, "decoder", "llama", 64)))
     again = tokenizers.load(tmp_path / "tokenizer.json")
     same = ("vocab_size", "pad_id", "bos_id", "eos_id", "mask_id", "adds_bos")
     assert {key: getattr(again, key) for key in same} == {key: getattr(ours, key) for key in same}
-    assert tokenizer_json.convert(again, "decoder") == tokenizer_json.convert(ours, "decoder")
+    assert to_hf.convert(again, "decoder") == to_hf.convert(ours, "decoder")
 
 
 def test_a_tokenizer_that_changes_texts_is_given_back_as_it_was(shared):
     strange = tokenizers.load(shared / "tokenizers" / "sentencepiece_tests" / "sentencepiece_test.model")
     with pytest.raises(ConfigError, match=r"normalises text, which no tokenizer\.json does the same way"):
-        tokenizer_json.convert(strange, "decoder")
-    files = tokenizer_json.files(strange, "decoder", "llama", 64)
+        to_hf.convert(strange, "decoder")
+    files = to_hf.files(strange, "decoder", "llama", 64)
     assert files["tokenizer.model"] == strange.content and "tokenizer.json" not in files
 
 

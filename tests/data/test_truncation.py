@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 from tiny_data import CASES, Case, config_of, write_all, write_examples, write_manifest
 
-from lslm_jax.data import pipeline
+from lslm_jax.data import dataloader
 from lslm_jax.evaluate import heads
 
 VOCABULARY = 20_200
@@ -17,7 +17,7 @@ def remark(tmp_path, case_id: str, examples, **data) -> str:
     case = next(case for case in CASES if case.id == case_id)
     write_examples(tmp_path / "train", examples)
     write_manifest(tmp_path)
-    [*found] = pipeline.open_train(config_of(case, **data), epath.Path(tmp_path), VOCABULARY).remarks()
+    [*found] = dataloader.open_train(config_of(case, **data), epath.Path(tmp_path), VOCABULARY).remarks()
     assert len(found) <= 1
     return found[0].partition("examples, ")[2].partition(" are longer than")[0] if found else ""
 
@@ -46,7 +46,7 @@ def test_what_is_longer_than_a_row_is_counted(tmp_path, case_id, examples, expec
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_held_out_examples_are_counted_too(tmp_path, case, capsys):
     write_all(tmp_path, case)
-    pipeline.open_eval(config_of(case), epath.Path(tmp_path), VOCABULARY)
+    dataloader.open_eval(config_of(case), epath.Path(tmp_path), VOCABULARY)
     assert ("are longer than" in capsys.readouterr().err) == (case.fields + case.numbers > 1)
 
 
@@ -54,7 +54,7 @@ def test_the_line_names_the_directory_the_setting_and_the_loss(tmp_path):
     write_examples(tmp_path / "train", [([LONG], [0]), ([SHORT], [1])])
     write_manifest(tmp_path)
     case = next(case for case in CASES if case.id == "classification-encoder-1")
-    assert pipeline.open_train(config_of(case), epath.Path(tmp_path), VOCABULARY).remarks() == [
+    assert dataloader.open_train(config_of(case), epath.Path(tmp_path), VOCABULARY).remarks() == [
         f"warning: {tmp_path}/train: of 2 examples, 1 texts are longer than data.seq_len=24 allows and are cut: what "
         "is beyond is neither read nor scored"
     ]
@@ -70,7 +70,7 @@ def test_what_is_cut_away_is_missed(tmp_path):
         write_examples(tmp_path / split, examples)
     write_manifest(tmp_path)
     config = config_of(Case("tagging", "encoder", 2), seq_len=23)  # 21 words of the first text
-    [part] = pipeline.open_eval(config, epath.Path(tmp_path), 20_200).values()
+    [part] = dataloader.open_eval(config, epath.Path(tmp_path), 20_200).values()
     batch = part.batch(0)
     rows = heads.Rows(np.eye(3)[batch.targets_BT], batch.targets_BT, batch.weights_BT, batch.types_BT)
     rows = heads.Rows(*(array[:2] for array in rows[:4]), nll_N=np.zeros(2))

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import loading, validation
-from lslm_jax.data import held_out_files, pipeline
-from lslm_jax.data.prepare import prepare
-from lslm_jax.data.special import resolve
-from lslm_jax.data.tokenizer import Bytes
+from lslm_jax.data import dataloader
+from lslm_jax.data.prepare.prepare import held_out_files
+from lslm_jax.data.tokenizers.special_tokens import resolve
+from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import tasks
 from lslm_jax.evaluate.evaluator import Setting
@@ -97,7 +98,7 @@ def evaluated(request, tmp_path_factory):
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: presets.build(config.model, jax.random.key(1), config.task.objective))()
-        held_out = pipeline.open_eval(config, epath.Path(root) / "data", config.model.vocab_size)
+        held_out = dataloader.open_eval(config, epath.Path(root) / "data", config.model.vocab_size)
         setting = Setting(config, Bytes(), manifest["labels"], facts["special"], attention.XLA, mesh)
         evaluate = lambda data: tasks.make(setting, data, by_example=True)(model)
         plain = tasks.make(setting, held_out)(model)

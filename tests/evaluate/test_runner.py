@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, TrainConfig
+from lslm_jax.data.batch import Batch
 from lslm_jax.evaluate import runner
 from lslm_jax.parallel.sharding import make_mesh
 

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig, validation
 from lslm_jax.config.mesh_axes import mesh_axes
-from lslm_jax.data import pipeline
-from lslm_jax.data.prepare import prepare
+from lslm_jax.data import dataloader
 from lslm_jax.data.shards import Shards
-from lslm_jax.data.special import special_ids
+from lslm_jax.data.tokenizers.special_tokens import special_ids
 from lslm_jax.evaluate import tasks
 from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.models import attention, presets
@@ -54,7 +54,7 @@ def model(config):
 def evaluate(config: Config, model) -> dict[str, float]:
     mesh = make_mesh(config, jax.devices()[: abs(math.prod(mesh_axes(config.mesh).values()))])
     with jax.set_mesh(mesh):
-        data = pipeline.open_eval(config, epath.Path(config.data.dir), 259)
+        data = dataloader.open_eval(config, epath.Path(config.data.dir), 259)
         setting = Setting(config, None, [], SPECIAL, attention.XLA, mesh)
         return tasks.make(setting, data)(jax.device_put(model, shardings_of(model, mesh))).metrics
 

@@ -7,7 +7,7 @@ import pytest
 
 from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.convert import pretrained
-from lslm_jax.data import tokenizer as tokenizers
+from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.generate.decode import generate, stream
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train.state import abstract_model

@@ -5,10 +5,10 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import ModelConfig
 from lslm_jax.config.validation import fill_sizes
-from lslm_jax.data.tokenizer import Bytes
+from lslm_jax.data.batch import Batch
+from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.models import attention, presets
 
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=Bytes().vocab_size, max_length=96))

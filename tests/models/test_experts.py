@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, MeshConfig, ModelConfig
 from lslm_jax.config.validation import fill_sizes
+from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention, experts, grouped, presets
 from lslm_jax.models.attention import KeyValues
 from lslm_jax.models.block import Mlp

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import ModelConfig
 from lslm_jax.config.validation import fill_sizes
+from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, heads, presets
 from lslm_jax.models.attention import KeyValues

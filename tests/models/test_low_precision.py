@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from lslm_jax.config.validation import fill_sizes, validate
+from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, low_precision, presets
 from lslm_jax.models.layers import projections

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import validate
+from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention, presets
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel.sharding import batch_sharding, make_mesh, shardings_of

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, ModelConfig, TrainConfig
 from lslm_jax.config.validation import fill_sizes
+from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention, presets
 from lslm_jax.models.embedding import padded_vocab
 from lslm_jax.train import losses, step

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import fill_sizes
+from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention, presets, stack
 from lslm_jax.parallel import pipeline_parallel
 from lslm_jax.parallel.sharding import make_mesh, shardings_of

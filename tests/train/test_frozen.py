@@ -11,7 +11,7 @@ import pytest
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TaskConfig, TrainConfig
 from lslm_jax.config.mesh_axes import mesh_axes
 from lslm_jax.config.validation import validate
-from lslm_jax.data.pipeline import SyntheticInput
+from lslm_jax.data.dataloader import SyntheticInput
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, lora, presets
 from lslm_jax.parallel.sharding import make_mesh, to_global

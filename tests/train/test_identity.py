@@ -8,9 +8,9 @@ import pytest
 
 from lslm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import validate
-from lslm_jax.data import order
-from lslm_jax.data.detours import Detour
-from lslm_jax.data.synthetic import SyntheticInput
+from lslm_jax.data import index_shuffle
+from lslm_jax.data.skipped_batches import Detour
+from lslm_jax.data.synthetic_data import SyntheticInput
 from lslm_jax.errors import CheckpointRefused, DataError
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime import environment
@@ -161,4 +161,4 @@ def test_another_batch_size_goes_on_at_the_row_where_the_last_batch_ended():
 def test_rows_after_batches_that_were_left_out_are_continued_too():
     detours = [Detour(2, 3)]  # five steps have read batches 0, 1, 5, 6, 7
     offset = identity.continued_rows(made_by(), 5, 12, detours)
-    assert order.positions(5 + 3, 1, 12, [0], offset)[0] == 8 * 8
+    assert index_shuffle.positions(5 + 3, 1, 12, [0], offset)[0] == 8 * 8

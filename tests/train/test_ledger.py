@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lslm_jax.batch import Batch
-from lslm_jax.data.order import positions
+from lslm_jax.data.batch import Batch
+from lslm_jax.data.index_shuffle import positions
 from lslm_jax.errors import DataError, InputMissing
 from lslm_jax.train import ledger
 from lslm_jax.train.ledger import Ledger, attempts, audit

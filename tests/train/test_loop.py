@@ -20,7 +20,7 @@ from lslm_jax import resolving
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import validate
 from lslm_jax.data import prefetch
-from lslm_jax.data.pipeline import SyntheticInput
+from lslm_jax.data.dataloader import SyntheticInput
 from lslm_jax.errors import DataError, NumericAbort, Preempted
 from lslm_jax.evaluate.evaluator import Report
 from lslm_jax.main import main

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config.mesh_axes import mesh_axes
 from lslm_jax.config.validation import validate
+from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention
 from lslm_jax.parallel.sharding import batch_sharding, make_mesh
 from lslm_jax.train import losses, optim, state, step

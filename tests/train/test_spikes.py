@@ -25,9 +25,9 @@ from lslm_jax.config import (
     TrainConfig,
 )
 from lslm_jax.config.validation import validate
-from lslm_jax.data import detours, pipeline
-from lslm_jax.data.detours import Detour, at, extend
-from lslm_jax.data.synthetic import SyntheticInput
+from lslm_jax.data import dataloader, skipped_batches
+from lslm_jax.data.skipped_batches import Detour, at, extend
+from lslm_jax.data.synthetic_data import SyntheticInput
 from lslm_jax.errors import CheckpointRefused, DataError, NumericAbort
 from lslm_jax.train import checkpoint, manifest, spikes
 from lslm_jax.train.spikes import Detector, Spike
@@ -62,7 +62,7 @@ class Spoilt(SyntheticInput):
 @pytest.fixture(scope="module", autouse=True)
 def spoilt(one_device):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "open_train", lambda config, directory, *rest: Spoilt(config, *rest))
+        patch.setattr(dataloader, "open_train", lambda config, directory, *rest: Spoilt(config, *rest))
         yield
 
 
@@ -96,7 +96,7 @@ def test_a_run_goes_back_before_a_spike_and_leaves_its_batches_out(finished):
     assert "in step 48 as in all since 47: going back to step 40, without the 8 batches that came after it" in said
     # What was left of the noise came first then: that is a spike as well, with no checkpoint from long enough before.
     assert "in step 42 as in all since 41: going back to step 30, without the 20 batches that came after it" in said
-    assert detours.read(epath.Path(workdir)) == [Detour(30, 20)]
+    assert skipped_batches.read(epath.Path(workdir)) == [Detour(30, 20)]
     found = losses(workdir)
     assert list(found) == list(range(1, 61)) and max(list(found.values())[30:]) < 1
     audited = verbs.audit(CONFIG, Flags(workdir))
@@ -132,9 +132,9 @@ def test_a_kill_while_going_back_leaves_no_checkpoint_of_the_way_that_was_left(t
         patch.setattr(manifest, "discard", lambda path: 1 / 0)  # killed here
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, config)
-    assert checkpoint.list_steps(workdir / "checkpoints")[-1] == 44 and detours.back_to(workdir) == 40
+    assert checkpoint.list_steps(workdir / "checkpoints")[-1] == 44 and skipped_batches.back_to(workdir) == 40
     assert run(tmp_path, config)["step"] == 60
-    assert detours.back_to(workdir) is None and detours.read(workdir) == [Detour(40, 10)]
+    assert skipped_batches.back_to(workdir) is None and skipped_batches.read(workdir) == [Detour(40, 10)]
 
 
 def test_a_run_whose_detours_were_changed_is_refused(finished, tmp_path):
@@ -224,4 +224,4 @@ def test_rows_over_a_detour_are_those_of_the_single_steps():
     data, around = SyntheticInput(CONFIG, 61), [Detour(4, 3), Detour(6, 2)]
     slots = np.array([1, 5])
     single = [data.rows(at(step, around), slots) for step in range(2, 9)]
-    np.testing.assert_array_equal(detours.rows(data, around, 2, slots, 7), np.concatenate(single))
+    np.testing.assert_array_equal(skipped_batches.rows(data, around, 2, slots, 7), np.concatenate(single))

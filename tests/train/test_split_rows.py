@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_step import FAMILIES, batch, batch_of, changed, distance, fresh_run, fresh_state, moments, placed
 
-from lslm_jax.batch import Batch
+from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention
 from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.train import optim, step

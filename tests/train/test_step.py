@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from lslm_jax.batch import Batch
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from lslm_jax.config.validation import validate
+from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention
 from lslm_jax.models.layers import Linear
 from lslm_jax.parallel.sharding import make_mesh, to_global
