@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lslm_jax.config import Config, DataConfig, ModelConfig, TaskConfig, TokenizerConfig, TrainConfig, loading
 from lslm_jax.config.validation import validate
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 Seconds = float
 
@@ -31,11 +31,11 @@ def _config(model: ModelConfig, batch_size: int, seq_len: int, objective: Any = 
     )
 
 
-_gpt2_small = replace(presets.gpt2_small, dtype="bfloat16")
-_gpt2_xl = replace(presets.gpt2_xl, dtype="bfloat16", remat="save_attention")
-_llama_1b = replace(presets.llama_1b, remat="save_attention")
-_llama_8b = replace(presets.llama_8b, remat="save_attention")
-_t5_base = replace(presets.t5_small, num_layers=12, d_model=768, num_heads=12, d_ff=3072)
+_gpt2_small = replace(model_configs.gpt2_small, dtype="bfloat16")
+_gpt2_xl = replace(model_configs.gpt2_xl, dtype="bfloat16", remat="save_attention")
+_llama_1b = replace(model_configs.llama_1b, remat="save_attention")
+_llama_8b = replace(model_configs.llama_8b, remat="save_attention")
+_t5_base = replace(model_configs.t5_small, num_layers=12, d_model=768, num_heads=12, d_ff=3072)
 
 MODELS = {
     # What the peers on a laptop are compared with: 5.3M parameters, float32.
@@ -46,7 +46,7 @@ MODELS = {
     "llama_8b": _config(_llama_8b, 2, 8192),
     # Eight of its layers: what one device holds with all of its optimizer state.
     "llama_8b_part": _config(replace(_llama_8b, num_layers=8), 2, 8192),
-    "bert_base": _config(replace(presets.bert_base, vocab_size=30_522, dtype="bfloat16"), 64, 512, "masked"),
+    "bert_base": _config(replace(model_configs.bert_base, vocab_size=30_522, dtype="bfloat16"), 64, 512, "masked"),
     "t5_base": _config(replace(_t5_base, vocab_size=32_128, dtype="bfloat16"), 32, 512, "seq2seq"),
 }
 

@@ -21,7 +21,7 @@ from lslm_jax import observe
 from lslm_jax.config import Config
 from lslm_jax.data.synthetic_data import SyntheticInput
 from lslm_jax.evaluate.evaluator import choose_backend
-from lslm_jax.models.presets import flops_per_token
+from lslm_jax.models.model_configs import flops_per_token
 from lslm_jax.parallel.sharding import make_mesh, to_global, use
 from lslm_jax.runtime import huge_pages
 from lslm_jax.train.optim import make_optimizer

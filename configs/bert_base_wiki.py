@@ -8,7 +8,7 @@ python -m lslm_jax.main --config=configs/bert_base_wiki.py --workdir=runs/bert_w
 from dataclasses import replace
 
 from lslm_jax.config import Config, DataConfig, EvalConfig, OptimizerConfig, TaskConfig, TokenizerConfig, TrainConfig
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 
 def get_config() -> Config:
@@ -16,7 +16,7 @@ def get_config() -> Config:
         data=DataConfig(source="tfds", tfds="wiki40b/en", valid_split="validation", seq_len=512),
         task=TaskConfig(objective="masked", whole_words=True),
         tokenizer=TokenizerConfig(vocab_size=30_000),
-        model=replace(presets.bert_base, dropout=0.1, dtype="bfloat16"),
+        model=replace(model_configs.bert_base, dropout=0.1, dtype="bfloat16"),
         train=TrainConfig(steps=500_000, batch_size=256),
         optimizer=OptimizerConfig(
             learning_rate=1e-4,

@@ -19,7 +19,7 @@ from lslm_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 
 def get_config() -> Config:
@@ -28,7 +28,7 @@ def get_config() -> Config:
         clean=CleanConfig(whitespace="collapse"),
         task=TaskConfig(objective="masked", whole_words=True),
         tokenizer=TokenizerConfig(vocab_size=8192),
-        model=presets.bert_small,
+        model=model_configs.bert_small,
         train=TrainConfig(steps=1600, batch_size=16),
         optimizer=OptimizerConfig(
             learning_rate=1e-3, b2=0.98, schedule="linear", warmup_steps=100, final_ratio=0.0, weight_decay=0.01

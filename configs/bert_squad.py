@@ -24,7 +24,7 @@ from lslm_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 
 def get_config() -> Config:
@@ -38,7 +38,7 @@ def get_config() -> Config:
         ),
         task=TaskConfig(objective="qa", stride=48),
         tokenizer=TokenizerConfig(path="runs/bert_novels/data/tokenizer.model"),
-        model=replace(presets.bert_small, dropout=0.1),
+        model=replace(model_configs.bert_small, dropout=0.1),
         train=TrainConfig(steps=800, batch_size=16, init_from="runs/bert_novels"),
         optimizer=OptimizerConfig(
             learning_rate=3e-4, b2=0.98, schedule="linear", warmup_steps=100, final_ratio=0.0, weight_decay=0.01

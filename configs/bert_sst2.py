@@ -23,7 +23,7 @@ from lslm_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 
 def get_config() -> Config:
@@ -40,7 +40,7 @@ def get_config() -> Config:
         clean=CleanConfig(whitespace="collapse"),
         task=TaskConfig(objective="classification"),
         tokenizer=TokenizerConfig(path="runs/bert_novels/data/tokenizer.model"),
-        model=replace(presets.bert_small, pool="mean", dropout=0.3),
+        model=replace(model_configs.bert_small, pool="mean", dropout=0.3),
         train=TrainConfig(steps=600, batch_size=32, ema=0.99, label_smoothing=0.1, init_from="runs/bert_novels"),
         optimizer=OptimizerConfig(
             learning_rate=2e-4, b2=0.98, schedule="linear", warmup_steps=100, final_ratio=0.0, weight_decay=0.01

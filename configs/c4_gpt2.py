@@ -14,14 +14,14 @@ from lslm_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 
 def get_config() -> Config:
     return Config(
         data=DataConfig(source="tfds", tfds="c4/en:3.0.1", valid_split="validation[:10000]", seq_len=1024),
         tokenizer=TokenizerConfig(vocab_size=32_768, sample_bytes=1_000_000_000),
-        model=replace(presets.gpt2_small, dtype="bfloat16"),
+        model=replace(model_configs.gpt2_small, dtype="bfloat16"),
         train=TrainConfig(steps=40_000, batch_size=512),
         optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=1000),
         eval=EvalConfig(every=2000),

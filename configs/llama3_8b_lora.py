@@ -10,13 +10,13 @@ DIR holds meta-llama/Meta-Llama-3-8B, or another model of the kind. Weights are 
 from dataclasses import replace
 
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, OptimizerConfig, TrainConfig
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 
 def get_config() -> Config:
     return Config(
         data=DataConfig(files=("texts/",), valid_fraction=0.01, seq_len=2048),
-        model=replace(presets.llama_8b, lora_rank=16, lora_alpha=32.0, remat="full"),
+        model=replace(model_configs.llama_8b, lora_rank=16, lora_alpha=32.0, remat="full"),
         train=TrainConfig(steps=1000, batch_size=32),
         optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=0.0, warmup_steps=50),
         mesh=MeshConfig(preset="fsdp"),

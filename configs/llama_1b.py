@@ -9,12 +9,12 @@ As it stands it trains on random tokens, to measure speed. To train on text, add
 from dataclasses import replace
 
 from lslm_jax.config import Config, DataConfig, OptimizerConfig, TokenizerConfig, TrainConfig
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 
 def get_config() -> Config:
     return Config(
-        model=replace(presets.llama_1b, remat="save_attention"),
+        model=replace(model_configs.llama_1b, remat="save_attention"),
         data=DataConfig(source="synthetic", seq_len=2048),
         tokenizer=TokenizerConfig(vocab_size=128_000),
         train=TrainConfig(steps=100_000, batch_size=256, accumulate=8),

@@ -9,12 +9,12 @@ As it stands it trains on random tokens, to measure speed. To train on text, add
 from dataclasses import replace
 
 from lslm_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 
 def get_config() -> Config:
     return Config(
-        model=replace(presets.mixtral_8x7b, remat="full"),
+        model=replace(model_configs.mixtral_8x7b, remat="full"),
         data=DataConfig(source="synthetic", seq_len=4096),
         tokenizer=TokenizerConfig(vocab_size=32_000),
         train=TrainConfig(steps=500_000, batch_size=1024, balance_loss=0.02),

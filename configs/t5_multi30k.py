@@ -21,7 +21,7 @@ from lslm_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 
 def get_config() -> Config:
@@ -39,7 +39,13 @@ def get_config() -> Config:
         task=TaskConfig(objective="seq2seq"),
         tokenizer=TokenizerConfig(model="unigram", vocab_size=6000),
         model=replace(
-            presets.t5_v1_1_small, num_layers=3, d_model=256, num_heads=4, max_length=160, vocab_size=0, dropout=0.1
+            model_configs.t5_v1_1_small,
+            num_layers=3,
+            d_model=256,
+            num_heads=4,
+            max_length=160,
+            vocab_size=0,
+            dropout=0.1,
         ),
         train=TrainConfig(steps=3000, batch_size=16, label_smoothing=0.1),
         optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.98, schedule="rsqrt", warmup_steps=500, weight_decay=0.01),

@@ -21,7 +21,7 @@ from lslm_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 
 def get_config() -> Config:
@@ -37,7 +37,7 @@ def get_config() -> Config:
         task=TaskConfig(objective="seq2seq"),
         tokenizer=TokenizerConfig(model="unigram", vocab_size=8000),
         model=replace(
-            presets.t5_small,
+            model_configs.t5_small,
             num_layers=3,
             d_model=256,
             num_heads=4,

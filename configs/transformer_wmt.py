@@ -15,7 +15,7 @@ from lslm_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 
 def get_config() -> Config:
@@ -33,7 +33,7 @@ def get_config() -> Config:
         ),
         task=TaskConfig(objective="seq2seq"),
         tokenizer=TokenizerConfig(vocab_size=32_000),
-        model=presets.transformer_base,
+        model=model_configs.transformer_base,
         train=TrainConfig(steps=100_000, batch_size=128, label_smoothing=0.1),
         optimizer=OptimizerConfig(
             name="adam", learning_rate=7e-4, b2=0.98, eps=1e-9, schedule="rsqrt", warmup_steps=4000, clip=0.0

@@ -15,7 +15,7 @@ from lslm_jax.convert.pretrained import Pretrained
 from lslm_jax.data.prepare.prepare import data_manifest
 from lslm_jax.data.tokenizers import tokenizer
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import flatten
 from lslm_jax.train import checkpoint, identity
@@ -84,7 +84,7 @@ def _make(names: list[str], config: Config, abstract: Any) -> dict[str, jax.Arra
     shardings = {name: leaf.sharding for name, leaf in flatten(abstract).items() if name in names}
 
     def make() -> dict[str, jax.Array]:
-        made = flatten(presets.build(config.model, jax.random.key(config.seed), config.task.objective))
+        made = flatten(model_configs.build(config.model, jax.random.key(config.seed), config.task.objective))
         return {name: made[name] for name in names}
 
     return jax.jit(make, out_shardings=shardings)()

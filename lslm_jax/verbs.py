@@ -29,7 +29,7 @@ from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import harness, tasks
 from lslm_jax.evaluate.evaluator import Setting, choose_backend
 from lslm_jax.evaluate_command import HeldOut, open_for_evaluation
-from lslm_jax.models import quantized
+from lslm_jax.models import weight_quantization
 from lslm_jax.models.attention import Backend
 from lslm_jax.observe import json_values
 from lslm_jax.parallel import multihost
@@ -275,7 +275,7 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`export`: a checkpoint as a Hugging Face directory; returns what `convert.export` says of it."""
     if not flags.to:
         raise ConfigError("export needs --to=DIR, where to write")
-    if flags.dtype in quantized.KINDS:
+    if flags.dtype in weight_quantization.KINDS:
         raise ConfigError(f"export writes no {flags.dtype}: --dtype=float32, bfloat16 or float16")
     mesh = _mesh_without_batch(config)
     workdir, data_dir, config, facts, at = run_consistency.open_run(config, flags)
@@ -368,10 +368,10 @@ def _load_model(
     `facts` is the data manifest of the command: it is compared with that of the checkpoint (`identity.check_inputs`),
     and its labels give the rows of a pretrained head their order.
     """
-    if flags.dtype in quantized.KINDS:
+    if flags.dtype in weight_quantization.KINDS:
         lazy_imports.import_qwix()  # before anything slow: it may be missing
         model, step = _read_model(config, flags, abstract_model(config, mesh, config.model.activations), step, facts)
-        return quantized.quantize(model, flags.dtype), step
+        return weight_quantization.quantize(model, flags.dtype), step
     dtype = None if flags.verb == "export" else flags.dtype
     return _read_model(config, flags, abstract_model(config, mesh, dtype), step, facts)
 

@@ -162,14 +162,14 @@ FAULTS = [
     ),
     Fault(
         "an expert takes one choice more than its capacity",
-        "models/experts.py",
+        "models/moe.py",
         "fits_BTE = jnp.cumsum(choice_BTE, axis=1) <= most",
         "fits_BTE = jnp.cumsum(choice_BTE, axis=1) <= most + 1",
         "models/test_experts.py",
     ),
     Fault(
         "padding counts in the balance of experts",
-        "models/experts.py",
+        "models/moe.py",
         "probability_BE = jnp.sum(jnp.where(real_BT[..., None], probability_BTE, 0.0), axis=1)",
         "probability_BE = jnp.sum(probability_BTE, axis=1)",
         "models/test_experts.py",

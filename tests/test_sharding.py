@@ -13,7 +13,7 @@ from lslm_jax.config.mesh_axes import MESH_AXES
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 from lslm_jax.models.decoder import Decoder
 from lslm_jax.parallel.sharding import (
     RULES,
@@ -29,7 +29,7 @@ from lslm_jax.parallel.sharding import (
 )
 
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=61, max_length=16))
-LLAMA = replace(presets.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, vocab_size=61)
+LLAMA = replace(model_configs.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, vocab_size=61)
 LLAMA = fill_sizes(replace(LLAMA, qk_norm="head"))
 CUBE = Config(train=TrainConfig(batch_size=8), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
 

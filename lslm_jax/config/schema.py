@@ -14,7 +14,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The Transformer. GPT, Llama, BERT and T5 are sets of values (`models/presets.py`), not branches in the code."""
+    """The Transformer. GPT, Llama, BERT and T5 are sets of values (`models/model_configs.py`), not branches in the code."""
 
     family: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     """Which stacks there are: one that sees only what is before it (GPT), one that sees all (BERT), or both (T5)."""

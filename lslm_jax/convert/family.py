@@ -13,7 +13,7 @@ from lslm_jax.config import ModelConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import keys
 from lslm_jax.errors import ConfigError
-from lslm_jax.models.presets import layer_types
+from lslm_jax.models.model_configs import layer_types
 
 Settings = Mapping[str, Any]  # of a config.json
 LAYER = "{i}"  # stands for a layer's number in a name of theirs

@@ -6,7 +6,7 @@ from typing import Any
 from lslm_jax.config import ModelConfig
 from lslm_jax.convert.family import Setting, Settings
 from lslm_jax.errors import ConfigError
-from lslm_jax.models.presets import layer_types
+from lslm_jax.models.model_configs import layer_types
 
 _ACTIVATIONS = {
     "gelu_new": "gelu",

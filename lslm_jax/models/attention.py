@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import blockwise, kernels
+from lslm_jax.kernels import blockwise_attention, fused_attention
 from lslm_jax.models.layers import near, softcap
 from lslm_jax.parallel import context_parallel
 
@@ -233,17 +233,17 @@ def attend(
         attend_part = functools.partial(_attend_stretch, q_BTHC, k_BSKC, v_BSKC, mask_BTS, bias_HTS, scale, cap)
         stretches = _stretches(*lengths, causal, 0 if everywhere is not None else window)
         out_BTHC = jnp.concatenate([attend_part(*stretch) for stretch in stretches], axis=1)
-        return checkpoint_name(out_BTHC, kernels.SAVED)
+        return checkpoint_name(out_BTHC, fused_attention.SAVED)
     scale = scale or q_BTHC.shape[-1] ** -0.5
     if is_split:
         table_NH, farthest = distances or (None, 0)
-        options = blockwise.Options(causal, window, cap, farthest)
+        options = blockwise_attention.Options(causal, window, cap, farthest)
         attend_split = functools.partial(context_parallel.attend, backend.name, options, folded=folded)
         return attend_split(q_BTHC * scale, k_BSKC, v_BSKC, *segments, everywhere=everywhere, table_NH=table_NH)
     options = {"causal": causal, "window": window, "scale": scale}
     if backend.name == "cudnn":
-        return kernels.cudnn(q_BTHC, k_BSKC, v_BSKC, *segments, **options, max_segments=backend.max_segments)
-    return kernels.splash(q_BTHC, k_BSKC, v_BSKC, *segments, **options)
+        return fused_attention.cudnn(q_BTHC, k_BSKC, v_BSKC, *segments, **options, max_segments=backend.max_segments)
+    return fused_attention.splash(q_BTHC, k_BSKC, v_BSKC, *segments, **options)
 
 
 def _stretches(length: int, source_length: int, causal: bool, window: int) -> Iterator[tuple[slice, slice]]:

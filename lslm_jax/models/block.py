@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.models import lora, low_precision
+from lslm_jax.kernels import quantized_matmul
+from lslm_jax.models import lora
 from lslm_jax.models.attention import KeyValues
-from lslm_jax.models.experts import Experts, Routing
 from lslm_jax.models.layers import (
     ACTIVATIONS,
     Linear,
@@ -24,6 +24,7 @@ from lslm_jax.models.layers import (
     rotate,
     weight_std,
 )
+from lslm_jax.models.moe import Experts, Routing
 from lslm_jax.parallel.sharding import constrain
 from lslm_jax.runtime import lazy_imports
 
@@ -130,7 +131,7 @@ class Block(nnx.Module):
         self.shared = Mlp(always, shared_key, sublayers=sublayers) if config.shared_experts else None
         if config.lora_rank:
             lora.adapt(self, config, jax.random.fold_in(key, 1))
-        if config.dtype in low_precision.KINDS:
+        if config.dtype in quantized_matmul.KINDS:
             lazy_imports.import_qwix()  # before anything slow: it may be missing
             for _, linear in projections(self):
                 linear.narrow = config.dtype

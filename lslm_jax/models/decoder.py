@@ -10,8 +10,8 @@ from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.embedding import Embedding, places
-from lslm_jax.models.experts import Routing
-from lslm_jax.models.tower import Tower
+from lslm_jax.models.moe import Routing
+from lslm_jax.models.transformer import Tower
 
 
 class Decoder(Embedding, Tower):

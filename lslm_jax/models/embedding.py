@@ -10,8 +10,8 @@ from flax import nnx
 from lslm_jax.config import ModelConfig
 from lslm_jax.data.batch import Batch
 from lslm_jax.models.attention import Backend
-from lslm_jax.models.experts import Routing
 from lslm_jax.models.layers import INIT_STD, Norm, constant, dropout, normal, sinusoids, softcap
+from lslm_jax.models.moe import Routing
 from lslm_jax.parallel.sharding import constrain
 
 VOCAB_MULTIPLE = 128  # matrix units and the tensor axis like round sizes

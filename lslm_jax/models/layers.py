@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.models import low_precision
+from lslm_jax.kernels import quantized_matmul
 
 INIT_STD = 0.02  # GPT-2 and Llama alike
 
@@ -81,7 +81,7 @@ class Linear(nnx.Module):
         """The product with the weights alone, without adapter and bias."""
         w = self.w.get_value().astype(x.dtype)
         if self.narrow:
-            return low_precision.product(self.narrow, self.contract, x, w)
+            return quantized_matmul.product(self.narrow, self.contract, x, w)
         return jnp.tensordot(x, w, self.contract)
 
 

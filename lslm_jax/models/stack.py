@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.models import grouped
-from lslm_jax.models.kernels import is_kernel_output
+from lslm_jax.kernels import grouped_matmul
+from lslm_jax.kernels.fused_attention import is_kernel_output
 from lslm_jax.parallel.sharding import platform
 
 UNROLLED = 16  # layers at most that are compiled one by one where nobody says so
 _DOTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(grouped.SAVED),
+    jax.checkpoint_policies.save_only_these_names(grouped_matmul.SAVED),
 )
 REMAT = {
     "none": None,

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lslm_jax.models import blockwise, kernels
-from lslm_jax.models.blockwise import Options
+from lslm_jax.kernels import blockwise_attention, fused_attention
+from lslm_jax.kernels.blockwise_attention import Options
 from lslm_jax.parallel.sharding import axes_of, resolve
 
 
@@ -108,14 +108,14 @@ def attend(
         k_BSKC, v_BSKC = whole(k_BSKC), whole(v_BSKC)
         segments = segments and (segments[0], whole(segments[1]))
         if name == "splash":
-            return kernels.run_splash(shared, q_BTHC, k_BSKC, v_BSKC, segments)
+            return fused_attention.run_splash(shared, q_BTHC, k_BSKC, v_BSKC, segments)
         starts_N = jnp.stack(starts(jax.lax.axis_index(axes), devices, T, folded=folded))
-        return blockwise.attend(options, q_BTHC, k_BSKC, v_BSKC, starts_N, segments, *shared)
+        return blockwise_attention.attend(options, q_BTHC, k_BSKC, v_BSKC, starts_N, segments, *shared)
 
     # Query heads go where the key heads are that they share. What kernels say is kept, whole keys and values are not.
     heads = resolve(("batch", "length", "kv_heads", "head_dim"), k_BSKC.shape, mesh)
     specs = heads, heads, heads, resolve(("batch", "length"), (B, T), mesh), shared_specs
-    remembering = jax.checkpoint(shard, policy=kernels.is_kernel_output)
+    remembering = jax.checkpoint(shard, policy=fused_attention.is_kernel_output)
     sharded = jax.shard_map(remembering, in_specs=specs, out_specs=heads, check_vma=False)
     source_BS = segments_BT if source_segments_BS is None else source_segments_BS
     segments = () if segments_BT is None else (segments_BT, source_BS)
@@ -127,9 +127,9 @@ def _splash(options: Options, length: int, source_length: int, folded: bool) -> 
     devices, axes = devices_of(length), axes_of("length", length)
     window = options.window if options.window < length else 0
     if not (options.causal or window):  # each device sees all
-        return kernels.splash_kernel(length // devices, source_length, False, 0), PartitionSpec()
+        return fused_attention.splash_kernel(length // devices, source_length, False, 0), PartitionSpec()
     places_T = order(devices, length, folded=folded)
-    kernel = kernels.splash_kernel(length, source_length, options.causal, window, devices, places_T)
+    kernel = fused_attention.splash_kernel(length, source_length, options.causal, window, devices, places_T)
     places = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(None, axes))
     return kernel, kernel.manual_sharding_spec(places)
 

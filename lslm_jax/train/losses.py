@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lslm_jax.models.experts import Routing
+from lslm_jax.models.moe import Routing
 from lslm_jax.parallel.sharding import constrain, num_shards
 
 

@@ -20,7 +20,7 @@ from lslm_jax.convert import hub
 from lslm_jax.convert.export import Exporter, export
 from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 pytest.importorskip("huggingface_hub")
 
@@ -99,7 +99,7 @@ def directory(tmp_path_factory):
     """A tiny decoder as a Hugging Face directory."""
     directory = tmp_path_factory.mktemp("model") / "model"
     config = Config(model=fill_sizes(ModelConfig(**LLAMA, gated=True, bias=False, max_length=64, vocab_size=259)))
-    model = jax.jit(lambda: presets.build(config.model, jax.random.key(0), "causal"))()
+    model = jax.jit(lambda: model_configs.build(config.model, jax.random.key(0), "causal"))()
     export(epath.Path(directory), model, Exporter(config, Bytes(), []), {})
     return directory
 

@@ -19,21 +19,21 @@ from lslm_jax.convert.export import Exporter
 from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
 from lslm_jax.main import main
-from lslm_jax.models import attention, presets
+from lslm_jax.models import attention, model_configs
 from lslm_jax.runtime.pytree import flatten, unflatten
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
 SIZES = {"num_layers": 3, "d_model": 32, "num_heads": 2, "max_length": 64, "vocab_size": 300}
-LLAMA = replace(presets.LLAMA, **SIZES, dtype="float32")
-T5 = replace(presets.t5_v1_1_small, **SIZES, head_dim=16, d_ff=64)
+LLAMA = replace(model_configs.LLAMA, **SIZES, dtype="float32")
+T5 = replace(model_configs.t5_v1_1_small, **SIZES, head_dim=16, d_ff=64)
 MODELS = {
     "causal": (LLAMA, ["--prompt=a cat"]),
-    "masked": (replace(presets.BERT, **SIZES), ["--prompt=a c[MASK]t"]),
-    "classification": (replace(presets.BERT, **SIZES, num_labels=3), ["--prompt=a cat"]),
-    "tagging": (replace(presets.BERT, **SIZES, num_labels=3), ["--prompt=a cat"]),
-    "regression": (replace(presets.BERT, **SIZES), ["--prompt=a cat"]),
-    "qa": (replace(presets.BERT, **SIZES), ["--prompt=who?", "--context={context}"]),
+    "masked": (replace(model_configs.BERT, **SIZES), ["--prompt=a c[MASK]t"]),
+    "classification": (replace(model_configs.BERT, **SIZES, num_labels=3), ["--prompt=a cat"]),
+    "tagging": (replace(model_configs.BERT, **SIZES, num_labels=3), ["--prompt=a cat"]),
+    "regression": (replace(model_configs.BERT, **SIZES), ["--prompt=a cat"]),
+    "qa": (replace(model_configs.BERT, **SIZES), ["--prompt=who?", "--context={context}"]),
     "seq2seq": (T5, ["--prompt=a cat"]),
 }
 LABELS = ["bad", "so-so", "good"]
@@ -42,7 +42,7 @@ LABELS = ["bad", "so-so", "good"]
 def random_model(config, objective):
     """A model whose parameters NumPy draws, so that nothing is compiled."""
     rng = np.random.default_rng(3)
-    abstract = jax.eval_shape(lambda: presets.build(config, jax.random.key(0), objective))
+    abstract = jax.eval_shape(lambda: model_configs.build(config, jax.random.key(0), objective))
     arrays = {
         # Scales of norms are close to 1, everything else to 0.
         name: jax.device_put(np.float32(name.endswith(".scale")) + 0.1 * rng.standard_normal(leaf.shape, np.float32))
@@ -410,6 +410,6 @@ def test_a_head_that_pools_otherwise_than_its_family_is_not_exported(tmp_path):
     assert export.family_of(bert, "tagging").model_type == "bert"  # which looks at each token
     sizes = SIZES | {"num_labels": 3}
     for pool, theirs in (("mean", "mean"), ("first", "cls")):
-        modern = fill_sizes(replace(presets.modern_encoder_base, **sizes, d_ff=64, pool=pool))
+        modern = fill_sizes(replace(model_configs.modern_encoder_base, **sizes, d_ff=64, pool=pool))
         family = export.family_of(modern, "classification")
         assert family.model_type == "modernbert" and family.write(modern)["classifier_pooling"] == theirs

@@ -17,7 +17,7 @@ from lslm_jax.convert.export import Exporter, export
 from lslm_jax.data import encode_examples
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, DataError, InputMissing
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 ENGLISH = [f"the {animal} sat on mat number {i} and slept" for i in range(40) for animal in ("cat", "small dog")]
 FRENCH = [
@@ -73,7 +73,7 @@ def directory(tmp_path_factory):
     pad = len(ids) - 1
     (directory / "config.json").write_text(json.dumps({"is_encoder_decoder": True, "decoder_start_token_id": pad}))
     words = tokenizers.load(directory / "source.spm")
-    made = jax.jit(lambda: presets.build(config.model, jax.random.key(0), "seq2seq"))()
+    made = jax.jit(lambda: model_configs.build(config.model, jax.random.key(0), "seq2seq"))()
     export(epath.Path(directory), made, Exporter(config, words, []), {})
     settings = json.loads((directory / "generation_config.json").read_text())
     (directory / "generation_config.json").write_text(json.dumps(settings | {"bad_words_ids": [[pad]]}))

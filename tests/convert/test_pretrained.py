@@ -18,7 +18,7 @@ from lslm_jax.convert import export, pretrained, weights
 from lslm_jax.convert.family import differences
 from lslm_jax.errors import ConfigError, LslmError
 from lslm_jax.main import main
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime.pytree import flatten
 from lslm_jax.train.state import abstract_model
@@ -247,7 +247,7 @@ def test_half_precision_weights_are_read_exactly_and_a_body_may_lack_its_prefix(
     "name", ["gpt2_small", "llama_8b", "bert_base", "modern_encoder_base", "t5_small", "t5_v1_1_small"]
 )
 def test_our_presets_have_a_family(name):
-    model = fill_sizes(getattr(presets, name))
+    model = fill_sizes(getattr(model_configs, name))
     model = model if model.vocab_size else fill_sizes(ModelConfig(**{**vars(model), "vocab_size": 50_257}))
     objective = {"encoder": "masked", "encoder_decoder": "seq2seq"}.get(model.family, "causal")
     family = export.family_of(model, objective)
@@ -339,11 +339,11 @@ def test_settings_are_read_before_jax_is_needed(tmp_path):
 
 
 def test_old_names_of_norms_and_heads_of_another_size_are_taken_for_what_they_are(tmp_path):
-    model = fill_sizes(replace(presets.BERT, **BODY, vocab_size=100, num_labels=2))
+    model = fill_sizes(replace(model_configs.BERT, **BODY, vocab_size=100, num_labels=2))
     config = Config(model=model, task=TaskConfig(objective="classification"), train=TrainConfig(batch_size=8))
     mesh = make_mesh(config)
     abstract = lambda config: abstract_model(config, mesh)
-    build = lambda config: jax.jit(lambda: presets.build(config.model, jax.random.key(1), "classification"))()
+    build = lambda config: jax.jit(lambda: model_configs.build(config.model, jax.random.key(1), "classification"))()
     made = build(config)
     family = export.family_of(model, "classification")
     arrays = {

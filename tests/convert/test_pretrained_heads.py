@@ -17,7 +17,7 @@ from lslm_jax.data.objectives.causal_lm import classification_rows
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.data.tokenizers import special_tokens
 from lslm_jax.errors import ConfigError, DataError
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime.pytree import flatten
 from lslm_jax.train.state import abstract_model
@@ -130,7 +130,7 @@ def test_classes_that_are_judged_apart_have_a_sigmoid_each(kind, classifier, tmp
 
 def test_problem_type_is_exported():
     sizes = SIZES | {"num_labels": 3, "num_kv_heads": 2, "head_dim": 16, "d_ff": 64, "num_decoder_layers": 3}
-    model = replace(presets.BERT, **sizes)
+    model = replace(model_configs.BERT, **sizes)
     family = export.family_of(model, "masked")
     write = lambda **more: export.export_settings(
         family, model, "classification", "float32", {"bos": 1, "eos": 2, "pad": 0}, LABELS, **more

@@ -15,7 +15,7 @@ from lslm_jax.config import TokenizerConfig
 from lslm_jax.convert import generation, pretrained
 from lslm_jax.data.tokenizers import hf_metadata, train
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 
 TEXT = "The cat sat, the dog (naïve) slept: 1234 <|end|>\n"
 TEMPLATE = "{% for m in messages %}<|turn|>{{ m.content }}<|end|>{% endfor %}"
@@ -82,7 +82,7 @@ def added(directory):
     return settings | {"added_tokens_decoder": {str(size): token | {"special": True}}}
 
 
-LLAMA, BERT = presets.LLAMA, presets.BERT
+LLAMA, BERT = model_configs.LLAMA, model_configs.BERT
 GREEDY = {"eos_token_id": [0, 5], "max_new_tokens": 9}
 CASES = {  # the tokenizer, the preset, the objective, generation_config.json, and further changes
     "no bos": (byte_level, LLAMA, "causal", GREEDY, {}),

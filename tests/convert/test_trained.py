@@ -12,7 +12,7 @@ from lslm_jax.config import Config, TaskConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import pretrained
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train.state import abstract_model
 
@@ -40,7 +40,7 @@ def test_embeddings_of_minilm_are_those_of_transformers(packages):
     source = pretrained.describe(directory)
     source = source._replace(model=fill_sizes(replace(source.model, num_labels=2)))
     config = Config(model=source.model, task=TaskConfig(objective="classification"))
-    fresh = presets.build(source.model, jax.random.key(0), "classification")
+    fresh = model_configs.build(source.model, jax.random.key(0), "classification")
     loaded = pretrained.load(source, "classification", abstract_model(config, make_mesh(config)), fresh)
     assert (loaded.fresh, loaded.skipped) == (["top.bias", "top.head"], ["embeddings.position_ids"])
     theirs = transformers.AutoModel.from_pretrained(directory, attn_implementation="eager").eval()

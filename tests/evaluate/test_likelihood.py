@@ -12,7 +12,7 @@ from lslm_jax.errors import ConfigError
 from lslm_jax.evaluate import harness, likelihood
 from lslm_jax.evaluate.evaluator import Setting
 from lslm_jax.evaluate.likelihood import Text
-from lslm_jax.models import attention, presets
+from lslm_jax.models import attention, model_configs
 from lslm_jax.parallel.sharding import make_mesh, shardings_of
 from lslm_jax.train import losses
 
@@ -26,7 +26,7 @@ MODEL = fill_sizes(
 
 @pytest.fixture(scope="module")
 def model():
-    return jax.jit(lambda: presets.build(MODEL, jax.random.key(0), "causal"))()
+    return jax.jit(lambda: model_configs.build(MODEL, jax.random.key(0), "causal"))()
 
 
 def texts():

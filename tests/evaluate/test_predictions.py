@@ -17,7 +17,7 @@ from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import tasks
 from lslm_jax.evaluate.evaluator import Setting
-from lslm_jax.models import attention, presets
+from lslm_jax.models import attention, model_configs
 from lslm_jax.parallel.sharding import make_mesh
 
 WORDS = ("film", "plot", "cast", "end", "a", "the", "scene")
@@ -97,7 +97,7 @@ def evaluated(request, tmp_path_factory):
     config, facts = resolve(config, manifest)
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        model = jax.jit(lambda: presets.build(config.model, jax.random.key(1), config.task.objective))()
+        model = jax.jit(lambda: model_configs.build(config.model, jax.random.key(1), config.task.objective))()
         held_out = dataloader.open_eval(config, epath.Path(root) / "data", config.model.vocab_size)
         setting = Setting(config, Bytes(), manifest["labels"], facts["special"], attention.XLA, mesh)
         evaluate = lambda data: tasks.make(setting, data, by_example=True)(model)

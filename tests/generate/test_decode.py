@@ -13,7 +13,7 @@ from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
 from lslm_jax.generate import decode
 from lslm_jax.generate.decode import generate, stream
-from lslm_jax.models.quantized import quantize
+from lslm_jax.models.weight_quantization import quantize
 from lslm_jax.parallel.sharding import make_mesh, shardings_of
 
 GREEDY = GenerateConfig(max_tokens=24, temperature=0.0)

@@ -9,7 +9,7 @@ from lslm_jax.config import ModelConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.data.batch import Batch
 from lslm_jax.data.tokenizers.tokenizer import Bytes
-from lslm_jax.models import attention, presets
+from lslm_jax.models import attention, model_configs
 
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=Bytes().vocab_size, max_length=96))
 LLAMA = replace(
@@ -58,7 +58,7 @@ T5 = replace(
 def make_model(config: ModelConfig):
     @jax.jit
     def make():
-        return jax.tree.map(lambda a: 5.0 * a if a.ndim > 1 else a, presets.build(config, jax.random.key(0)))
+        return jax.tree.map(lambda a: 5.0 * a if a.ndim > 1 else a, model_configs.build(config, jax.random.key(0)))
 
     return make()
 

@@ -14,7 +14,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from lslm_jax.config import Config, MeshConfig, ModelConfig
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import attention, kernels
+from lslm_jax.kernels import fused_attention
+from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend, Demands
 from lslm_jax.parallel.sharding import make_mesh
 
@@ -250,7 +251,7 @@ def test_one_document_a_row_needs_no_segments_of_cudnn(fused_kernels):
 
 def test_segment_bounds_say_where_each_segment_lies():
     rng = np.random.default_rng(0)
-    segment_bounds = jax.jit(kernels.segment_bounds, static_argnums=1)
+    segment_bounds = jax.jit(fused_attention.segment_bounds, static_argnums=1)
     for most in (2, 5, 9):
         segments_BT = np.array([random_row(rng, 40, most) for _ in range(20)])
         lengths_BM, offsets_BM = map(np.asarray, segment_bounds(segments_BT, most))

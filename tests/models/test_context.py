@@ -14,7 +14,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from lslm_jax.config import Config, MeshConfig, ModelConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import attention, blockwise, presets
+from lslm_jax.kernels import blockwise_attention
+from lslm_jax.models import attention, model_configs
 from lslm_jax.models.attention import Backend, Demands, Distances
 from lslm_jax.models.layers import relative_bias
 from lslm_jax.parallel import context_parallel
@@ -34,7 +35,7 @@ def mesh_of(**sizes: Any):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of four, so that short rows have many."""
-    monkeypatch.setattr(blockwise, "BLOCK", 4)
+    monkeypatch.setattr(blockwise_attention, "BLOCK", 4)
 
 
 def arrays(length=T, source_length=T, width=C, dtype=jnp.float32):
@@ -197,8 +198,8 @@ def blocks_visited(devices, length, *, folded, causal=True, window=0, size=4):
             for s in context_parallel.starts(device, devices, length, folded=folded)
             for b in range(0, stretch, size)
         ]
-        options = blockwise.Options(causal, window)
-        spans = [blockwise.reach(options, first, size, length // size, size) for first in firsts]
+        options = blockwise_attention.Options(causal, window)
+        spans = [blockwise_attention.reach(options, first, size, length // size, size) for first in firsts]
         total.append(sum(int(end) - int(begin) for begin, end in spans))
     return total
 
@@ -220,7 +221,9 @@ def test_no_block_is_left_out_that_holds_a_key_to_be_seen(causal, window):
     for size in (4, 8):
         seen_TS = np.asarray(attention.visible(T, T, causal=causal, window=window))[0]
         for first in range(0, T, size):
-            begin, end = blockwise.reach(blockwise.Options(causal, window), first, size, T // size, size)
+            begin, end = blockwise_attention.reach(
+                blockwise_attention.Options(causal, window), first, size, T // size, size
+            )
             some = seen_TS[first : first + size].reshape(size, -1, size).any(axis=(0, 2))
             assert np.flatnonzero(some).tolist() == list(range(int(begin), int(end)))
 
@@ -292,7 +295,7 @@ def test_a_kernel_that_needs_whole_rows_is_never_given_parts():
 
 def test_one_document_does_not_hear_of_another(small_blocks):
     config = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=61, max_length=T))
-    model = jax.jit(lambda: presets.build(config, jax.random.key(0), "causal"))()
+    model = jax.jit(lambda: model_configs.build(config, jax.random.key(0), "causal"))()
     tokens_BT = np.random.default_rng(0).integers(0, 61, (B, T)).astype(np.int32)
     changed_BT = np.where(np.arange(T)[None] == 3, (tokens_BT + 1) % 61, tokens_BT)
     with jax.set_mesh(mesh_of(context=4)):

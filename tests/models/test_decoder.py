@@ -10,7 +10,7 @@ import pytest
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.config.validation import fill_sizes
-from lslm_jax.models import block, presets
+from lslm_jax.models import block, model_configs
 from lslm_jax.models.decoder import Decoder
 from lslm_jax.models.embedding import padded_vocab
 from lslm_jax.models.layers import INIT_STD
@@ -19,7 +19,16 @@ T = 12
 TOKENS_BT = np.arange(T)[None]
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=61, max_length=32))
 LLAMA = fill_sizes(
-    replace(presets.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, vocab_size=61, max_length=32)
+    replace(
+        model_configs.LLAMA,
+        num_layers=2,
+        d_model=32,
+        num_heads=4,
+        num_kv_heads=2,
+        d_ff=48,
+        vocab_size=61,
+        max_length=32,
+    )
 )
 LLAMA = replace(LLAMA, dtype="float32")
 families = pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])

@@ -12,18 +12,19 @@ from scipy.special import logsumexp
 from lslm_jax.config import Config, MeshConfig, ModelConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.data.batch import Batch
-from lslm_jax.models import attention, experts, grouped, presets
+from lslm_jax.kernels import grouped_matmul
+from lslm_jax.kernels.grouped_matmul import block_size, grouped_dot, lay_out
+from lslm_jax.models import attention, model_configs, moe
 from lslm_jax.models.attention import KeyValues
 from lslm_jax.models.block import Mlp
-from lslm_jax.models.experts import Experts
-from lslm_jax.models.grouped import block_size, grouped_dot, lay_out
 from lslm_jax.models.layers import ACTIVATIONS
+from lslm_jax.models.moe import Experts
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train import losses
 
 B, T, D, F, E = 3, 12, 8, 16, 4
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=D, num_heads=2, d_ff=F, vocab_size=61, max_length=T, num_experts=E))
-MIXTRAL = replace(presets.LLAMA, num_layers=2, d_model=D, num_heads=2, d_ff=F, vocab_size=61, max_length=T)
+MIXTRAL = replace(model_configs.LLAMA, num_layers=2, d_model=D, num_heads=2, d_ff=F, vocab_size=61, max_length=T)
 MIXTRAL = fill_sizes(replace(MIXTRAL, dtype="float32", num_experts=E))
 kinds = pytest.mark.parametrize("config", [GPT, MIXTRAL], ids=["with biases", "gated"])
 # For what a model does around its experts.
@@ -39,7 +40,7 @@ def drawn(tree, std=0.5, seed=0):
 
 
 mix = jax.jit(Experts.__call__, static_argnums=3)
-route = jax.jit(experts.route, static_argnames=("k", "normalize", "most"))
+route = jax.jit(moe.route, static_argnames=("k", "normalize", "most"))
 read = jax.jit(lambda model, *args: model(*args))
 
 
@@ -62,7 +63,7 @@ def tokens(seed=1, shape=(B, T)):
 
 
 def random_model(config, objective="causal"):
-    return drawn(jax.eval_shape(lambda: presets.build(config, jax.random.key(0), objective)))
+    return drawn(jax.eval_shape(lambda: model_configs.build(config, jax.random.key(0), objective)))
 
 
 def random_ids(rows):
@@ -143,7 +144,7 @@ lay_out_jit = jax.jit(lay_out, static_argnums=(1, 2, 3))
 
 @functools.partial(jax.jit, static_argnums=0)
 def both_gradients(*inputs):
-    return grouped._ragged_gradients(*inputs, interpret=True), grouped._gradients(*inputs)
+    return grouped_matmul._ragged_gradients(*inputs, interpret=True), grouped_matmul._gradients(*inputs)
 
 
 def test_blocks_are_small_beside_what_an_expert_gets():
@@ -211,7 +212,7 @@ def test_balance_is_one_where_all_is_even_and_grows_to_the_number_of_experts():
     np.testing.assert_allclose(routing.balance_B, [1.0, E, 1.0], rtol=1e-5)
     np.testing.assert_array_equal(routing.load_E, [3 + T, 3 + T, 3, 3])
     random_BTE = 3.0 * np.random.default_rng(0).normal(size=(50, T, E)).astype(np.float32)
-    balances = jax.jit(lambda logits_BTE: [experts.route(logits_BTE, k)[2].balance_B for k in range(1, E + 1)])
+    balances = jax.jit(lambda logits_BTE: [moe.route(logits_BTE, k)[2].balance_B for k in range(1, E + 1)])
     for balance_B, k in zip(balances(random_BTE)[:-1], (1, 2, 3), strict=True):
         assert 1.0 < np.mean(balance_B) < E / k
     sharp_B = balances(100.0 * random_BTE)[0]
@@ -222,7 +223,7 @@ def test_balance_is_one_where_all_is_even_and_grows_to_the_number_of_experts():
 def test_losses_push_towards_balance_and_small_logits():
     logits_BTE = random_logits()
     logits_BTE[..., 0] += 1.0
-    push = jax.jit(jax.grad(lambda logits_BTE: jnp.sum(experts.route(logits_BTE, 2)[2].balance_B)))(logits_BTE)
+    push = jax.jit(jax.grad(lambda logits_BTE: jnp.sum(moe.route(logits_BTE, 2)[2].balance_B)))(logits_BTE)
     push_E = np.sum(push, axis=(0, 1))
     assert np.all(push_E[0] > np.abs(push_E[1:]))
     expected_B = np.mean(np.square(logsumexp(logits_BTE, axis=-1)), axis=-1)
@@ -366,5 +367,5 @@ def test_every_layer_of_every_family_tells_how_it_sent_its_tokens(family, scan):
 
 def test_a_model_without_experts_has_none_of_this():
     config, batch = replace(GPT, num_experts=0), Batch(jnp.zeros((1, T), jnp.int32), None, None)
-    find = lambda: presets.build(config, jax.random.key(0)).features_and_routing(batch, backend=attention.XLA)
+    find = lambda: model_configs.build(config, jax.random.key(0)).features_and_routing(batch, backend=attention.XLA)
     assert jax.eval_shape(find)[1] is None

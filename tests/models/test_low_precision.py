@@ -13,7 +13,8 @@ from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Optimiz
 from lslm_jax.config.validation import fill_sizes, validate
 from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import attention, low_precision, presets
+from lslm_jax.kernels import quantized_matmul
+from lslm_jax.models import attention, model_configs
 from lslm_jax.models.layers import projections
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train import optim
@@ -26,7 +27,7 @@ V, T, B = 64, 32, 8
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=64, num_heads=4, vocab_size=V, max_length=T, dtype="bfloat16"))
 ONE_DEVICE, EIGHT_DEVICES = MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)
 STEPS, FEW_STEPS = 60, 8
-kinds = pytest.mark.parametrize("kind", low_precision.KINDS)
+kinds = pytest.mark.parametrize("kind", quantized_matmul.KINDS)
 # A number's rounding is at most 2^-4 of it with three bits of mantissa, 2^-3 with two; 1/254 of the largest in int8.
 # In a product's error, the root of the mean square, rounding to either side evens out to less than that.
 NEAR = {"float8": (0.05, 0.08), "int8": (0.02, 0.02)}
@@ -52,7 +53,7 @@ def test_a_product_and_its_gradients_are_near(kind, inputs, outputs):
         return value, gradients(g)
 
     exact, exact_gradients = value_and_gradients(lambda x, w: jnp.tensordot(x, w, len(inputs)), x, w, g)
-    product = functools.partial(low_precision.product, kind, len(inputs))
+    product = functools.partial(quantized_matmul.product, kind, len(inputs))
     value, gradients = value_and_gradients(product, x, w, g)
     near, near_gradients = NEAR[kind]
     assert 0.001 < distance(value, exact) < near
@@ -105,7 +106,7 @@ def test_eight_devices_learn_as_with_bfloat16(kind):
 @functools.cache
 def build(dtype):
     config = replace(GPT, dtype=dtype)
-    return jax.jit(lambda: presets.build(config, jax.random.key(0)))()
+    return jax.jit(lambda: model_configs.build(config, jax.random.key(0)))()
 
 
 @functools.cache
@@ -137,4 +138,4 @@ def losses(dtype, mesh, steps=STEPS):
 def test_without_qwix_it_is_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ConfigError, match=r"need qwix: pip install 'lslm_jax\[quantize\]'"):
-        jax.eval_shape(lambda: presets.build(replace(GPT, dtype="float8"), jax.random.key(0)))
+        jax.eval_shape(lambda: model_configs.build(replace(GPT, dtype="float8"), jax.random.key(0)))

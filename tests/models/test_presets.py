@@ -9,7 +9,7 @@ import pytest
 from lslm_jax.config import Config, ModelConfig, TrainConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.data.batch import Batch
-from lslm_jax.models import attention, presets
+from lslm_jax.models import attention, model_configs
 from lslm_jax.models.embedding import padded_vocab
 from lslm_jax.train import losses, step
 from lslm_jax.train.state import divide, num_parameters
@@ -18,17 +18,17 @@ from lslm_jax.train.state import divide, num_parameters
 @pytest.mark.parametrize(
     ("config", "parameters"),
     [
-        (replace(presets.gpt2_small, vocab_size=50_257), 124_439_808),
-        (replace(presets.gpt2_xl, vocab_size=50_257), 1_557_611_200),
-        (presets.llama_1b, 1_235_814_400),
-        (presets.llama_8b, 8_030_261_248),
-        (presets.mixtral_8x7b, 46_702_792_704),
+        (replace(model_configs.gpt2_small, vocab_size=50_257), 124_439_808),
+        (replace(model_configs.gpt2_xl, vocab_size=50_257), 1_557_611_200),
+        (model_configs.llama_1b, 1_235_814_400),
+        (model_configs.llama_8b, 8_030_261_248),
+        (model_configs.mixtral_8x7b, 46_702_792_704),
     ],
     ids=["gpt2_small", "gpt2_xl", "llama_1b", "llama_8b", "mixtral_8x7b"],
 )
 def test_presets_have_the_published_number_of_parameters(config, parameters):
     config = fill_sizes(config)
-    model = jax.eval_shape(lambda: presets.build(config, jax.random.key(0)))
+    model = jax.eval_shape(lambda: model_configs.build(config, jax.random.key(0)))
     tables = 1 if config.tie_embeddings else 2
     padding = tables * (padded_vocab(config) - config.vocab_size) * config.d_model
     assert num_parameters(model) - padding == parameters
@@ -37,11 +37,11 @@ def test_presets_have_the_published_number_of_parameters(config, parameters):
 @pytest.mark.parametrize(
     ("config", "objective", "parameters"),
     [
-        (replace(presets.bert_base, vocab_size=30_522), "masked", 109_514_298),
+        (replace(model_configs.bert_base, vocab_size=30_522), "masked", 109_514_298),
         # Theirs has two positions more, of which one is for padding.
-        (replace(presets.roberta_base, vocab_size=50_265), "masked", 124_697_433 - 2 * 768),
-        (presets.t5_small, "seq2seq", 60_506_624),
-        (presets.t5_v1_1_small, "seq2seq", 76_961_152),
+        (replace(model_configs.roberta_base, vocab_size=50_265), "masked", 124_697_433 - 2 * 768),
+        (model_configs.t5_small, "seq2seq", 60_506_624),
+        (model_configs.t5_v1_1_small, "seq2seq", 76_961_152),
     ],
     ids=["bert_base", "roberta_base", "t5_small", "t5_v1_1_small"],
 )
@@ -49,7 +49,7 @@ def test_presets_of_encoders_and_encoder_decoders_have_the_published_number_of_p
     config, objective, parameters
 ):
     config = fill_sizes(config)
-    model = jax.eval_shape(lambda: presets.build(config, jax.random.key(0), objective))
+    model = jax.eval_shape(lambda: model_configs.build(config, jax.random.key(0), objective))
     extra = padded_vocab(config) - config.vocab_size
     # Of the vocabulary's padding there is a row in each table, and a number in the bias of masked tokens.
     padding = extra * config.d_model * (1 if config.tie_embeddings else 2) + extra * (objective == "masked")
@@ -57,15 +57,15 @@ def test_presets_of_encoders_and_encoder_decoders_have_the_published_number_of_p
 
 
 def test_of_experts_only_those_that_a_token_meets_cost_anything():
-    mixture = fill_sizes(replace(presets.mixtral_8x7b, shared_experts=1))
+    mixture = fill_sizes(replace(model_configs.mixtral_8x7b, shared_experts=1))
     wide = replace(mixture, num_experts=0, shared_experts=0, d_ff=3 * mixture.d_ff)
     routers = 6 * mixture.num_layers * mixture.d_model * mixture.num_experts
-    assert presets.flops_per_token(mixture, 512) == presets.flops_per_token(wide, 512) + routers
+    assert model_configs.flops_per_token(mixture, 512) == model_configs.flops_per_token(wide, 512) + routers
     more = replace(mixture, num_experts=2 * mixture.num_experts)
-    assert presets.flops_per_token(more, 512) == presets.flops_per_token(mixture, 512) + routers
+    assert model_configs.flops_per_token(more, 512) == model_configs.flops_per_token(mixture, 512) + routers
 
 
-LLAMA = replace(presets.LLAMA, num_kv_heads=2, d_ff=1024, dtype="float32")
+LLAMA = replace(model_configs.LLAMA, num_kv_heads=2, d_ff=1024, dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ def test_flops_per_token_agree_with_what_xla_counts(family):
     ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
     batch = Batch(ids_BT, ids_BT, jax.ShapeDtypeStruct((B, T), jnp.float32))
     gradient = jax.jit(lambda *args: step.accumulate_gradients(config, attention.XLA, *args))
-    abstract = jax.eval_shape(lambda: presets.build(config.model, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: model_configs.build(config.model, jax.random.key(0)))
     compiled = gradient.lower(*divide(config, abstract), batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
     seen = sum(min(t + 1, model.window or T) for t in range(T)) / T
     # The reference multiplies masked pairs too, which a fused kernel leaves out and nobody counts as work.
     masked = 6 * 2 * model.num_layers * 512 * (T - seen)
     counted = compiled.cost_analysis()["flops"] / (B * T)
-    assert counted == pytest.approx(presets.flops_per_token(config.model, T) + masked, rel=0.05)
+    assert counted == pytest.approx(model_configs.flops_per_token(config.model, T) + masked, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_flops_of_encoders_and_encoder_decoders_agree_with_what_xla_counts(famil
         settings = losses.Settings(w_VD.shape[0], chunk=B * T)
         return losses.cross_entropy(x_BPD, w_VD, batch.targets_BT, batch.weights_BT, settings, b_V).objective
 
-    abstract = jax.eval_shape(lambda: presets.build(model, jax.random.key(0), objective))
+    abstract = jax.eval_shape(lambda: model_configs.build(model, jax.random.key(0), objective))
     counted = jax.jit(jax.grad(objective_of)).lower(abstract, batch).compile().cost_analysis()["flops"] / (B * T)
     # The reference multiplies masked pairs too, which nobody counts as work.
     both = lambda n: sum(min(t, window - 1) + min(n - 1 - t, window - 1) + 1 for t in range(n)) / n if window else n
@@ -128,14 +128,14 @@ def test_flops_of_encoders_and_encoder_decoders_agree_with_what_xla_counts(famil
         masked = T - both(T)  # of two layers the first sees everything
     else:
         masked = (S - both(S)) * S / T + T - (T + 1) / 2
-    expected = presets.flops_per_token(model, T, S, objective, predictions) + 6 * 2 * D * masked
+    expected = model_configs.flops_per_token(model, T, S, objective, predictions) + 6 * 2 * D * masked
     assert counted == pytest.approx(expected, rel=0.05)
 
 
 def test_attention_is_counted_over_the_tokens_a_query_sees():
-    config = fill_sizes(presets.llama_1b)
+    config = fill_sizes(model_configs.llama_1b)
     for window, length in [(0, 100), (7, 100), (100, 100), (300, 100), (1, 100)]:
         seen = sum(min(t + 1, window or length) for t in range(length)) / length
-        flops = presets.flops_per_token(replace(config, window=window), length)
-        without = presets.flops_per_token(replace(config, window=1), length)
+        flops = model_configs.flops_per_token(replace(config, window=window), length)
+        without = model_configs.flops_per_token(replace(config, window=1), length)
         assert flops - without == pytest.approx(6 * 2 * 16 * 2048 * (seen - 1))

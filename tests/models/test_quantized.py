@@ -12,9 +12,9 @@ import pytest
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import presets, quantized
+from lslm_jax.models import model_configs, weight_quantization
 from lslm_jax.models.layers import Linear
-from lslm_jax.models.quantized import quantize
+from lslm_jax.models.weight_quantization import quantize
 from lslm_jax.parallel.sharding import make_mesh, shardings_of
 from lslm_jax.runtime.pytree import flatten
 
@@ -22,10 +22,10 @@ pytest.importorskip("qwix")
 
 V, T = 61, 24
 GPT = fill_sizes(ModelConfig(num_layers=3, d_model=32, num_heads=4, vocab_size=V, max_length=T, init="fan_in"))
-LLAMA = replace(presets.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, vocab_size=V, max_length=T)
+LLAMA = replace(model_configs.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, vocab_size=V, max_length=T)
 LLAMA = fill_sizes(replace(LLAMA, dtype="float32", d_ff=64, init="fan_in", lora_rank=2))
 FINEST = {"int8": 127, "int4": 7}  # the largest whole number of each
-kinds = pytest.mark.parametrize("kind", quantized.KINDS)
+kinds = pytest.mark.parametrize("kind", weight_quantization.KINDS)
 models = pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama with adapters"])
 
 
@@ -36,7 +36,7 @@ def fresh(config):
 
 @functools.cache
 def initial(config):
-    weights, structure = jax.tree.flatten(presets.build(config, jax.random.key(0)))
+    weights, structure = jax.tree.flatten(model_configs.build(config, jax.random.key(0)))
     return [np.asarray(leaf) for leaf in weights], structure
 
 

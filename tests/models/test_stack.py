@@ -9,13 +9,13 @@ import pytest
 
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import fill_sizes
-from lslm_jax.models import presets, stack
+from lslm_jax.models import model_configs, stack
 from lslm_jax.models.decoder import Decoder
 from lslm_jax.models.layers import Linear
 from lslm_jax.parallel.sharding import make_mesh
 
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=61, max_length=16, dropout=0.2))
-LLAMA = fill_sizes(replace(presets.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, vocab_size=61))
+LLAMA = fill_sizes(replace(model_configs.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, vocab_size=61))
 LLAMA = replace(LLAMA, dtype="float32", max_length=16)
 
 

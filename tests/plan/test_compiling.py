@@ -6,7 +6,7 @@ import jax
 import pytest
 from tiny_plans import CONFIG, CPU, LAYERS, compiled
 
-from lslm_jax.models.presets import flops_per_token
+from lslm_jax.models.model_configs import flops_per_token
 from lslm_jax.plan import hlo
 from lslm_jax.plan.figures import figures, local_bytes
 

@@ -116,7 +116,7 @@ from lslm_jax.plan import topology
 there = topology.prepare("h200:1")
 import jax, jax.numpy as jnp
 from lslm_jax.models.layers import Linear
-from lslm_jax.models.quantized import quantize
+from lslm_jax.models.weight_quantization import quantize
 where = jax.sharding.SingleDeviceSharding(topology.devices(there)[0])
 born = lambda: quantize(Linear(jax.random.key(0), {"embed": 2048}, {"mlp": 8192}, bias=False), "int8")
 place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
@@ -137,7 +137,7 @@ FLOAT8 = """
 from lslm_jax.plan import topology
 there = topology.prepare("h200:1")
 import jax, jax.numpy as jnp
-from lslm_jax.models.low_precision import product
+from lslm_jax.kernels.quantized_matmul import product
 where = jax.sharding.SingleDeviceSharding(topology.devices(there)[0])
 x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where) for shape in ((4096, 2048), (2048, 1024)))
 loss = lambda x, w: jnp.sum(jnp.square(product("float8", 1, x, w).astype(jnp.float32)))

@@ -12,14 +12,14 @@ import pytest
 
 from lslm_jax.config import ModelConfig, OptimizerConfig
 from lslm_jax.config.validation import fill_sizes
-from lslm_jax.models import presets
+from lslm_jax.models import model_configs
 from lslm_jax.models.decoder import Decoder
 from lslm_jax.models.layers import Linear
 from lslm_jax.train import optim
 
 NAMES = get_args(get_type_hints(OptimizerConfig)["name"])
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=61, max_length=16))
-LLAMA = replace(presets.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, vocab_size=61)
+LLAMA = replace(model_configs.LLAMA, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, vocab_size=61)
 LLAMA = fill_sizes(replace(LLAMA, qk_norm="head"))
 
 

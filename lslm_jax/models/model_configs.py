@@ -162,7 +162,7 @@ def build(config: ModelConfig, key: "jax.Array", objective: str = "causal") -> A
 
             return Encoder(config, key, objective)
         case "encoder_decoder":
-            from lslm_jax.models.seq2seq import Seq2Seq
+            from lslm_jax.models.encoder_decoder import Seq2Seq
 
             return Seq2Seq(config, key)
 

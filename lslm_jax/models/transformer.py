@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.models import attention, experts, stack
+from lslm_jax.models import attention, moe, stack
 from lslm_jax.models.attention import Backend, Distances, KeyValues
 from lslm_jax.models.block import Block
-from lslm_jax.models.experts import Routing
 from lslm_jax.models.layers import INIT_STD, Norm, near, normal, relative_bias, rotary_frequencies, rotation
-from lslm_jax.models.presets import layer_types
+from lslm_jax.models.model_configs import layer_types
+from lslm_jax.models.moe import Routing
 from lslm_jax.parallel import context_parallel, pipeline_parallel
 
 
@@ -241,7 +241,7 @@ class Tower(nnx.Module):
                     parts=config.microbatches,
                     rounds=config.pipeline_rounds,
                 )
-                routing = routing and experts.of_parts(routing)
+                routing = routing and moe.of_parts(routing)
             else:
                 apply = reading(rows, shared)
                 x_BTD, kept = stack.run(

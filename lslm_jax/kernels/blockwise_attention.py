@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lslm_jax.models.kernels import SAVED
+from lslm_jax.kernels.fused_attention import SAVED
 from lslm_jax.models.layers import near, relative_bias, softcap
 
 BLOCK = 512  # queries and keys of a block, at most

@@ -11,9 +11,9 @@ from lslm_jax.config import ModelConfig
 from lslm_jax.data.batch import Array, Batch
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.embedding import Embedding, places
-from lslm_jax.models.experts import Routing
 from lslm_jax.models.layers import dropout
-from lslm_jax.models.tower import Tower
+from lslm_jax.models.moe import Routing
+from lslm_jax.models.transformer import Tower
 
 
 class Seq2Seq(Embedding):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.models.grouped import block_size, grouped_dot, lay_out
+from lslm_jax.kernels.grouped_matmul import block_size, grouped_dot, lay_out
 from lslm_jax.models.layers import ACTIVATIONS, constant, normal, residual_std, weight_std
 from lslm_jax.parallel.sharding import beside_weights, constrain
 
