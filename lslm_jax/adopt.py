@@ -9,8 +9,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lslm_jax.config import Config, DataConfig, loading, validation
-from lslm_jax.convert import check, pretrained, theirs, weights
-from lslm_jax.convert.check import Comparison
+from lslm_jax.convert import hf_reference, parity, pretrained, state_dict
+from lslm_jax.convert.parity import Comparison
 from lslm_jax.convert.pretrained import Pretrained
 from lslm_jax.data.prepare.prepare import data_manifest
 from lslm_jax.data.tokenizers import tokenizer
@@ -62,7 +62,7 @@ def read(source: Pretrained, config: Config, mesh: Mesh) -> tuple[Any, dict[str,
     # What is compared must not be rounded on the way; weights are float32 whatever the model runs in.
     exact = replace(config, model=replace(config.model, dtype="float32"))
     abstract = abstract_model(exact, mesh)
-    lacking = weights.lacking_heads(tensors, source.family, source.model, config.task.objective, abstract)
+    lacking = state_dict.lacking_heads(tensors, source.family, source.model, config.task.objective, abstract)
     fresh = _make(lacking, config, abstract) if lacking else None
     loaded = pretrained.load(source, config.task.objective, abstract, fresh)
     paths = sorted({tensor.path for tensor in tensors.values()})
@@ -99,10 +99,10 @@ def compare(loaded: Any, source: Pretrained, config: Config, file: str | None, t
     """
     objective = config.task.objective
     if file:
-        reference = check.read_reference(atomic_io.place(file), config.model)
+        reference = parity.read_reference(atomic_io.place(file), config.model)
     else:
-        reference = theirs.read(source, objective, check.sample_rows(source, config.seed))
-    return check.compare(loaded.model, objective, reference, tolerance, heads=not loaded.fresh)
+        reference = hf_reference.read(source, objective, parity.sample_rows(source, config.seed))
+    return parity.compare(loaded.model, objective, reference, tolerance, heads=not loaded.fresh)
 
 
 def verdict(source: Pretrained, found: Comparison, tolerance: float) -> str:

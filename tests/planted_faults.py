@@ -283,14 +283,14 @@ FAULTS = [
     ),
     Fault(
         "the length penalty counts one token too few",
-        "generate/beam.py",
+        "generate/beam_search.py",
         "return log_prob / ((5.0 + length) / 6.0) ** length_penalty",
         "return log_prob / ((4.0 + length) / 6.0) ** length_penalty",
         "generate/test_beam.py",
     ),
     Fault(
         "a beam goes on from another beam's cache",
-        "generate/beam.py",
+        "generate/beam_search.py",
         "cache, ids_BWN = _gather((state.cache, state.ids_BWN), parent_BW)",
         "cache, ids_BWN = state.cache, _gather(state.ids_BWN, parent_BW)",
         "generate/test_beam.py generate/test_search.py",

@@ -12,11 +12,11 @@ from typing import Any
 from etils import epath
 
 from lslm_jax.config import Config, ModelConfig, loading
-from lslm_jax.convert import adapter as adapters
-from lslm_jax.convert import generation, hub, peft, safetensors, weights
-from lslm_jax.convert.family import Family, differences
+from lslm_jax.convert import generation, hf_hub, peft, safetensors_io, state_dict
+from lslm_jax.convert import peft_files as adapters
+from lslm_jax.convert.hf_mapping import Family, differences
 from lslm_jax.convert.pretrained import FAMILIES, is_pretrained
-from lslm_jax.convert.safetensors import Source
+from lslm_jax.convert.safetensors_io import Source
 from lslm_jax.data.chat.tokenize_chat import chat_template
 from lslm_jax.data.chat.tokenize_chat.chat_template import Template
 from lslm_jax.data.tokenizers import to_hf
@@ -75,7 +75,7 @@ class Exporter:
 
     def sources(self, model: Any) -> dict[str, Source]:
         """The weights as the family has them, each fetched from its devices when its turn comes."""
-        return weights.sources(model, self._family, self._config.model, self._config.task.objective, self._dtype)
+        return state_dict.sources(model, self._family, self._config.model, self._config.task.objective, self._dtype)
 
     def fetch(self, model: Any) -> dict[str, Source]:
         """The same, fetched now: the arrays of the model may be donated afterwards."""
@@ -95,7 +95,7 @@ class Exporter:
         """
         with atomic_io.saving(directory):
             directory.mkdir(parents=True, exist_ok=True)
-        files = safetensors.write_directory(directory, sources)
+        files = safetensors_io.write_directory(directory, sources)
         card = _card(self._config, self.model_type, num_parameters(sources), metrics)
         texts = self._texts | {"README.md": card.encode(), "config.json": self._settings}
         for name, text in texts.items():
@@ -173,13 +173,13 @@ def _base(begun: str) -> str:
             "--adapter"
         )
     if not adapters.is_adapter(path):
-        return os.fspath(path).removeprefix(hub.SCHEME)
+        return os.fspath(path).removeprefix(hf_hub.SCHEME)
     begun_with = adapters.describe(path)
     changed = [name for name in adapters.tensors(begun_with) if "embed" in name or name == "lm_head.weight"]
     if changed:
         raise ConfigError(f"the run began with {path}, which changes {changed[0]}: leave out --adapter")
     base = adapters.base_of(begun_with)
-    return os.fspath(base).removeprefix(hub.SCHEME)
+    return os.fspath(base).removeprefix(hf_hub.SCHEME)
 
 
 def _vocabulary(words: Tokenizer, model: ModelConfig, model_type: str) -> dict[str, bytes]:

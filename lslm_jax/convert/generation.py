@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from lslm_jax.config import GenerateConfig
-from lslm_jax.convert import keys
+from lslm_jax.convert import hf_keys
 from lslm_jax.data.tokenizers.base import Tokenizer
 from lslm_jax.errors import ConfigError
 from lslm_jax.runtime import atomic_io
@@ -66,8 +66,8 @@ def read(directory: epath.Path, config: Settings, words: Tokenizer) -> GenerateC
 def _read(given: Settings, config: Settings, words: Tokenizer, *, strict: bool) -> GenerateConfig:
     known = {key: value for key, value in given.items() if value is not None}
     if not strict:  # config.json holds much else
-        known = {key: value for key, value in known.items() if key in keys.table()["generation"]}
-    defaults = keys.table()["generation_defaults"]
+        known = {key: value for key, value in known.items() if key in hf_keys.table()["generation"]}
+    defaults = hf_keys.table()["generation_defaults"]
     sampled = known.get("do_sample", False)
     for key, value in known.items():
         if status(key) == "rejected" and not (key in _SAMPLING and not sampled):
@@ -78,7 +78,7 @@ def _read(given: Settings, config: Settings, words: Tokenizer, *, strict: bool) 
     _check_start(known, config)
     ends = _ids(get("eos_token_id"), "eos_token_id")
     if not strict and "eos_token_id" not in given:
-        ends = _ids(keys.default(config, "eos_token_id"), "eos_token_id")
+        ends = _ids(hf_keys.default(config, "eos_token_id"), "eos_token_id")
     ours = GenerateConfig(
         temperature=0.0,
         beams=beams,
@@ -137,7 +137,7 @@ def _changes_scores(ours: GenerateConfig) -> bool:
 
 def _check_start(known: Settings, config: Settings) -> None:
     """The text of an encoder-decoder begins as config.json has it, in training and here."""
-    expected = keys.default(config, "decoder_start_token_id")
+    expected = hf_keys.default(config, "decoder_start_token_id")
     start = known.get("decoder_start_token_id")
     if start is None and config.get("is_encoder_decoder"):
         start = known.get("bos_token_id")  # as in transformers
@@ -156,11 +156,11 @@ def _require_default(key: str, value: Any, defaults: Settings) -> None:
 
 def _check_lengths(known: Settings, config: Settings) -> None:
     longest = known.get("max_length")
-    limit = keys.default(config, "max_position_embeddings")
+    limit = hf_keys.default(config, "max_position_embeddings")
     if "max_new_tokens" in known or longest is None or config.get("is_encoder_decoder"):
         return
     if (
-        longest != keys.table()["generation_defaults"]["max_length"]
+        longest != hf_keys.table()["generation_defaults"]["max_length"]
         and limit
         and _whole(longest, "max_length", 1) < limit
     ):
@@ -180,7 +180,7 @@ def _least(known: Settings, config: Settings) -> int:
 def _bad_words(known: Settings) -> list[tuple[int, ...]]:
     words = known.get("bad_words_ids") or []
     if not isinstance(words, list) or not all(isinstance(word, list) and word for word in words):
-        raise ConfigError(f"bad_words_ids={keys.short(words)} is no list of lists of token ids")
+        raise ConfigError(f"bad_words_ids={hf_keys.short(words)} is no list of lists of token ids")
     return [tuple(_ids(word, "bad_words_ids")) for word in words]
 
 

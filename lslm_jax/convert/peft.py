@@ -13,11 +13,11 @@ import numpy as np
 from etils import epath
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.convert import adapter as adapters
-from lslm_jax.convert import safetensors, weights
-from lslm_jax.convert.adapter import PREFIX, SETTINGS, TASKS, WEIGHTS, Adapter, tensors
-from lslm_jax.convert.family import LAYER, Family, Layout, Part, layout, num_inputs
-from lslm_jax.convert.safetensors import Source, Tensor
+from lslm_jax.convert import peft_files as adapters
+from lslm_jax.convert import safetensors_io, state_dict
+from lslm_jax.convert.hf_mapping import LAYER, Family, Layout, Part, layout, num_inputs
+from lslm_jax.convert.peft_files import PREFIX, SETTINGS, TASKS, WEIGHTS, Adapter, tensors
+from lslm_jax.convert.safetensors_io import Source, Tensor
 from lslm_jax.errors import ConfigError, DataError
 from lslm_jax.models import lora
 from lslm_jax.parallel import multihost
@@ -141,13 +141,13 @@ def export(
             a, b = _theirs(arrays, adapted)
             written |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
             ranks[adapted[0].theirs] = len(a)
-    heads = weights.sources(model, family, config, objective, "float32", "top.")
+    heads = state_dict.sources(model, family, config, objective, "float32", "top.")
     tops = {name: source.make() for name, source in heads.items()}
     if not multihost.is_primary():
         return []
     sources = {PREFIX + name: Source(a.dtype, a.shape, lambda a=a: a) for name, a in (written | tops).items()}
     with atomic_io.whole_directory(directory, lambda name: name in (WEIGHTS, SETTINGS), SETTINGS) as part:
-        safetensors.write_file(part / WEIGHTS, sources)
+        safetensors_io.write_file(part / WEIGHTS, sources)
         atomic_io.write_json(part / SETTINGS, _settings(ranks, family, config, objective, base, sorted(tops)))
     return [WEIGHTS, SETTINGS]
 
@@ -156,7 +156,7 @@ def _theirs(arrays: Mapping[str, Any], uses: list[_Use]) -> tuple[np.ndarray, np
     """One adapter for all of ours that lie in one projection of theirs: A [R, inputs] and B [outputs, R]."""
     all_a, all_b = [], []
     for use in uses:
-        a, b = (weights.fetch(arrays[f"{use.ours}.lora.{letter}"], use.layer) for letter in "ab")
+        a, b = (state_dict.fetch(arrays[f"{use.ours}.lora.{letter}"], use.layer) for letter in "ab")
         all_a.append(a.reshape(-1, a.shape[-1]).T)
         count = use.outputs.split[use.outputs.order[0]]
         parts = [[column if i == use.part else np.zeros_like(column) for i in range(count)] for column in b]

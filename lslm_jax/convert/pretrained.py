@@ -12,34 +12,34 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from lslm_jax.config import Config, ModelConfig, loading
-from lslm_jax.convert import adapter as adapters
-from lslm_jax.convert import decoders, encoders, generation, gguf, hub, pairs, safetensors
-from lslm_jax.convert.family import RUN_KEYS, Family, Unlike
-from lslm_jax.convert.safetensors import Stored, same_bytes
+from lslm_jax.convert import generation, gguf, hf_decoders, hf_encoder_decoders, hf_encoders, hf_hub, safetensors_io
+from lslm_jax.convert import peft_files as adapters
+from lslm_jax.convert.hf_mapping import RUN_KEYS, Family, Unlike
+from lslm_jax.convert.safetensors_io import Stored, same_bytes
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import ConfigError, InputMissing, LslmError
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.progress import say
 
 FAMILIES = (
-    decoders.GPT2,
-    decoders.LLAMA,
-    decoders.MISTRAL,
-    decoders.MIXTRAL,
-    decoders.QWEN2,
-    decoders.QWEN3,
-    decoders.GEMMA2,
-    decoders.GEMMA3,
-    decoders.SMOLLM3,
-    decoders.OLMO2,
-    decoders.GPT_NEOX,
-    encoders.BERT,
-    encoders.ROBERTA,
-    encoders.DISTILBERT,
-    encoders.MODERNBERT,
-    pairs.T5,
-    pairs.T5_GATED,
-    pairs.MARIAN,
+    hf_decoders.GPT2,
+    hf_decoders.LLAMA,
+    hf_decoders.MISTRAL,
+    hf_decoders.MIXTRAL,
+    hf_decoders.QWEN2,
+    hf_decoders.QWEN3,
+    hf_decoders.GEMMA2,
+    hf_decoders.GEMMA3,
+    hf_decoders.SMOLLM3,
+    hf_decoders.OLMO2,
+    hf_decoders.GPT_NEOX,
+    hf_encoders.BERT,
+    hf_encoders.ROBERTA,
+    hf_encoders.DISTILBERT,
+    hf_encoders.MODERNBERT,
+    hf_encoder_decoders.T5,
+    hf_encoder_decoders.T5_GATED,
+    hf_encoder_decoders.MARIAN,
 )
 
 
@@ -70,10 +70,10 @@ def describe(directory: epath.Path | str) -> Pretrained:
       InputMissing: there is none; and the errors of `hub.local`.
       ConfigError: it is of a family, or has a setting, that our blocks do not express exactly.
     """
-    directory = atomic_io.place(hub.local(directory))
+    directory = atomic_io.place(hf_hub.local(directory))
     if adapters.is_adapter(directory):
         adapter = adapters.describe(directory)
-        base = atomic_io.place(hub.local(adapters.base_of(adapter)))
+        base = atomic_io.place(hf_hub.local(adapters.base_of(adapter)))
         if adapters.is_adapter(base):
             raise ConfigError(f"{directory} was trained on {base}, which is an adapter itself: merge that one first")
         source = describe(base)._replace(adapter=adapter)
@@ -161,7 +161,7 @@ def tensors(source: Pretrained) -> Mapping[str, Stored]:
 
 
 def _stored(path: epath.Path) -> Mapping[str, Stored]:
-    return gguf.tensors(path) if _is_gguf(path) else safetensors.open_directory(path)
+    return gguf.tensors(path) if _is_gguf(path) else safetensors_io.open_directory(path)
 
 
 def load(source: Pretrained, objective: str, abstract: Any, fresh: Any = None, names: Sequence[str] = ()) -> Any:
@@ -174,13 +174,13 @@ def load(source: Pretrained, objective: str, abstract: Any, fresh: Any = None, n
       fresh: as in `weights.load`.
       names: of the run's labels, in the order of its head's outputs; the directory's are put into this order.
     """
-    from lslm_jax.convert import peft, weights
+    from lslm_jax.convert import peft, state_dict
 
     stored = tensors(source)
     rows = label_rows(source, objective, names)
     if rows is not None:
-        stored = weights.with_rows(stored, source.family, objective, rows, len(labels(source, objective)))
-    loaded = weights.load(stored, source.family, source.model, objective, abstract, fresh)
+        stored = state_dict.with_rows(stored, source.family, objective, rows, len(labels(source, objective)))
+    loaded = state_dict.load(stored, source.family, source.model, objective, abstract, fresh)
     if source.adapter is None:
         return loaded
     return loaded._replace(model=peft.apply(source.adapter, loaded.model, source.family, objective))

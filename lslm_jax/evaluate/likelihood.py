@@ -12,7 +12,7 @@ from lslm_jax.config import Config
 from lslm_jax.data.batch import Batch
 from lslm_jax.evaluate import runner
 from lslm_jax.evaluate.evaluator import Setting
-from lslm_jax.generate import reading
+from lslm_jax.generate import prefill
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel.sharding import num_shards
 from lslm_jax.runtime.progress import Progress
@@ -74,14 +74,14 @@ def _plan(config: Config, texts: Sequence[Text]) -> Iterator[list[int]]:
 
 def _width(config: Config, length: int) -> int:
     """The slots of a row that so many tokens are read from."""
-    whole = reading.bucket(length)
+    whole = prefill.bucket(length)
     half = 3 * whole // 4
     return min(half if whole >= _HALVES_FROM and length <= half else whole, config.model.max_length)
 
 
 def _batch(config: Config, texts: Sequence[Text]) -> Batch:
     width = max(_width(config, len(text.ids) - 1) for text in texts)
-    most = min(reading.bucket(max(text.count for text in texts)), width)
+    most = min(prefill.bucket(max(text.count for text in texts)), width)
     size = rows(config, width)
     tokens_BT = np.zeros((size, width), np.int32)
     targets_BP, places_BP = np.zeros((2, size, most), np.int32)

@@ -16,10 +16,10 @@ import numpy as np
 
 from lslm_jax.config import GenerateConfig, ModelConfig, validation
 from lslm_jax.errors import ConfigError
-from lslm_jax.generate import beam, constraints, lookup, reading, sampling
+from lslm_jax.generate import beam_search, constraints, prefill, prompt_lookup, sampling
 from lslm_jax.generate.constraints import Text
-from lslm_jax.generate.reading import Memory, Prompts
-from lslm_jax.generate.text import Result, Row
+from lslm_jax.generate.detokenize import Result, Row
+from lslm_jax.generate.prefill import Memory, Prompts
 from lslm_jax.parallel.sharding import constrain, platform
 from lslm_jax.runtime.progress import say
 
@@ -185,8 +185,8 @@ def _drive(
     # twice takes 30 % less time (Llama 1B on an H200).
     twice = len(rows) == 1 and settings.beams == 1 and not settings.lookup and platform() == "gpu"
     read_rows = rows * 2 if twice else rows
-    prompts = reading.pad(read_rows, seed, model.config)
-    room = min(settings.max_tokens, reading.bucket(max(row.limit for row in rows)))
+    prompts = prefill.pad(read_rows, seed, model.config)
+    room = min(settings.max_tokens, prefill.bucket(max(row.limit for row in rows)))
     model = _unstacked(model)
     if settings.beams > 1:
         for row, ids_N, length, score in zip(rows, *jax.device_get(_search(model, prompts, rules, room)), strict=True):
@@ -222,7 +222,7 @@ def _prefill(model: Any, prompts: Prompts, rules: _Rules, room: int) -> _State:
     """Reads the prompts in one pass and draws each row's first token."""
     B, P = prompts.tokens_BP.shape
     room += rules.settings.lookup  # guesses may go beyond the last token
-    logits_BV, memory = reading.begin(model, prompts, room)
+    logits_BV, memory = prefill.begin(model, prompts, room)
     seen_BV = None
     if rules.settings.repetition_penalty != 1.0:
         real_BP = jnp.arange(P)[None, :] >= prompts.start_B[:, None]
@@ -247,9 +247,9 @@ def _step(model: Any, prompts: Prompts, rules: _Rules, state: _State) -> _State:
         parts = prompts.source_BS, prompts.tokens_BP, state.ids_BN
         text_BL = jnp.concatenate([part for part in parts if part is not None], axis=1)
         end = text_BL.shape[1] - state.ids_BN.shape[1] + state.step
-        guesses_BK = lookup.guess(text_BL, end, rules.settings.lookup)
+        guesses_BK = prompt_lookup.guess(text_BL, end, rules.settings.lookup)
     tokens_BT = jnp.concatenate([last_B1, guesses_BK], axis=1)
-    logits_BTV, memory = reading.go_on(model, prompts, state.memory, tokens_BT, state.step)
+    logits_BTV, memory = prefill.go_on(model, prompts, state.memory, tokens_BT, state.step)
     return _draw(prompts, state._replace(memory=memory), logits_BTV, guesses_BK, rules)
 
 
@@ -320,7 +320,7 @@ def _pinned(state: _State) -> _State:
     """Fixes where the state lies on the mesh, so that all calls are one program and every host can read the tokens."""
     return _State(
         step=state.step,
-        memory=reading.pinned(state.memory),
+        memory=prefill.pinned(state.memory),
         ids_BN=constrain(state.ids_BN, (None, None)),
         done_B=constrain(state.done_B, (None,)),
         seen_BV=state.seen_BV if state.seen_BV is None else constrain(state.seen_BV, ("batch", "vocab")),
@@ -331,7 +331,7 @@ def _pinned(state: _State) -> _State:
 def _search(model: Any, prompts: Prompts, rules: _Rules, room: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Reads the prompts and searches with beams: each row's best tokens [B, N], their number [B] and score [B]."""
     B, W = len(prompts.limit_B), rules.settings.beams
-    logits_BV, memory = reading.begin(model, prompts, room)
+    logits_BV, memory = prefill.begin(model, prompts, room)
     # To the model beams are rows.
     prompts_of_beams, cross = jax.tree.map(lambda a: jnp.repeat(a, W, axis=0), (prompts, memory.cross))
     P, limit_B = prompts.tokens_BP.shape[1], jnp.asarray(prompts.limit_B)
@@ -341,12 +341,12 @@ def _search(model: Any, prompts: Prompts, rules: _Rules, room: int) -> tuple[jax
         caches, text_BL = jax.tree.map(lambda a: a.reshape(B * W, *a.shape[2:]), cache)
         tokens_B1, end = tokens_BW.reshape(-1, 1), P + count
         text_BL = jax.lax.dynamic_update_slice_in_dim(text_BL, tokens_B1, end - 1, axis=1)
-        logits_BTV, memory = reading.go_on(model, prompts_of_beams, Memory(caches, cross), tokens_B1, count)
+        logits_BTV, memory = prefill.go_on(model, prompts_of_beams, Memory(caches, cross), tokens_B1, count)
         text = Text(text_BL, prompts_of_beams.start_B, end)
         scores_BV = _search_scores(logits_BTV[:, 0], text, count + 1, prompts_of_beams.limit_B, rules)
         return jax.tree.map(lambda a: a.reshape(B, W, *a.shape[1:]), (scores_BV, (memory.cache, text_BL)))
 
-    found = beam.search(
+    found = beam_search.search(
         step,
         _search_scores(logits_BV, Text(text_BL, prompts.start_B, jnp.int32(P)), jnp.int32(1), limit_B, rules),
         (memory.cache, text_BL),

@@ -10,8 +10,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lslm_jax.config import Config
-from lslm_jax.convert import hub, pretrained
-from lslm_jax.convert.family import differences
+from lslm_jax.convert import hf_hub, pretrained
+from lslm_jax.convert.hf_mapping import differences
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
 from lslm_jax.runtime import atomic_io
@@ -83,7 +83,7 @@ def find_start(init_from: str) -> Start:
       CheckpointRefused: the run has no checkpoint.
       ConfigError: the model is of a kind that is not supported.
     """
-    path = atomic_io.place(hub.local(init_from))
+    path = atomic_io.place(hf_hub.local(init_from))
     if atomic_io.exists(path / "checkpoints"):
         latest_step(path / "checkpoints")
         return Start(path / "checkpoints", False)

@@ -11,7 +11,7 @@ from test_parity import CASES, make
 
 from lslm_jax import adopt
 from lslm_jax.config import Config, TaskConfig
-from lslm_jax.convert import check, pretrained, theirs
+from lslm_jax.convert import hf_reference, parity, pretrained
 from lslm_jax.parallel.sharding import make_mesh
 
 torch = pytest.importorskip("torch")
@@ -51,12 +51,12 @@ def test_a_model_parts_from_theirs_at_the_layer_whose_weight_was_tampered_with(n
     shutil.copytree(tmp_path / "whole", tmp_path / "tampered")
     tamper(tmp_path / "tampered", tensor)
     source = pretrained.describe(tmp_path / "whole")
-    reference = theirs.read(source, case.objective, check.sample_rows(source, seed=0))
+    reference = hf_reference.read(source, case.objective, parity.sample_rows(source, seed=0))
     source = pretrained.describe(tmp_path / "tampered")
     given = Config(model=source.model, task=TaskConfig(objective=case.objective))
     config = adopt.with_labels(adopt.settle(given, source))
     loaded, _ = adopt.read(source, config, make_mesh(config))
-    found = check.compare(loaded.model, case.objective, reference, 1e-3)
+    found = parity.compare(loaded.model, case.objective, reference, 1e-3)
     assert found.parts_at == place and not found.holds(1e-3)
 
 

@@ -16,7 +16,7 @@ from etils import epath
 
 from lslm_jax.config import Config, ModelConfig
 from lslm_jax.config.validation import fill_sizes
-from lslm_jax.convert import hub
+from lslm_jax.convert import hf_hub
 from lslm_jax.convert.export import Exporter, export
 from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
@@ -229,14 +229,14 @@ def test_without_a_network_it_says_so_soon(server, start):
     assert outcomes(offline) == [(66, line)]
     [(code, line)] = outcomes(unanswered)
     assert code == 66 and line.startswith(f"lslm: {server.address} is out of reach")
-    assert time.monotonic() - begun < hub._PATIENCE + 60
+    assert time.monotonic() - begun < hf_hub._PATIENCE + 60
 
 
 def test_a_path_is_itself(tmp_path):
-    assert hub.local(tmp_path) == hub.local(str(tmp_path)) == epath.Path(tmp_path)
+    assert hf_hub.local(tmp_path) == hf_hub.local(str(tmp_path)) == epath.Path(tmp_path)
 
 
 @pytest.mark.parametrize("address", ["m@v1..2", "m@a/../b", "m@./a", "m@/a", "m@a//b", "m@a/..", "a..b", "o/m@.."])
 def test_no_part_of_an_address_leads_elsewhere(address):
     with pytest.raises(ConfigError, match=f"hf://{address} does not name a model"):
-        hub.local(f"hf://{address}")
+        hf_hub.local(f"hf://{address}")

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from lslm_jax.config import Config, TaskConfig
 from lslm_jax.config.validation import fill_sizes
-from lslm_jax.convert import check, export
+from lslm_jax.convert import export, parity
 from lslm_jax.convert.export import Exporter
 from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
@@ -200,7 +200,7 @@ def test_what_import_lacks_is_told(flags, message, llama, command):
 @jax.jit
 def outputs(model, batch):
     """Hidden states by place, and logits."""
-    return dict(check.hidden_states(model, batch)), model.logits(model.features(batch, backend=attention.XLA))
+    return dict(parity.hidden_states(model, batch)), model.logits(model.features(batch, backend=attention.XLA))
 
 
 def reference(path, made, objective):
@@ -214,10 +214,10 @@ def reference(path, made, objective):
         written_BT = rng.integers(0, 300, (2, 16)).astype(np.int64)
         arrays["decoder_input_ids"] = written_BT
         source = {"source_BS": tokens_BT, "source_segments_BS": segments_BT}
-        batch = check._batch(written_BT, np.ones_like(written_BT), **source)
+        batch = parity._batch(written_BT, np.ones_like(written_BT), **source)
     else:
-        batch = check._batch(tokens_BT, segments_BT)
-    names = dict(check._hidden_names(model))
+        batch = parity._batch(tokens_BT, segments_BT)
+    names = dict(parity._hidden_names(model))
     found, logits = jax.tree.map(np.asarray, outputs(made, batch))
     arrays |= {names[place]: x_BTD for place, x_BTD in found.items() if place in names}
     logits = logits[..., :300]

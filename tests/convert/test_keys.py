@@ -7,8 +7,8 @@ import pytest
 from etils import epath
 
 from lslm_jax.config import validation
-from lslm_jax.convert import adapter, generation, gguf, keys, pretrained
-from lslm_jax.convert.family import Family
+from lslm_jax.convert import generation, gguf, hf_keys, peft_files, pretrained
+from lslm_jax.convert.hf_mapping import Family
 from lslm_jax.data.tokenizers import gguf as gguf_files
 from lslm_jax.data.tokenizers import tokenizer
 from lslm_jax.data.tokenizers.tokenizer import Bytes
@@ -24,11 +24,11 @@ def read(kind, **changes):
 
 @pytest.mark.parametrize("family", pretrained.FAMILIES, ids=FAMILY_IDS)
 def test_each_key_of_a_family_is_read_or_irrelevant_or_rejected(family):
-    table = keys.table()["families"][family.model_type]
+    table = hf_keys.table()["families"][family.model_type]
     known = {*table["defaults"], *table["other"]} - {*table["aliases"]}
-    counts = Counter(keys.status(family.model_type, key, family.keys) for key in known)
+    counts = Counter(hf_keys.status(family.model_type, key, family.keys) for key in known)
     assert set(counts) == {"read", "irrelevant", "rejected"}
-    unknown = family.keys - keys.known(family.model_type) - {*OLD}
+    unknown = family.keys - hf_keys.known(family.model_type) - {*OLD}
     assert not unknown, "a key that is read must be one of transformers"
 
 
@@ -58,10 +58,10 @@ def test_a_family_reads_no_key_that_it_does_not_declare(family: Family, monkeypa
     recorders = []
 
     def resolve(kind, given, read):
-        recorders.append(Recorder(keys.table()["families"][kind]["defaults"] | given))
+        recorders.append(Recorder(hf_keys.table()["families"][kind]["defaults"] | given))
         return recorders[0]
 
-    monkeypatch.setattr(keys, "resolve", resolve)
+    monkeypatch.setattr(hf_keys, "resolve", resolve)
     family.read(dict(family.demands))
     assert recorders[0].read <= family.keys | {"max_position_embeddings", "num_hidden_layers"}
 
@@ -156,9 +156,9 @@ def generation_of(tmp_path, content, config=None, **changes):
 
 
 def test_each_key_of_generation_and_adapters_has_a_status():
-    counts = Counter(map(generation.status, keys.table()["generation"]))
+    counts = Counter(map(generation.status, hf_keys.table()["generation"]))
     assert counts["read"] >= 18 and counts["irrelevant"] >= 20 and counts["rejected"] >= 20
-    counts = Counter(map(adapter.status, keys.table()["adapter"]["defaults"]))
+    counts = Counter(map(peft_files.status, hf_keys.table()["adapter"]["defaults"]))
     assert counts["read"] >= 12 and counts["irrelevant"] >= 10 and counts["rejected"] >= 10
 
 
@@ -222,7 +222,7 @@ def test_constraints_of_a_text_are_read_and_written(beams, tmp_path):
 def adapter_of(tmp_path, **changes):
     content = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "target_modules": ["q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(content | changes))
-    return adapter.describe(epath.Path(tmp_path))
+    return peft_files.describe(epath.Path(tmp_path))
 
 
 BAD_ADAPTERS = {

@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 from test_parity import CASES, example, load, make, our_outputs, their_outputs
 
-from lslm_jax.convert import generation, keys, pretrained
+from lslm_jax.convert import generation, hf_keys, pretrained
 from lslm_jax.data.tokenizers import to_hf
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import LslmError
@@ -43,8 +43,8 @@ forms = pytest.mark.parametrize("times", [FEW, pytest.param(MANY, marks=long)])
 
 def test_the_table_of_keys_is_that_of_the_installed_packages():
     made = hf_key_table.build()
-    assert made["versions"] == keys.table()["versions"], "regenerate it: python tests/convert/hf_key_table.py FILE"
-    assert made == keys.table()
+    assert made["versions"] == hf_keys.table()["versions"], "regenerate it: python tests/convert/hf_key_table.py FILE"
+    assert made == hf_keys.table()
 
 
 def another(rng, value):
@@ -112,7 +112,7 @@ SKIPPED = {"architectures", "model_type", "id2label", "label2id", "num_labels"} 
 
 
 def settings_of(name):
-    family = keys.table()["families"]
+    family = hf_keys.table()["families"]
     kind = pretrained_kind(name)
     more = (
         family[kind]["defaults"]
@@ -233,8 +233,8 @@ def test_a_perturbed_generation_config_writes_what_transformers_writes_or_is_rej
     make(case).save_pretrained(tmp_path)
     path = tmp_path / "generation_config.json"
     source, model = load(tmp_path, case.objective)
-    known = set(keys.table()["generation"]) - {"watermarking_config", "compile_config", "continuous_batching_config"}
-    more = dict.fromkeys(known) | keys.table()["generation_defaults"]
+    known = set(hf_keys.table()["generation"]) - {"watermarking_config", "compile_config", "continuous_batching_config"}
+    more = dict.fromkeys(known) | hf_keys.table()["generation_defaults"]
     ids = np.random.default_rng(1).integers(3, 131, 6).tolist()
     for _ in range(times):
         base = GENERATION | rng.choice([{}, {"num_beams": 3}, {"num_beams": 3, "early_stopping": True}])
@@ -304,7 +304,7 @@ def test_a_perturbed_adapter_config_is_read_as_peft_reads_it_or_rejected_by_name
     base = {key: value for key, value in content.items() if key not in ("base_model_name_or_path", "peft_type")}
     batch = example(case, pretrained.describe(adapter / "base").model)
     for _ in range(times):
-        changed, touched = perturbed(rng, base, keys.table()["adapter"]["defaults"])
+        changed, touched = perturbed(rng, base, hf_keys.table()["adapter"]["defaults"])
         changed |= {"peft_type": "LORA", "base_model_name_or_path": str(adapter / "base")}
         path.write_text(json.dumps(changed))
         note = f"{ {key: changed.get(key, 'gone') for key in touched} }"
@@ -377,7 +377,7 @@ def test_a_perturbed_tokenizer_config_gives_the_ids_of_transformers_or_is_reject
         "token",
     }
     left_out |= {"cache_dir", "revision", "subfolder", "proxies", "force_download", "local_files_only", "init_inputs"}
-    more = {key: None for key in keys.table()["tokenizer"] if key not in left_out and not key.startswith("_")}
+    more = {key: None for key in hf_keys.table()["tokenizer"] if key not in left_out and not key.startswith("_")}
     path = tmp_path / "tokenizer_config.json"
     for number in range(times):
         changed, touched = perturbed(rng, base, more)

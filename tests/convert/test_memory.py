@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lslm_jax.convert import pretrained, safetensors
-from lslm_jax.convert.safetensors import Source
+from lslm_jax.convert import pretrained, safetensors_io
+from lslm_jax.convert.safetensors_io import Source
 
 D, F, V, L = 1536, 6144, 32_000, 6
 LLAMA = {
@@ -62,7 +62,7 @@ def write(directory, scale=1):
     """Half a gigabyte of bfloat16 in five files; or the same with widths that much smaller, in fewer."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 1 << 14, V * D, np.uint16)  # small numbers, all of them
-    bfloat16 = safetensors._TYPES["BF16"]
+    bfloat16 = safetensors_io._TYPES["BF16"]
 
     def source(shape):
         shape = tuple(size // scale for size in shape)
@@ -71,7 +71,7 @@ def write(directory, scale=1):
     layers = {f"model.layers.{i}.{name}.weight": source(shape) for i in range(L) for name, shape in SHAPES.items()}
     ends = {"model.embed_tokens.weight": source((V, D)), "model.norm.weight": source((D,))}
     # The largest comes last, when all others are there.
-    safetensors.write_directory(directory, layers | ends, limit=120_000_000)
+    safetensors_io.write_directory(directory, layers | ends, limit=120_000_000)
     widths = {name: LLAMA[name] // scale for name in ("vocab_size", "hidden_size", "intermediate_size")}
     (directory / "config.json").write_text(json.dumps(LLAMA | widths))
     return pretrained.describe(directory)

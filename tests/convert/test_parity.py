@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from lslm_jax.config import Config, TaskConfig
-from lslm_jax.convert import export, pretrained, safetensors, weights
+from lslm_jax.convert import export, pretrained, safetensors_io, state_dict
 from lslm_jax.data.batch import Batch
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.models import attention, layers
@@ -301,7 +301,7 @@ def test_outputs_gradients_and_weights_are_those_of_transformers(case, tmp_path)
         counted = batch.segments_BT > 0
     logits_BPV = logits_BPV[..., : expected.shape[-1]]
     error = np.max(np.abs(logits_BPV - expected.detach().numpy())[counted])
-    exported = lambda tree: stored(weights.sources(tree, source.family, source.model, case.objective, "float32"))
+    exported = lambda tree: stored(state_dict.sources(tree, source.family, source.model, case.objective, "float32"))
     expected_gradients = as_stored(
         {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
     )
@@ -318,13 +318,13 @@ def test_outputs_gradients_and_weights_are_those_of_transformers(case, tmp_path)
     assert worst < 1e-5
 
     # The way back: byte for byte what came, in a directory that they read as they read their own.
-    files = {**safetensors.open_directory(epath.Path(tmp_path / "theirs"))}
+    files = {**safetensors_io.open_directory(epath.Path(tmp_path / "theirs"))}
     for name, array in exported(model).items():
         assert array.tobytes() == files[name].read().tobytes(), name
     out = epath.Path(tmp_path / "ours")
     out.mkdir()
-    sources = weights.sources(model, source.family, source.model, case.objective, "float32")
-    safetensors.write_directory(out, sources)
+    sources = state_dict.sources(model, source.family, source.model, case.objective, "float32")
+    safetensors_io.write_directory(out, sources)
     tokens = {"bos": 0, "eos": 2, "pad": 1} if case.name == "Roberta" else {"bos": 1, "eos": 2, "pad": 0}
     names = [f"L{i}" for i in range(LABELS)] if case.objective in ("classification", "tagging") else []
     settings = export.export_settings(source.family, source.model, case.objective, "float32", tokens, names)

@@ -11,7 +11,7 @@ from test_parity import CASES, example, make, our_outputs, their_outputs
 
 from lslm_jax.config import Config, TaskConfig
 from lslm_jax.convert import peft as ours_peft
-from lslm_jax.convert import pretrained, safetensors
+from lslm_jax.convert import pretrained, safetensors_io
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import model_configs
 from lslm_jax.parallel.sharding import make_mesh
@@ -110,7 +110,7 @@ def test_what_is_trained_here_peft_reads(name, tmp_path):
     theirs = type(make(case)).from_pretrained(tmp_path / "base", attn_implementation="eager")
     theirs = peft.PeftModel.from_pretrained(theirs, out)
     placed = {name for name in theirs.state_dict() if ".lora_A." in name}
-    written = {name for name in safetensors.read_header(out / ours_peft.WEIGHTS) if ".lora_A." in name}
+    written = {name for name in safetensors_io.read_header(out / ours_peft.WEIGHTS) if ".lora_A." in name}
     assert {name.replace(".default.", ".") for name in placed} == written, "exactly the projections that have one"
     batch = example(case, source.model)
     compared(outputs(model, case, batch), theirs, case, batch)

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TaskConfig, TrainConfig
 from lslm_jax.config.validation import fill_sizes
-from lslm_jax.convert import export, pretrained, weights
-from lslm_jax.convert.family import differences
+from lslm_jax.convert import export, pretrained, state_dict
+from lslm_jax.convert.hf_mapping import differences
 from lslm_jax.errors import ConfigError, LslmError
 from lslm_jax.main import main
 from lslm_jax.models import model_configs
@@ -348,7 +348,7 @@ def test_old_names_of_norms_and_heads_of_another_size_are_taken_for_what_they_ar
     family = export.family_of(model, "classification")
     arrays = {
         name: source.make()
-        for name, source in weights.sources(made, family, model, "classification", "float32").items()
+        for name, source in state_dict.sources(made, family, model, "classification", "float32").items()
     }
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     renamed = lambda name: next((name.replace(new, before) for new, before in old.items() if new in name), name)

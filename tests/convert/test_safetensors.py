@@ -8,8 +8,8 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
-from lslm_jax.convert import safetensors
-from lslm_jax.convert.safetensors import Source
+from lslm_jax.convert import safetensors_io
+from lslm_jax.convert.safetensors_io import Source
 from lslm_jax.errors import DataError, InputMissing
 
 ARRAYS = {
@@ -27,29 +27,29 @@ def source(array):
 def test_what_the_library_writes_is_read_and_what_is_written_the_library_reads(tmp_path):
     directory = epath.Path(tmp_path)
     save_file(ARRAYS, tmp_path / "model.safetensors")
-    found = safetensors.open_directory(directory)
+    found = safetensors_io.open_directory(directory)
     assert found.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(found[name].read(), array)
         assert found[name].dtype == array.dtype
-    assert safetensors.write_directory(directory, {k: source(v) for k, v in ARRAYS.items()}) == ["model.safetensors"]
+    assert safetensors_io.write_directory(directory, {k: source(v) for k, v in ARRAYS.items()}) == ["model.safetensors"]
     for name, array in load_file(tmp_path / "model.safetensors").items():
         np.testing.assert_array_equal(array, ARRAYS[name])
 
 
 def test_bfloat16_survives(tmp_path):
     array = np.array([1.0, -3.5, 1e30], ml_dtypes.bfloat16)
-    safetensors.write_directory(epath.Path(tmp_path), {"a": source(array)})
-    assert safetensors.open_directory(epath.Path(tmp_path))["a"].read().tobytes() == array.tobytes()
+    safetensors_io.write_directory(epath.Path(tmp_path), {"a": source(array)})
+    assert safetensors_io.open_directory(epath.Path(tmp_path))["a"].read().tobytes() == array.tobytes()
 
 
 def test_many_tensors_are_spread_over_files_with_an_index(tmp_path):
     directory = epath.Path(tmp_path)
-    files = safetensors.write_directory(directory, {k: source(v) for k, v in ARRAYS.items()}, limit=30)
+    files = safetensors_io.write_directory(directory, {k: source(v) for k, v in ARRAYS.items()}, limit=30)
     assert files == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)] + ["model.safetensors.index.json"]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in ARRAYS.values())
-    found = safetensors.open_directory(directory)
+    found = safetensors_io.open_directory(directory)
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(found[name].read(), array)
 
@@ -90,7 +90,7 @@ LIES = {
 def test_a_header_that_lies_is_refused(header, payload, length, message, tmp_path):
     raw(tmp_path / "model.safetensors", header, payload, length)
     with pytest.raises(DataError, match=r"model\.safetensors") as error:
-        safetensors.open_directory(epath.Path(tmp_path))
+        safetensors_io.open_directory(epath.Path(tmp_path))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -109,25 +109,25 @@ def test_an_index_that_lies_is_refused(places, message, tmp_path):
     save_file({"a": ARRAYS["a"]}, tmp_path / "one.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(DataError, match=r"index\.json") as error:
-        safetensors.open_directory(epath.Path(tmp_path))
+        safetensors_io.open_directory(epath.Path(tmp_path))
     assert message in str(error.value)
 
 
 def test_pickled_or_missing_weights_are_told_with_advice(tmp_path):
     with pytest.raises(InputMissing, match=r"holds no model.safetensors$"):
-        safetensors.open_directory(epath.Path(tmp_path))
+        safetensors_io.open_directory(epath.Path(tmp_path))
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(InputMissing, match=r"names gone.safetensors, which is missing"):
-        safetensors.open_directory(epath.Path(tmp_path))
+        safetensors_io.open_directory(epath.Path(tmp_path))
     (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(InputMissing, match=r"pickled weights can run code, so they are never opened; take"):
-        safetensors.open_directory(epath.Path(tmp_path))
+        safetensors_io.open_directory(epath.Path(tmp_path))
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path):
     save_file(ARRAYS, tmp_path / "model.safetensors")
-    found = safetensors.open_directory(epath.Path(tmp_path))
+    found = safetensors_io.open_directory(epath.Path(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"12345678")
     with pytest.raises(DataError, match="is cut short"):
         found["a"].read()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lslm_jax.generate import beam
+from lslm_jax.generate import beam_search
 
 EOS = 0
 STATES = 997
@@ -36,7 +36,7 @@ def run(table_SV, first_B, limit_B, alpha, *, beams, room):
 
     cache = first_B, jnp.zeros_like(first_B)
     settings = {"beams": beams, "room": room, "eos_ids": (EOS,), "length_penalty": alpha}
-    return beam.search(step, table_SV[first_B], cache, limit_B, **settings)
+    return beam_search.search(step, table_SV[first_B], cache, limit_B, **settings)
 
 
 def search(table_SV, first, limit, *, beams, alpha, room=None):
@@ -104,7 +104,7 @@ def chain(*rows):
 def run_chain(table_SV, limit_B, length_penalty, *, beams):
     step = lambda cache, tokens_BW, count: (table_SV[tokens_BW], cache)
     settings = {"beams": beams, "room": 20, "eos_ids": (EOS,), "length_penalty": length_penalty}
-    return beam.search(step, table_SV[:1], (), limit_B, **settings)
+    return beam_search.search(step, table_SV[:1], (), limit_B, **settings)
 
 
 def search_chain(table_SV, limit, *, beams, length_penalty):
@@ -200,7 +200,7 @@ def test_the_loop_ends_as_soon_as_nothing_can_win():
             return table_SV[tokens_BW], cache
 
         settings = {"room": 50, "eos_ids": (EOS,), "beams": 2, "length_penalty": 0.0}
-        return beam.search(step, table_SV[:1], (), np.array([50]), **settings)
+        return beam_search.search(step, table_SV[:1], (), np.array([50]), **settings)
 
     # Two texts of one and of two tokens hold nearly all probability.
     run(chain([0.60, 0.38, 0.02], [0.98, 0.01, 0.01], [0.01, 0.01, 0.98]))

@@ -6,7 +6,7 @@ import numpy as np
 from tiny_models import LLAMA, all_logits
 
 from lslm_jax.config import Config, MeshConfig
-from lslm_jax.generate import cache as caches
+from lslm_jax.generate import kv_cache as caches
 from lslm_jax.parallel.sharding import make_mesh
 
 

@@ -10,7 +10,7 @@ from lslm_jax.config import GenerateConfig
 from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.generate import decode
 from lslm_jax.generate.decode import generate, stream
-from lslm_jax.generate.lookup import guess
+from lslm_jax.generate.prompt_lookup import guess
 
 PROMPTS = [Bytes().encode(text).tolist() for text in ("la la la la la", "", "to be or not to be, to be or n")]
 SETTINGS = {

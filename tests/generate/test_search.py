@@ -10,7 +10,7 @@ from tiny_models import text_logits
 from lslm_jax.config import Config, GenerateConfig, MeshConfig
 from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError
-from lslm_jax.generate import decode, reading
+from lslm_jax.generate import decode, prefill
 from lslm_jax.generate.decode import generate, stream
 from lslm_jax.parallel.sharding import make_mesh, shardings_of
 
@@ -63,7 +63,7 @@ def test_a_score_is_what_reading_the_text_at_once_gives_and_better_than_greedy(m
 def test_one_beam_says_what_greedy_decoding_says(model, tokenizer):
     rows = decode._rows(model.config, tokenizer, PROMPTS, GREEDY, 0, ())
     rules = decode._Rules(replace(BEAMS, beams=1), tokenizer.vocab_size, (tokenizer.eos_id,))
-    prompts = reading.pad(rows, 0, model.config)
+    prompts = prefill.pad(rows, 0, model.config)
     ids_BN, length_B, _ = map(np.asarray, decode._search(decode._unstacked(model), prompts, rules, 12))
     texts = [ids_N[:n].tolist() for ids_N, n in zip(ids_BN, length_B, strict=True)]
     assert texts == [said(result, tokenizer) for result in generate(model, tokenizer, PROMPTS, GREEDY, 0)]

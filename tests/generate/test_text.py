@@ -2,7 +2,7 @@ import pytest
 
 from lslm_jax.config import GenerateConfig
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
-from lslm_jax.generate.text import Row
+from lslm_jax.generate.detokenize import Row
 
 HARD = "na\u00efve \u20ac5 \U0001f600\U0001f469\u200d\U0001f680 \u65e5\u672c\u8a9e  two  spaces\nend \ufffd!"
 

@@ -29,9 +29,9 @@ DUE = ["12", "4", "8"]
 
 def killed_at_the_second_export(*arguments: str) -> None:
     """Runs the command; kills the process once the checkpoint of step 8 is complete and its weights are written."""
-    from lslm_jax.convert import safetensors
+    from lslm_jax.convert import safetensors_io
 
-    write = safetensors.write_directory
+    write = safetensors_io.write_directory
 
     def write_and_die(directory, *rest):
         files = write(directory, *rest)
@@ -41,7 +41,7 @@ def killed_at_the_second_export(*arguments: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return files
 
-    safetensors.write_directory = write_and_die
+    safetensors_io.write_directory = write_and_die
     main(arguments)
 
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.convert.family import LAYER, Family, Part, Setting, Settings
-from lslm_jax.convert.settings import activation
+from lslm_jax.convert.hf_config import activation
+from lslm_jax.convert.hf_mapping import LAYER, Family, Part, Setting, Settings
 from lslm_jax.errors import ConfigError
 
 Modules = dict[str, str | Part]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.convert.family import Setting, Settings
+from lslm_jax.convert.hf_mapping import Setting, Settings
 from lslm_jax.errors import ConfigError
 from lslm_jax.models.model_configs import layer_types
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.config.validation import fill_sizes
-from lslm_jax.convert import keys
+from lslm_jax.convert import hf_keys
 from lslm_jax.errors import ConfigError
 from lslm_jax.models.model_configs import layer_types
 
@@ -105,7 +105,7 @@ class Family:
           Unlike: a setting tells that it is of another family with this model_type.
           ConfigError: it has a setting that our blocks cannot express, or of the wrong kind.
         """
-        theirs = keys.resolve(self.model_type, theirs, self.keys)
+        theirs = hf_keys.resolve(self.model_type, theirs, self.keys)
         for name, value in self.demands.items():
             if theirs.get(name, value) != value:
                 raise Unlike(f"{self.model_type} with {name}={theirs[name]!r} is not supported, only {value!r}")

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from lslm_jax.convert.family import EXPERT, LAYER, Family, Part, Setting, Settings
-from lslm_jax.convert.settings import (
+from lslm_jax.convert.hf_config import (
     activation,
     layers_without_rope,
     optional,
@@ -13,6 +12,7 @@ from lslm_jax.convert.settings import (
     window,
     windows,
 )
+from lslm_jax.convert.hf_mapping import EXPERT, LAYER, Family, Part, Setting, Settings
 from lslm_jax.errors import ConfigError
 
 _GPT2_LAYER = f"transformer.h.{LAYER}"

@@ -22,7 +22,7 @@ from etils import epath
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.convert.pretrained import Pretrained
-from lslm_jax.convert.safetensors import read_header
+from lslm_jax.convert.safetensors_io import read_header
 from lslm_jax.data.batch import Batch
 from lslm_jax.errors import DataError, InputMissing
 from lslm_jax.models import attention

@@ -14,9 +14,9 @@ import numpy as np
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.data.batch import Array
-from lslm_jax.generate import cache as caches
+from lslm_jax.generate import kv_cache as caches
 from lslm_jax.generate import sampling
-from lslm_jax.generate.text import Row
+from lslm_jax.generate.detokenize import Row
 from lslm_jax.models import attention
 from lslm_jax.models.attention import KeyValues
 from lslm_jax.parallel.sharding import constrain

@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lslm_jax.config import ModelConfig
-from lslm_jax.convert.family import EXPERT, LAYER, Family, Layout, Part, layout
-from lslm_jax.convert.safetensors import Source, Stored, View, same_bytes
+from lslm_jax.convert.hf_mapping import EXPERT, LAYER, Family, Layout, Part, layout
+from lslm_jax.convert.safetensors_io import Source, Stored, View, same_bytes
 from lslm_jax.errors import ConfigError, DataError
 from lslm_jax.runtime.pytree import flatten, unflatten
 

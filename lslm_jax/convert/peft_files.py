@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from lslm_jax.convert import keys, safetensors
-from lslm_jax.convert.family import Family
-from lslm_jax.convert.safetensors import Stored, Tensor, View, same_bytes
+from lslm_jax.convert import hf_keys, safetensors_io
+from lslm_jax.convert.hf_mapping import Family
+from lslm_jax.convert.safetensors_io import Stored, Tensor, View, same_bytes
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.runtime import atomic_io
 
@@ -78,15 +78,15 @@ def describe(directory: epath.Path) -> Adapter:
     given = atomic_io.read_json(path)
     if given.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type: adapters of type {given.get('peft_type')} are not supported, only LORA")
-    table = keys.table()["adapter"]
+    table = hf_keys.table()["adapter"]
     for key, value in given.items():
         kinds = _KINDS.get(key) or table["types"].get(key)
-        if status(key) != "irrelevant" and kinds and not keys.is_of(value, kinds):
-            raise ConfigError(f"{path}: {key}={keys.short(value)} is not {' or '.join(kinds)}")
+        if status(key) != "irrelevant" and kinds and not hf_keys.is_of(value, kinds):
+            raise ConfigError(f"{path}: {key}={hf_keys.short(value)} is not {' or '.join(kinds)}")
         expected = table["defaults"].get(key)
         if status(key) == "rejected" and value != expected and not (expected is None and not value):
             raise ConfigError(
-                f"{path}: adapters with {key}={keys.short(value)} are not supported, only {keys.short(expected)}"
+                f"{path}: adapters with {key}={hf_keys.short(value)} are not supported, only {hf_keys.short(expected)}"
             )
     settings = table["defaults"] | given
     start = settings["init_lora_weights"]
@@ -243,4 +243,4 @@ def tensors(adapter: Adapter) -> dict[str, Tensor]:
     path = adapter.directory / WEIGHTS
     if not atomic_io.exists(path):
         raise InputMissing(f"{adapter.directory} holds no {WEIGHTS}")
-    return {name.removeprefix(PREFIX): tensor for name, tensor in safetensors.read_header(path).items()}
+    return {name.removeprefix(PREFIX): tensor for name, tensor in safetensors_io.read_header(path).items()}

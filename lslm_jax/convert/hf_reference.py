@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lslm_jax.convert.check import Reference
-from lslm_jax.convert.family import LAYER, Part
+from lslm_jax.convert.hf_mapping import LAYER, Part
+from lslm_jax.convert.parity import Reference
 from lslm_jax.convert.pretrained import Pretrained
 from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError, DataError
