@@ -14,11 +14,11 @@ import jax
 from etils import epath
 from measure import about, add_model, configured, spread, tell
 
+from lslm_jax.checkpoint import provenance
+from lslm_jax.checkpoint.checkpoint import Checkpoints
 from lslm_jax.config import Config
 from lslm_jax.parallel.sharding import make_mesh, use
 from lslm_jax.runtime import huge_pages
-from lslm_jax.train import identity
-from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_state, init_state
 
@@ -31,7 +31,7 @@ def main() -> None:
     with use(mesh, config.mesh), tempfile.TemporaryDirectory(dir=args.directory) as name:
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         state = jax.block_until_ready(init_state(config, optimizer, mesh))
-        made_by = identity.make(config, "", "", mesh)
+        made_by = provenance.make(config, "", "", mesh)
         for step in range(1, args.rounds + 2):
             saved = jax.block_until_ready(state._replace(step=state.step + step))
             checkpoints = Checkpoints(epath.Path(name), config.checkpoint, made_by)

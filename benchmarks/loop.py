@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from lslm_jax.checkpoint import provenance
+from lslm_jax.checkpoint.checkpoint import Checkpoints
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import validate
 from lslm_jax.data.batch import Batch
@@ -26,8 +28,6 @@ from lslm_jax.data.dataloader import SyntheticInput
 from lslm_jax.models import attention
 from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.runtime import huge_pages
-from lslm_jax.train import identity
-from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.loop import train
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import init_state
@@ -106,7 +106,7 @@ def run_trainer(config: Config, mesh: jax.sharding.Mesh) -> Seconds:
     data = TimedInput(config)
     with tempfile.TemporaryDirectory() as name:
         workdir = epath.Path(name)
-        checkpoints = Checkpoints(workdir, config.checkpoint, identity.make(config, "", "", mesh))
+        checkpoints = Checkpoints(workdir, config.checkpoint, provenance.make(config, "", "", mesh))
         train(config, workdir, mesh, data, attention.XLA, checkpoints, evaluate=None, sample=None)
     return seconds_between(data.times)
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
+from lslm_jax.checkpoint import checkpoint, provenance
+from lslm_jax.checkpoint.checkpoint import Checkpoints
 from lslm_jax.config import Config, DataConfig, loading, validation
 from lslm_jax.convert import hf_reference, parity, pretrained, state_dict
 from lslm_jax.convert.parity import Comparison
@@ -18,8 +20,6 @@ from lslm_jax.errors import ConfigError
 from lslm_jax.models import model_configs
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import flatten
-from lslm_jax.train import checkpoint, identity
-from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.state import State, abstract_model, num_parameters
 
 _PREPARED = {"data.source": "shards"}  # what the manifest says it was prepared with: nothing but a vocabulary
@@ -157,7 +157,7 @@ def write(workdir: epath.Path, model: Any, config: Config, facts: dict[str, Any]
     }
     atomic_io.write_json(data_dir / "manifest.json", manifest)
     atomic_io.write(workdir / "config.json", loading.to_json(config).encode())
-    made_by = identity.make(config, words.sha256, data_manifest.content_sha256(manifest), mesh)
+    made_by = provenance.make(config, words.sha256, data_manifest.content_sha256(manifest), mesh)
     checkpoints = Checkpoints(workdir, config.checkpoint, made_by)
     zero = jnp.zeros((), jnp.int32)
     checkpoints.save(State(step=zero, model=model, optimizer=None, ema=None, skipped=zero))

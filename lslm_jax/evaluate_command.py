@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import resolving, run_consistency
+from lslm_jax.checkpoint import run_consistency, run_dir
+from lslm_jax.checkpoint.run_consistency import Run
 from lslm_jax.config import Config, loading
 from lslm_jax.data import dataloader, encode_examples
 from lslm_jax.data.prepare.prepare import data_manifest, held_out_files
@@ -33,7 +34,6 @@ from lslm_jax.evaluate.evaluator import Report
 from lslm_jax.observe import json_values
 from lslm_jax.parallel import multihost
 from lslm_jax.parallel.sharding import local_rows
-from lslm_jax.run_consistency import Run
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.progress import say
 
@@ -177,7 +177,7 @@ def evaluate(setting: Any, what: HeldOut, model: Any) -> tuple[Report, dict[str,
 
 def data_of(run: Run, what: HeldOut) -> dict[str, Any]:
     """Description of the evaluated data, for the JSON result of the command."""
-    own = resolving.data_dir(run.config, run.workdir)
+    own = run_dir.data_dir(run.config, run.workdir)
     return what.described | ({} if own == run.workdir / "data" else {"data_dir": str(own)})
 
 

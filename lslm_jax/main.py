@@ -25,8 +25,8 @@ try:
     from lslm_jax.config import Config, loading, setting_flags, validation
     from lslm_jax.errors import ConfigError, InputMissing, LslmError, SaveError
     from lslm_jax.parallel import heartbeat
+    from lslm_jax.resilience import preemption
     from lslm_jax.runtime import atomic_io, environment, huge_pages
-    from lslm_jax.train import preemption
 except ModuleNotFoundError as missing:  # started by an interpreter that has not the packages of the project
     lazy_imports.refuse_missing(missing)
 
@@ -125,17 +125,18 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
     # Not before the config is known to be sound: this imports jax.
     environment.quiet_libraries()
     from lslm_jax import verbs
+    from lslm_jax.checkpoint import provenance
     from lslm_jax.parallel import multihost
+    from lslm_jax.resilience import deterministic_step
     from lslm_jax.runtime import compile_cache
-    from lslm_jax.train import identity, reproducible
 
     environment.check_jax_options()
 
     if config.train.reproducible:
-        reproducible.fix_threads()
+        deterministic_step.fix_threads()
     if flags.verb != "plan":  # for which one process is enough, whatever hardware it is for
         multihost.start(flags.coordinator, flags.processes, flags.process, config.train.watchdog)
-        identity.check_processes(config, vars(flags))
+        provenance.check_processes(config, vars(flags))
     if flags.workdir:
         compile_cache.keep(flags.workdir)
     return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import resolving
+from lslm_jax.checkpoint import run_dir
 from lslm_jax.config import Config
 from lslm_jax.data import dataloader
 from lslm_jax.errors import ConfigError, InputMissing
@@ -32,7 +32,7 @@ def resolve_prepared(config: Config, data_dir: epath.Path) -> Config | None:
         return config
     if not (data_dir / "manifest.json").exists():
         return None
-    resolved, _ = resolving.by_data(config, data_dir)
+    resolved, _ = run_dir.by_data(config, data_dir)
     data = dataloader.open_train(resolved, data_dir, resolved.model.vocab_size)
     return replace(config, train=replace(config.train, steps=resolve(resolved, data).train.steps))
 
@@ -49,7 +49,7 @@ def describe(config: Config, data: Any) -> str:
 def of_prepared(config: Config, data_dir: epath.Path) -> dict[str, Any]:
     """`rows_per_epoch` and `steps_per_epoch` of prepared data; nothing where a run could not be trained on them."""
     with contextlib.suppress(ConfigError, InputMissing):
-        resolved, _ = resolving.by_data(config, data_dir)
+        resolved, _ = run_dir.by_data(config, data_dir)
         data = dataloader.open_train(resolved, data_dir, resolved.model.vocab_size)
         if data.num_rows:
             return {"rows_per_epoch": data.num_rows, "steps_per_epoch": data.num_rows / config.train.batch_size}

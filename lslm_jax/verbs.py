@@ -13,7 +13,10 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import adopt, evaluate_command, interactive, resolving, respond, run_consistency, run_length
+from lslm_jax import adopt, evaluate_command, interactive, respond, run_length
+from lslm_jax.checkpoint import checkpoint, integrity, metadata, provenance, rewind, run_consistency, run_dir, run_lock
+from lslm_jax.checkpoint.periodic_export import Exports
+from lslm_jax.checkpoint.run_consistency import Run
 from lslm_jax.config import Config, loading
 from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of, obstacle
@@ -35,12 +38,10 @@ from lslm_jax.observe import json_values
 from lslm_jax.parallel import multihost
 from lslm_jax.parallel.sharding import local_rows, make_mesh, use
 from lslm_jax.plan.verb import plan as plan
-from lslm_jax.run_consistency import Run
+from lslm_jax.resilience import data_ledger, deterministic_step, loss_spikes
 from lslm_jax.runtime import atomic_io, lazy_imports
 from lslm_jax.runtime.progress import say
-from lslm_jax.train import checkpoint, identity, ledger, lock, manifest, metadata, reproducible, rewind, spikes
 from lslm_jax.train.begin import check_tokenizer, find_start
-from lslm_jax.train.exports import Exports
 from lslm_jax.train.loop import train as train_loop
 from lslm_jax.train.state import abstract_model
 
@@ -49,7 +50,7 @@ _TOLERANCE = 1e-3  # of logits and hidden states, where a model is compared with
 
 def prepare(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`prepare`: raw text to shards; returns what `data.prepare` counts."""
-    data_dir = resolving.data_dir(config, resolving.workdir(flags.workdir))
+    data_dir = run_dir.data_dir(config, run_dir.workdir(flags.workdir))
     return _prepare(config, data_dir) | run_length.of_prepared(config, data_dir)
 
 
@@ -61,11 +62,11 @@ def _prepare(config: Config, data_dir: epath.Path) -> dict[str, Any]:
 def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`train`: prepares what is missing, trains from wherever the run stands, evaluates; returns the run's summary."""
     mesh = make_mesh(config)  # before anything slow: it may be refused
-    reproducible.check(config, mesh)
-    workdir = resolving.workdir(flags.workdir)
-    finished = multihost.by_primary("result", lambda: resolving.read_result(workdir))
+    deterministic_step.check(config, mesh)
+    workdir = run_dir.workdir(flags.workdir)
+    finished = multihost.by_primary("result", lambda: run_dir.read_result(workdir))
     goes_back = multihost.by_primary("back", lambda: rewind.is_pending(workdir, config.train.resume_from))
-    asked = run_length.resolve_prepared(config, resolving.data_dir(config, workdir))
+    asked = run_length.resolve_prepared(config, run_dir.data_dir(config, workdir))
     if asked and finished["step"] >= asked.train.steps and not goes_back:
         multihost.by_primary("settings", lambda: _compare_with_finished(asked, workdir, finished))
         say(f"{workdir} is complete: all {asked.train.steps} steps are done (raise train.steps to go on)")
@@ -79,13 +80,13 @@ def train(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     elif line := obstacle(config.model, config.task.objective):
         say(line)
     with contextlib.ExitStack() as stack:
-        multihost.by_primary("lock", lambda: stack.enter_context(lock.hold(workdir)))
+        multihost.by_primary("lock", lambda: stack.enter_context(run_lock.hold(workdir)))
         run_consistency.check_shared(workdir)
         while True:
             try:
                 return _train(config, workdir, mesh)
-            except spikes.Spike as spike:  # without its frames, which hold the state
-                go_round = functools.partial(spikes.go_round, workdir, config, spike.with_traceback(None))
+            except loss_spikes.Spike as spike:  # without its frames, which hold the state
+                go_round = functools.partial(loss_spikes.go_round, workdir, config, spike.with_traceback(None))
                 say(multihost.by_primary("spike", go_round))
 
 
@@ -95,22 +96,22 @@ def _compare_with_finished(config: Config, workdir: epath.Path, finished: dict[s
     Raises:
       CheckpointRefused, ConfigError, DataError: as `run_consistency.check_finished`.
     """
-    changed = run_consistency.check_finished(config, workdir, finished, resolving.data_dir(config, workdir))
+    changed = run_consistency.check_finished(config, workdir, finished, run_dir.data_dir(config, workdir))
     if changed:
         say(f"settings changed since {workdir}: {', '.join(changed)}")
 
 
 def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Does it in a directory that is this run's alone."""
-    data_dir = resolving.data_dir(config, workdir)
+    data_dir = run_dir.data_dir(config, workdir)
     if multihost.is_primary():
         for directory in (workdir, workdir / "samples"):
             atomic_io.remove_leftovers(directory)
     _prepare(config, data_dir)
     if config.data.verify:
         multihost.on_each("verify", lambda: data_manifest.verify(data_dir), data_manifest.place(data_dir))
-    config, facts = resolving.by_data(config, data_dir)
-    identity.check_data(facts)
+    config, facts = run_dir.by_data(config, data_dir)
+    provenance.check_data(facts)
     with use(mesh, config.mesh):
         where = config, data_dir, config.model.vocab_size, local_rows(mesh, config.train.batch_size)
         data, held_out = dataloader.open_train(*where), dataloader.open_eval(*where)
@@ -125,18 +126,18 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             raise ConfigError("checkpoint.best needs held-out documents: set data.valid_files, _fraction or _split")
         setting = _setting(config, facts, data_dir, mesh, [data, *held_out.values()])
         exporter = _exporter(setting) if config.checkpoint.export_every else None
-        multihost.by_primary("detours", lambda: spikes.settle(workdir))
+        multihost.by_primary("detours", lambda: loss_spikes.settle(workdir))
         left_out = skipped_batches.read(workdir)
         saved = workdir / "checkpoints"
         multihost.by_primary("back", lambda: rewind.go_back(workdir, config.train.resume_from, say))
-        whole = multihost.by_primary("checkpoints", lambda: manifest.settle(saved, say))
+        whole = multihost.by_primary("checkpoints", lambda: integrity.settle(saved, say))
         if whole is not None:
             before = metadata.read(saved / str(whole))
-            data.offset = identity.continued_rows(before, whole, config.train.batch_size, left_out)
-            if change := identity.batch_size_change(before, config, data, whole, left_out):
+            data.offset = provenance.continued_rows(before, whole, config.train.batch_size, left_out)
+            if change := provenance.batch_size_change(before, config, data, whole, left_out):
                 say(change)
         hashes = facts["tokenizer"]["sha256"], facts["sha256"]
-        made_by = identity.make(config, *hashes, mesh, left_out, facts=facts, row_offset=data.offset)
+        made_by = provenance.make(config, *hashes, mesh, left_out, facts=facts, row_offset=data.offset)
         summary = train_loop(
             _labelled(config, facts),
             workdir,
@@ -150,7 +151,7 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         )
         summary = json_values(summary | tasks.gzip_baseline(setting, held_out))
     if multihost.is_primary():
-        resolving.write_result(workdir, summary)
+        run_dir.write_result(workdir, summary)
     return summary
 
 
@@ -163,13 +164,13 @@ def _labelled(config: Config, facts: dict[str, Any]) -> Config:
 
 def audit(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """`audit`: what a run read, over all its starts, compared with what seed and data say."""
-    workdir = resolving.workdir(flags.workdir, reads=True)
-    data_dir = resolving.data_dir(config, workdir)
+    workdir = run_dir.workdir(flags.workdir, reads=True)
+    data_dir = run_dir.data_dir(config, workdir)
     run_consistency.check_files(workdir, config)
-    config, _ = resolving.by_data(config, data_dir)
+    config, _ = run_dir.by_data(config, data_dir)
     data = dataloader.open_train(config, data_dir, config.model.vocab_size)
-    audited = ledger.audit(workdir, data, config.train.batch_size)
-    saved = manifest.list_steps(workdir / "checkpoints")
+    audited = data_ledger.audit(workdir, data, config.train.batch_size)
+    saved = integrity.list_steps(workdir / "checkpoints")
     if saved and audited["steps"] < saved[-1]:  # the ledger is synced before a checkpoint is saved
         raise DataError(
             f"{workdir}/ledger ends at step {audited['steps']}, but there is a checkpoint of step {saved[-1]}"
@@ -195,11 +196,11 @@ def evaluate(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
 
 def _open_untrained(config: Config, flags: argparse.Namespace) -> Run:
     """A pretrained model with data of one's own, prepared in WORKDIR, as a run that stands at step 0."""
-    workdir = resolving.workdir(flags.workdir)
+    workdir = run_dir.workdir(flags.workdir)
     config = evaluate_command.with_all_batches(config, flags)
-    data_dir = resolving.data_dir(config, workdir)
+    data_dir = run_dir.data_dir(config, workdir)
     _prepare(config, data_dir)
-    config, facts = resolving.by_data(config, data_dir)
+    config, facts = run_dir.by_data(config, data_dir)
     return Run(workdir, data_dir, config, facts, 0)
 
 
@@ -283,7 +284,7 @@ def export(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         setting = _setting(config, facts, data_dir, mesh)
         _require_words(setting, data_dir)
         model, step = _load_model(config, flags, mesh, at, facts)
-        metrics = resolving.read_result(workdir)
+        metrics = run_dir.read_result(workdir)
         measured = metrics if metrics.get("step") == step else {}
         to = atomic_io.place(flags.to)
         if flags.adapter:
@@ -310,11 +311,11 @@ def import_(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     if not tolerance > 0:
         raise ConfigError(f"--tolerance must be positive, got {tolerance}")
     mesh, source = _mesh_without_batch(config), pretrained.describe(flags.pretrained)
-    workdir = resolving.workdir(flags.workdir) if flags.workdir else None
+    workdir = run_dir.workdir(flags.workdir) if flags.workdir else None
     if workdir:
         adopt.require_free(workdir)
     config = adopt.settle(config, source)
-    config, facts = resolving.by_tokenizer(config) if workdir else (adopt.with_labels(config), {})
+    config, facts = run_dir.by_tokenizer(config) if workdir else (adopt.with_labels(config), {})
     with use(mesh, config.mesh):
         loaded, summary = adopt.read(source, config, mesh)
         if flags.check or flags.reference:
@@ -342,7 +343,7 @@ def _require_words(setting: Setting, data_dir: epath.Path) -> None:
 def _model_alone(config: Config, flags: argparse.Namespace) -> tuple[Config, dict[str, Any], epath.Path, int]:
     """Config, facts, directory of the tokenizer and step of a run or a pretrained model that reads no examples."""
     if flags.pretrained:
-        return *resolving.by_tokenizer(config), epath.Path(config.tokenizer.path).parent, 0
+        return *run_dir.by_tokenizer(config), epath.Path(config.tokenizer.path).parent, 0
     run = run_consistency.open_run(config, flags)
     return run.config, run.facts, run.data_dir, run.step
 
@@ -383,10 +384,10 @@ def _read_model(
     if flags.pretrained:
         source = pretrained.describe(flags.pretrained)
         return pretrained.load(source, config.task.objective, abstract, names=facts["labels"]).model, step
-    directory = resolving.workdir(flags.workdir, reads=True) / "checkpoints"
+    directory = run_dir.workdir(flags.workdir, reads=True) / "checkpoints"
 
     def load(step: int) -> Any:
-        identity.check_inputs(directory / str(step), config, facts)
+        provenance.check_inputs(directory / str(step), config, facts)
         return checkpoint.load_model(directory, abstract, step)
 
     if flags.step is None and not flags.best:  # a training run may delete the latest one meanwhile

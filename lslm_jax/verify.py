@@ -8,14 +8,13 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax import resolving, run_consistency
+from lslm_jax.checkpoint import metadata, run_consistency, run_dir
+from lslm_jax.checkpoint.integrity import check_manifest, checkpoints_in, has_manifest
 from lslm_jax.config import Config, loading
 from lslm_jax.data.prepare.prepare import data_manifest
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, LslmError
 from lslm_jax.runtime import atomic_io, file_lock
 from lslm_jax.runtime.progress import say
-from lslm_jax.train import metadata
-from lslm_jax.train.manifest import check_manifest, checkpoints_in, has_manifest
 
 _RECENT = 60.0  # seconds without a write after which nobody is writing to a checkpoint
 
@@ -38,7 +37,7 @@ def verify(workdir: epath.Path) -> dict[str, Any]:
     checkpoints = checkpoints_in(workdir / "checkpoints")
     own = workdir / "config.json"
     config = loading.load(str(own)) if own.exists() else Config()
-    data_dir = resolving.data_dir(config, workdir)
+    data_dir = run_dir.data_dir(config, workdir)
     if not checkpoints and not (data_dir / "manifest.json").exists():
         raise InputMissing(f"{workdir} holds neither checkpoints nor data")
     damage: dict[epath.Path, LslmError] = {}

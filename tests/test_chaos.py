@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from lslm_jax.chaos import campaign as campaigns
-from lslm_jax.chaos.campaign import Campaign
-from lslm_jax.chaos.faults import Fault
-from lslm_jax.chaos.run import Run
+from lslm_jax.resilience.fault_injection import campaign as campaigns
+from lslm_jax.resilience.fault_injection.campaign import Campaign
+from lslm_jax.resilience.fault_injection.faults import Fault
+from lslm_jax.resilience.fault_injection.run import Run
 
 
 @pytest.mark.exhaustive

@@ -16,7 +16,7 @@ import pytest
 from error_table import assert_told
 from etils import epath
 
-from lslm_jax import resolving
+from lslm_jax.checkpoint import run_dir
 from lslm_jax.config import loading
 from lslm_jax.data import dataloader
 from lslm_jax.data.tokenizers import tokenizer
@@ -120,7 +120,7 @@ def test_a_run_ends_with_its_result_and_leaves_the_promised_files(novels):
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"10", "20"}
     assert {path.name for path in (workdir / "samples").iterdir()} == {"10.txt", "20.txt"}
     assert (workdir / "checkpoints" / "20" / "manifest.json").exists()
-    assert resolving.read_result(epath.Path(workdir)) == result
+    assert run_dir.read_result(epath.Path(workdir)) == result
     assert loading.load(f"{workdir}/config.json").model.vocab_size == 512
 
 

@@ -5,18 +5,18 @@ import json
 import pytest
 from etils import epath
 
-from lslm_jax import resolving
+from lslm_jax.checkpoint import run_dir
 
 RESULT = {"step": 4, "loss": 5.5, "eval/loss": 5.25, "mfu": None}
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path, capsys):
     workdir = epath.Path(tmp_path)
-    assert resolving.read_result(workdir) == {"step": 0}
-    resolving.write_result(workdir, RESULT)
-    assert resolving.read_result(workdir) == RESULT
+    assert run_dir.read_result(workdir) == {"step": 0}
+    run_dir.write_result(workdir, RESULT)
+    assert run_dir.read_result(workdir) == RESULT
     (tmp_path / "result.json").write_text(json.dumps(RESULT))  # of a version that wrote no sha256
-    assert resolving.read_result(workdir) == RESULT
+    assert run_dir.read_result(workdir) == RESULT
     assert capsys.readouterr().err == ""
 
 
@@ -34,13 +34,13 @@ def test_a_result_is_read_as_it_was_written(tmp_path, capsys):
 )
 def test_one_that_was_altered_is_ignored_with_a_line(tmp_path, capsys, change, message):
     workdir = epath.Path(tmp_path)
-    resolving.write_result(workdir, RESULT)
+    run_dir.write_result(workdir, RESULT)
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
     (tmp_path / "checkpoints" / "4" / "manifest.json").write_text("{}")
     altered = json.loads((tmp_path / "result.json").read_text()) | change
     if altered["sha256"] is None:  # as an earlier version writes it
         del altered["sha256"]
     (tmp_path / "result.json").write_text(json.dumps(altered))
-    assert resolving.read_result(workdir) == {"step": 0}
+    assert run_dir.read_result(workdir) == {"step": 0}
     error = capsys.readouterr().err
     assert message in error and error.endswith(": it is ignored\n")

@@ -13,7 +13,7 @@ import jax
 import pytest
 from etils import epath
 
-from lslm_jax import resolving, run_consistency
+from lslm_jax.checkpoint import run_consistency, run_dir
 from lslm_jax.config import Config, DataConfig, loading
 from lslm_jax.errors import CheckpointRefused
 from lslm_jax.main import main
@@ -228,7 +228,7 @@ def test_a_run_that_does_not_exist_is_named(made, capsys):
 
 
 def test_a_complete_run_gives_its_result_only_for_what_it_was_trained_with(made, run, tmp_path, capsys):
-    flags, result = train_flags(made, run), resolving.read_result(epath.Path(run))
+    flags, result = train_flags(made, run), run_dir.read_result(epath.Path(run))
     assert json.loads(lslm(capsys, *flags)) == result
     assert json.loads(lslm(capsys, *flags, "--config.log.every=5", "--config.checkpoint.keep=9")) == result
     for setting, old, new in (

@@ -35,7 +35,7 @@ os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
 def command(tmp_path, *plan, flags=()):
     (tmp_path / "act.py").write_text(ACT)
     act = [sys.executable, str(tmp_path / "act.py"), f"--workdir={tmp_path}", *plan]
-    return [sys.executable, "-m", "lslm_jax.supervise", *flags, "--", *act]
+    return [sys.executable, "-m", "lslm_jax.resilience.supervisor", *flags, "--", *act]
 
 
 def turns(tmp_path):
@@ -84,7 +84,9 @@ def test_a_signal_goes_to_the_command_whose_end_is_the_end(tmp_path):
     ],
 )
 def test_a_command_that_cannot_be_run_is_told_in_one_line(arguments, message):
-    found = subprocess.run([sys.executable, "-m", "lslm_jax.supervise", *arguments], capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "lslm_jax.resilience.supervisor", *arguments], capture_output=True, text=True
+    )
     assert found.returncode == 2 and message in found.stderr
 
 
@@ -97,7 +99,9 @@ def test_metrics_that_cannot_be_read_count_as_no_step(tmp_path):
 def test_a_run_directory_in_a_word_of_its_own_is_found(tmp_path):
     (tmp_path / "act.py").write_text(ACT)
     act = [sys.executable, str(tmp_path / "act.py"), "--workdir", str(tmp_path), "s1", "s1", "s1", "s1", "0"]
-    found = subprocess.run([sys.executable, "-m", "lslm_jax.supervise", "--", *act], capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "lslm_jax.resilience.supervisor", "--", *act], capture_output=True, text=True
+    )
     assert found.returncode == 0 and "at step 4" in found.stderr, found.stderr
 
 

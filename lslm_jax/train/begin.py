@@ -9,6 +9,9 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
+from lslm_jax.checkpoint import metadata
+from lslm_jax.checkpoint.checkpoint import Checkpoints, latest_step, list_steps
+from lslm_jax.checkpoint.integrity import has_manifest
 from lslm_jax.config import Config
 from lslm_jax.convert import hf_hub, pretrained
 from lslm_jax.convert.hf_mapping import differences
@@ -16,9 +19,6 @@ from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import flatten
-from lslm_jax.train import metadata
-from lslm_jax.train.checkpoint import Checkpoints, latest_step, list_steps
-from lslm_jax.train.manifest import has_manifest
 from lslm_jax.train.state import State, abstract_state, init_state, not_finite
 
 

@@ -9,6 +9,8 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from lslm_jax.checkpoint.checkpoint import Checkpoints
+from lslm_jax.checkpoint.periodic_export import Exports
 from lslm_jax.config import Config
 from lslm_jax.data import dataloader, skipped_batches
 from lslm_jax.errors import Preempted
@@ -18,8 +20,6 @@ from lslm_jax.observe import device_memory, mfu
 from lslm_jax.parallel import multihost
 from lslm_jax.parallel.sharding import to_global
 from lslm_jax.runtime import atomic_io
-from lslm_jax.train.checkpoint import Checkpoints
-from lslm_jax.train.exports import Exports
 from lslm_jax.train.setup import Inputs, Run, Sample, set_up
 from lslm_jax.train.state import State, evaluated_model, num_parameters
 

@@ -12,6 +12,8 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
+from lslm_jax.checkpoint.checkpoint import Checkpoints
+from lslm_jax.checkpoint.periodic_export import Exports
 from lslm_jax.config import Config, loading
 from lslm_jax.data import dataloader, prefetch
 from lslm_jax.data import skipped_batches as detours
@@ -24,21 +26,19 @@ from lslm_jax.models.model_configs import flops_per_token
 from lslm_jax.observe import Metrics, Profiler, parameter_table
 from lslm_jax.parallel import multihost
 from lslm_jax.parallel.sharding import use
+from lslm_jax.resilience import deterministic_step
+from lslm_jax.resilience.data_ledger import Ledger, attempts
+from lslm_jax.resilience.health import Health
+from lslm_jax.resilience.loss_spikes import Detector
+from lslm_jax.resilience.preemption import Preemption
+from lslm_jax.resilience.replica_check import Copies
+from lslm_jax.resilience.watchdog import Watchdog
 from lslm_jax.runtime import huge_pages
 from lslm_jax.runtime.progress import Progress, StepTimer
-from lslm_jax.train import reproducible
 from lslm_jax.train.begin import begin
-from lslm_jax.train.checkpoint import Checkpoints
-from lslm_jax.train.copies import Copies
-from lslm_jax.train.exports import Exports
-from lslm_jax.train.health import Health
-from lslm_jax.train.ledger import Ledger, attempts
 from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.preemption import Preemption
-from lslm_jax.train.spikes import Detector
 from lslm_jax.train.state import State, abstract_state, divide, num_parameters
 from lslm_jax.train.step import LeavesStep, compile_for, lower, on_leaves, whole_batch
-from lslm_jax.train.watchdog import Watchdog
 
 Sample = Callable[[Any], str]
 
@@ -237,5 +237,5 @@ def _compile(
     """The step compiled for exactly these shapes, so that it can never be compiled again behind our back."""
     with use(mesh, config.mesh):  # which is set for each thread on its own
         if config.train.reproducible:
-            return on_leaves(reproducible.make_step(config, optimizer, backend, mesh), jax.tree.structure(state))
+            return on_leaves(deterministic_step.make_step(config, optimizer, backend, mesh), jax.tree.structure(state))
         return compile_for(mesh, lower(config, optimizer, backend, state, whole_batch(config, batch, mesh), mesh))

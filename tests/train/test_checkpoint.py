@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from lslm_jax.checkpoint import checkpoint, provenance
+from lslm_jax.checkpoint.checkpoint import Checkpoints
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, MixtureSource, ModelConfig, TrainConfig
 from lslm_jax.config.validation import validate
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, NumericAbort, SaveError
 from lslm_jax.parallel import heartbeat
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime import pytree
-from lslm_jax.train import checkpoint, identity
 from lslm_jax.train.begin import begin
-from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_model, abstract_state, survey
 
@@ -73,7 +73,7 @@ def state_at(step, config=CONFIG, mesh=None):
 
 
 def opened(workdir, config=CONFIG, tokenizer="t" * 64, data="d" * 64, **settings):
-    made_by = identity.make(config, tokenizer, data, mesh_of())
+    made_by = provenance.make(config, tokenizer, data, mesh_of())
     return Checkpoints(workdir, CheckpointConfig(**settings), made_by)
 
 
@@ -424,11 +424,11 @@ def test_a_state_with_a_value_that_is_not_finite_is_not_saved(sizes, value, tmp_
 
 
 def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default(saved):
-    made_by = identity.make(CONFIG, "t" * 64, "d" * 64, mesh_of())
+    made_by = provenance.make(CONFIG, "t" * 64, "d" * 64, mesh_of())
     older = json.loads(json.dumps(made_by))
     del older["config"]["model"]["logit_softcap"]
     lines = []
-    identity.check(saved, older, made_by, lines.append)
+    provenance.check(saved, older, made_by, lines.append)
     assert not lines
 
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from etils import epath
 
+from lslm_jax.checkpoint.checkpoint import Checkpoints
 from lslm_jax.config import loading, validation
 from lslm_jax.parallel.sharding import make_mesh, use
 from lslm_jax.runtime.pytree import flatten
-from lslm_jax.train.checkpoint import Checkpoints
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_state
 

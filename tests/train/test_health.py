@@ -7,7 +7,7 @@ import pytest
 
 from lslm_jax.config import Config, ModelConfig, TaskConfig
 from lslm_jax.errors import NumericAbort
-from lslm_jax.train.health import DIVERGED_STEPS, Health, uniform_loss
+from lslm_jax.resilience.health import DIVERGED_STEPS, Health, uniform_loss
 
 CONFIG = Config(model=ModelConfig(vocab_size=100))
 

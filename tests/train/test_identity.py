@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import pytest
 
+from lslm_jax.checkpoint import metadata, provenance
 from lslm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import validate
 from lslm_jax.data import index_shuffle
@@ -14,7 +15,6 @@ from lslm_jax.data.synthetic_data import SyntheticInput
 from lslm_jax.errors import CheckpointRefused, DataError
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime import environment
-from lslm_jax.train import identity, metadata
 
 CONFIG = validate(
     Config(
@@ -34,7 +34,7 @@ FACTS = {
 
 def made_by(config=CONFIG, facts=FACTS, **more):
     mesh = make_mesh(config, jax.devices()[:1])
-    found = identity.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh, facts=facts, **more)
+    found = provenance.make(config, facts["tokenizer"]["sha256"], facts["sha256"], mesh, facts=facts, **more)
     return json.loads(json.dumps(found))
 
 
@@ -51,11 +51,11 @@ def changed(facts=FACTS, **values):
 
 
 def test_what_belongs_together_is_accepted_wherever_its_files_lie(directory):
-    identity.check_inputs(directory, CONFIG)
+    provenance.check_inputs(directory, CONFIG)
     moved = changed(inputs={"": ["/elsewhere/text.txt"]}, tokenizer={"file": "b.json"})
-    identity.check_inputs(directory, CONFIG, moved, "t" * 64)
+    provenance.check_inputs(directory, CONFIG, moved, "t" * 64)
     free = replace(CONFIG, model=replace(CONFIG.model, dtype="bfloat16", remat="full", max_length=32), seed=3)
-    identity.check_inputs(directory, free, changed(sha256="e" * 64))  # other shards, the same tokenizer and labels
+    provenance.check_inputs(directory, free, changed(sha256="e" * 64))  # other shards, the same tokenizer and labels
 
 
 @pytest.mark.parametrize(
@@ -72,15 +72,15 @@ def test_what_belongs_together_is_accepted_wherever_its_files_lie(directory):
 )
 def test_what_does_not_is_refused_by_name(directory, config, facts, error, message):
     with pytest.raises(error, match=message):
-        identity.check_inputs(directory, replace(CONFIG, model=replace(CONFIG.model, **config)), facts)
+        provenance.check_inputs(directory, replace(CONFIG, model=replace(CONFIG.model, **config)), facts)
     if facts is not FACTS and error is DataError:
         with pytest.raises(error):  # so is a run that would go on
-            identity.check(directory, made_by(), made_by(facts=facts | {"sha256": "d" * 64}), print)
+            provenance.check(directory, made_by(), made_by(facts=facts | {"sha256": "d" * 64}), print)
 
 
 def test_a_loaded_tokenizer_is_compared_too(directory):
     with pytest.raises(CheckpointRefused, match="another tokenizer"):
-        identity.check_inputs(directory, CONFIG, None, "u" * 64)
+        provenance.check_inputs(directory, CONFIG, None, "u" * 64)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"custom_metadata": {"config": 3}}'])
@@ -124,21 +124,21 @@ def with_environment(**values):
 
 
 def test_an_environment_that_changes_numbers_is_named_with_what_it_means():
-    assert identity.environment_warning(made_by(), made_by()) == ""
+    assert provenance.environment_warning(made_by(), made_by()) == ""
     old = {key: value for key, value in made_by().items() if key != "environment"}
-    assert identity.environment_warning(old, made_by()) == ""  # of a version that recorded none
-    prng = identity.environment_warning(with_environment(JAX_DEFAULT_PRNG_IMPL="rbg"), made_by())
+    assert provenance.environment_warning(old, made_by()) == ""  # of a version that recorded none
+    prng = provenance.environment_warning(with_environment(JAX_DEFAULT_PRNG_IMPL="rbg"), made_by())
     assert "JAX_DEFAULT_PRNG_IMPL rbg -> threefry2x32; random draws (dropout, masks) differ" in prng
-    level = identity.environment_warning(with_environment(XLA_FLAGS="--xla_x=1"), with_environment(XLA_FLAGS=""))
+    level = provenance.environment_warning(with_environment(XLA_FLAGS="--xla_x=1"), with_environment(XLA_FLAGS=""))
     assert "XLA_FLAGS --xla_x=1 -> unset; the run goes on, but its bits may differ" in level
-    machine = identity.environment_warning(with_environment(processor="x86_64-0", cpu_threads=1), made_by())
+    machine = provenance.environment_warning(with_environment(processor="x86_64-0", cpu_threads=1), made_by())
     assert "processor x86_64-0 -> " in machine and "cpu_threads 1 -> " in machine and "its bits may differ" in machine
     before = {name: value for name, value in made_by()["environment"].items() if name not in environment.LOCAL}
-    assert identity.environment_warning(made_by() | {"environment": before}, made_by()) == ""
+    assert provenance.environment_warning(made_by() | {"environment": before}, made_by()) == ""
     version = made_by() | {"versions": made_by()["versions"] | {"jax": "0.1"}}
-    assert "jax 0.1 -> " in identity.environment_warning(version, made_by())
+    assert "jax 0.1 -> " in provenance.environment_warning(version, made_by())
     same = replace(CONFIG, train=replace(CONFIG.train, reproducible=True))
-    devices = identity.environment_warning(with_environment(device_count=4), made_by(same))
+    devices = provenance.environment_warning(with_environment(device_count=4), made_by(same))
     assert devices.endswith("with train.reproducible the bits stay the same")
 
 
@@ -149,16 +149,16 @@ def rows_of(data, steps):
 def test_another_batch_size_goes_on_at_the_row_where_the_last_batch_ended():
     small, large = CONFIG, replace(CONFIG, train=replace(CONFIG.train, batch_size=12))
     first, second, third = (SyntheticInput(config, 61) for config in (small, large, small))
-    second.offset = identity.continued_rows(made_by(small), 5, 12, [])
-    third.offset = identity.continued_rows(made_by(large, row_offset=second.offset), 9, 8, [])
+    second.offset = provenance.continued_rows(made_by(small), 5, 12, [])
+    third.offset = provenance.continued_rows(made_by(large, row_offset=second.offset), 9, 8, [])
     found = rows_of(first, range(5)) + rows_of(second, range(5, 9)) + rows_of(third, range(9, 12))
     assert found == list(range(5 * 8 + 4 * 12 + 3 * 8))
-    text = identity.batch_size_change(made_by(small), large, second, 5, [])
+    text = provenance.batch_size_change(made_by(small), large, second, 5, [])
     assert text.startswith("train.batch_size 8 -> 12: step 6 continues at row 40 of the data order; no row is skipped")
-    assert identity.batch_size_change(made_by(small), small, first, 5, []) == ""
+    assert provenance.batch_size_change(made_by(small), small, first, 5, []) == ""
 
 
 def test_rows_after_batches_that_were_left_out_are_continued_too():
     detours = [Detour(2, 3)]  # five steps have read batches 0, 1, 5, 6, 7
-    offset = identity.continued_rows(made_by(), 5, 12, detours)
+    offset = provenance.continued_rows(made_by(), 5, 12, detours)
     assert index_shuffle.positions(5 + 3, 1, 12, [0], offset)[0] == 8 * 8

@@ -9,8 +9,8 @@ from etils import epath
 from lslm_jax.data.batch import Batch
 from lslm_jax.data.index_shuffle import positions
 from lslm_jax.errors import DataError, InputMissing
-from lslm_jax.train import ledger
-from lslm_jax.train.ledger import Ledger, attempts, audit
+from lslm_jax.resilience import data_ledger
+from lslm_jax.resilience.data_ledger import Ledger, attempts, audit
 
 BATCH, SIZES = 4, [10, 6]
 
@@ -105,7 +105,7 @@ def test_an_order_that_repeats_or_loses_a_row_is_found_even_where_all_agree(work
 
 
 def test_a_row_that_comes_again_beyond_the_rows_looked_up_at_once_is_found(workdir, monkeypatch):
-    monkeypatch.setattr(ledger, "_PIECE", BATCH)
+    monkeypatch.setattr(data_ledger, "_PIECE", BATCH)
     first = Data().rows(0)[0, 2]
     twice = spoilt(BATCH, lambda _: first)
     go_on(workdir, 0, 10, data=twice)

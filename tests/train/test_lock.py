@@ -11,8 +11,8 @@ import pytest
 from error_table import assert_told
 from etils import epath
 
+from lslm_jax.checkpoint import run_lock
 from lslm_jax.errors import ConfigError, SaveError
-from lslm_jax.train import lock
 
 HOLD = """
 import sys, time
@@ -37,7 +37,7 @@ def holder(directory):
 def test_a_second_run_is_told_whose_the_directory_is(tmp_path):
     with holder(tmp_path) as process:
         said = rf"is in use by process {process.pid} on \S+, started 20\d\d-"
-        with pytest.raises(ConfigError, match=said) as error, lock.hold(epath.Path(tmp_path)):
+        with pytest.raises(ConfigError, match=said) as error, run_lock.hold(epath.Path(tmp_path)):
             raise AssertionError("two runs in one directory")
     assert_told("A second run in the same directory", error.value.exit_code, str(error.value))
 
@@ -46,28 +46,28 @@ def test_a_run_that_was_killed_holds_nobody_up(tmp_path):
     with holder(tmp_path):
         pass
     for _ in range(2):  # nor does one that ended
-        with lock.hold(epath.Path(tmp_path)):
+        with run_lock.hold(epath.Path(tmp_path)):
             assert f'"pid": {os.getpid()}' in (tmp_path / "lock").read_text()
 
 
 def test_a_damaged_lock_still_locks(tmp_path):
     with holder(tmp_path):
         (tmp_path / "lock").write_text("{")
-        with pytest.raises(ConfigError, match="in use by another process"), lock.hold(epath.Path(tmp_path)):
+        with pytest.raises(ConfigError, match="in use by another process"), run_lock.hold(epath.Path(tmp_path)):
             raise AssertionError("two runs in one directory")
 
 
 def test_a_lock_that_is_removed_or_replaced_while_it_is_held_is_noticed(tmp_path):
     workdir = epath.Path(tmp_path)
-    with lock.hold(workdir):
-        lock.check(workdir)
+    with run_lock.hold(workdir):
+        run_lock.check(workdir)
         (tmp_path / "lock").unlink()
         with pytest.raises(SaveError, match="was removed or replaced while this run held it"):
-            lock.check(workdir)
+            run_lock.check(workdir)
         (tmp_path / "lock").write_text("{}")
         with pytest.raises(SaveError, match="was removed or replaced"):
-            lock.check(workdir)
-    lock.check(workdir)  # which this process does not hold any more
+            run_lock.check(workdir)
+    run_lock.check(workdir)  # which this process does not hold any more
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
@@ -77,7 +77,7 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
     (tmp_path / "run" / "lock").symlink_to(outside)
     with (
         pytest.raises(SaveError, match="symbolic link, which is not followed"),
-        lock.hold(epath.Path(tmp_path / "run")),
+        run_lock.hold(epath.Path(tmp_path / "run")),
     ):
         raise AssertionError("followed")
     assert outside.read_text() == "precious"
@@ -95,11 +95,11 @@ def without_locks(monkeypatch):
 
 def test_without_file_locks_signs_of_life_keep_a_second_run_out(tmp_path, without_locks, capsys):
     workdir = epath.Path(tmp_path)
-    with lock.hold(workdir):
+    with run_lock.hold(workdir):
         assert "has no file locks (No locks available)" in capsys.readouterr().err
-        with pytest.raises(ConfigError, match=f"is in use by process {os.getpid()} on"), lock.hold(workdir):
+        with pytest.raises(ConfigError, match=f"is in use by process {os.getpid()} on"), run_lock.hold(workdir):
             raise AssertionError("two runs in one directory")
-    with lock.hold(workdir):  # it is free again
+    with run_lock.hold(workdir):  # it is free again
         pass
 
 
@@ -110,5 +110,5 @@ def test_a_holder_on_another_host_is_judged_by_its_last_sign_of_life(tmp_path, w
     then = path.stat().st_mtime - age
     os.utime(path, (then, then))
     with contextlib.nullcontext() if is_free else pytest.raises(ConfigError, match="process 1 on elsewhere"):
-        with lock.hold(epath.Path(tmp_path)):
+        with run_lock.hold(epath.Path(tmp_path)):
             pass

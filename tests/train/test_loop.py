@@ -16,7 +16,8 @@ import pytest
 from etils import epath
 from jax._src.array import ArrayImpl
 
-from lslm_jax import resolving
+from lslm_jax.checkpoint import checkpoint, provenance, run_dir
+from lslm_jax.checkpoint.checkpoint import Checkpoints
 from lslm_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import validate
 from lslm_jax.data import prefetch
@@ -26,9 +27,9 @@ from lslm_jax.evaluate.evaluator import Report
 from lslm_jax.main import main
 from lslm_jax.models import attention
 from lslm_jax.parallel.sharding import make_mesh
+from lslm_jax.resilience import data_ledger
 from lslm_jax.runtime import atomic_io
-from lslm_jax.train import checkpoint, identity, ledger, loop, setup
-from lslm_jax.train.checkpoint import Checkpoints
+from lslm_jax.train import loop, setup
 from lslm_jax.train.optim import make_optimizer
 from lslm_jax.train.state import abstract_state, init_state
 
@@ -142,7 +143,7 @@ def test_the_result_is_that_of_the_last_line(finished):
     assert result.items() >= {name: train[name] for name in ("loss", "grad_norm", "learning_rate")}.items()
     assert result.items() >= {name: value for name, value in evaluation.items() if name != "step"}.items()
     assert result["tokens_per_second"] > 0 and result["gzip_bits_per_byte"] > 0 and result["mfu"] is None
-    assert resolving.read_result(epath.Path(root / "work")) == result
+    assert run_dir.read_result(epath.Path(root / "work")) == result
 
 
 def test_nothing_is_compiled_after_the_first_evaluation(finished):
@@ -310,14 +311,14 @@ def train(config, workdir, bad=(), evaluate=None):
     data = Poisoned(config, config.model.vocab_size)
     data.bad = bad
     with jax.set_mesh(mesh):
-        checkpoints = Checkpoints(epath.Path(workdir), config.checkpoint, identity.make(config, "", "", mesh))
+        checkpoints = Checkpoints(epath.Path(workdir), config.checkpoint, provenance.make(config, "", "", mesh))
         arguments = (config, epath.Path(workdir), mesh, data, attention.XLA, checkpoints)
         return loop.train(*arguments, evaluate=evaluate, sample=None)
 
 
 def restored(config, workdir, step):
     mesh = make_mesh(config, jax.devices()[:1])
-    run = Checkpoints(epath.Path(workdir), config.checkpoint, identity.make(config, "", "", mesh))
+    run = Checkpoints(epath.Path(workdir), config.checkpoint, provenance.make(config, "", "", mesh))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     return run.restore(step, abstract_state(config, optimizer, mesh), print)
 
@@ -424,7 +425,7 @@ def test_the_ledger_holds_what_was_trained_on_and_not_what_was_due(tmp_path, mon
     train(config, tmp_path)
     data = SyntheticInput(config, config.model.vocab_size)
     with pytest.raises(DataError, match="steps 1 to 6 trained on other arrays than their rows make"):
-        ledger.audit(epath.Path(tmp_path), data, 8)
+        data_ledger.audit(epath.Path(tmp_path), data, 8)
 
 
 @pytest.mark.exhaustive

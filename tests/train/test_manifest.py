@@ -9,9 +9,9 @@ import shutil
 import pytest
 from etils import epath
 
+from lslm_jax.checkpoint import integrity
+from lslm_jax.checkpoint.integrity import check_manifest, discard, settle, write_manifest
 from lslm_jax.errors import CheckpointRefused
-from lslm_jax.train import manifest
-from lslm_jax.train.manifest import check_manifest, discard, settle, write_manifest
 
 
 @pytest.fixture
@@ -193,20 +193,20 @@ def test_of_a_link_to_an_archive_a_rollback_removes_the_link_alone(checkpoints, 
 
 
 def test_what_is_set_aside_twice_in_a_second_keeps_both(checkpoints, monkeypatch):
-    monkeypatch.setattr(manifest.time, "time", lambda: 315532800.0)  # a clock that stands in 1980
+    monkeypatch.setattr(integrity.time, "time", lambda: 315532800.0)  # a clock that stands in 1980
     found = []
     for _ in range(3):
         path = checkpoints / "30"
         path.mkdir(exist_ok=True)
         (path / "a").write_text(str(len(found)))
-        found.append(manifest.set_aside(path, "damaged"))
+        found.append(integrity.set_aside(path, "damaged"))
     assert [path.name for path in found] == ["30-315532800", "30-315532800-2", "30-315532800-3"]
     assert [(path / "a").read_text() for path in found] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("name", ["04", "٤", "²", "4 ", "+4", "9" * 200])
 def test_a_name_that_is_no_step_is_no_checkpoint(checkpoints, name):
-    before = manifest.list_steps(checkpoints)
+    before = integrity.list_steps(checkpoints)
     (checkpoints / name).mkdir()
     (checkpoints / name / "manifest.json").write_text("{}")
-    assert manifest.list_steps(checkpoints) == before
+    assert integrity.list_steps(checkpoints) == before

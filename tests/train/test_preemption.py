@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from lslm_jax.train.preemption import SIGNALS, Preemption
+from lslm_jax.resilience.preemption import SIGNALS, Preemption
 
 PATIENT = """
 import signal, sys
-from lslm_jax.train.preemption import Preemption
+from lslm_jax.resilience.preemption import Preemption
 with Preemption() as preemption:
     print("ready", flush=True)
     for line in sys.stdin:

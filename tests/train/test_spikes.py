@@ -13,6 +13,7 @@ from error_table import assert_told
 from etils import epath
 
 from lslm_jax import verbs
+from lslm_jax.checkpoint import checkpoint, integrity
 from lslm_jax.config import (
     CheckpointConfig,
     Config,
@@ -29,8 +30,8 @@ from lslm_jax.data import dataloader, skipped_batches
 from lslm_jax.data.skipped_batches import Detour, at, extend
 from lslm_jax.data.synthetic_data import SyntheticInput
 from lslm_jax.errors import CheckpointRefused, DataError, NumericAbort
-from lslm_jax.train import checkpoint, manifest, spikes
-from lslm_jax.train.spikes import Detector, Spike
+from lslm_jax.resilience import loss_spikes
+from lslm_jax.resilience.loss_spikes import Detector, Spike
 
 CONFIG = validate(
     Config(
@@ -112,8 +113,8 @@ def test_a_new_run_that_finds_the_detours_takes_the_same_way_bit_for_bit(finishe
 def test_without_a_checkpoint_from_before_the_run_ends(tmp_path):
     spike = Spike(67, 68, 0.7, 5.0)
     with pytest.raises(NumericAbort, match=r"since 67; no checkpoint from before is left .*: raise checkpoint\.keep"):
-        spikes.go_round(epath.Path(tmp_path), CONFIG, spike)
-    told = spikes.go_round(epath.Path(tmp_path), CONFIG, Spike(7, 8, 0.7, 5.0))  # none was due yet
+        loss_spikes.go_round(epath.Path(tmp_path), CONFIG, spike)
+    told = loss_spikes.go_round(epath.Path(tmp_path), CONFIG, Spike(7, 8, 0.7, 5.0))  # none was due yet
     assert told.endswith("going back to step 0, without the 8 batches that came after it")
 
 
@@ -129,7 +130,7 @@ def test_a_kill_while_going_back_leaves_no_checkpoint_of_the_way_that_was_left(t
     workdir = epath.Path(tmp_path)
     config = replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, every=4))
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "discard", lambda path: 1 / 0)  # killed here
+        patch.setattr(integrity, "discard", lambda path: 1 / 0)  # killed here
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, config)
     assert checkpoint.list_steps(workdir / "checkpoints")[-1] == 44 and skipped_batches.back_to(workdir) == 40

@@ -15,7 +15,8 @@ from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention
 from lslm_jax.models.layers import Linear
 from lslm_jax.parallel.sharding import make_mesh, to_global
-from lslm_jax.train import optim, reproducible, step
+from lslm_jax.resilience import deterministic_step
+from lslm_jax.train import optim, step
 from lslm_jax.train.state import abstract_state, divide, evaluated_model, init_state, num_parameters
 
 B, T, V = 16, 16, 120
@@ -213,7 +214,7 @@ def test_reproducible_steps_are_the_same_bits_on_any_number_of_devices(family, s
         mesh = make_mesh(config, jax.devices()[:devices])
         with jax.set_mesh(mesh):
             state = placed(config, abstract_state(config, optimizer, mesh))
-            train_step = reproducible.make_step(config, optimizer, attention.XLA, mesh)
+            train_step = deterministic_step.make_step(config, optimizer, attention.XLA, mesh)
             curve = []
             for n in range(4):
                 state, metrics = train_step(state, to_global(batch_of(config, n), mesh))

@@ -27,7 +27,7 @@ def run(tmp_path, seconds, then, stacks="stacks-0.txt"):
     program = f"""
 import time
 from etils import epath
-from lslm_jax.train.watchdog import Watchdog
+from lslm_jax.resilience.watchdog import Watchdog
 
 with Watchdog({seconds}, epath.Path({str(tmp_path / stacks)!r})) as watchdog:
     for step in range(1, 7):

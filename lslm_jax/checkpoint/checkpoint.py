@@ -22,15 +22,15 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from lslm_jax.checkpoint import metadata, run_lock
+from lslm_jax.checkpoint import provenance as identities
+from lslm_jax.checkpoint.integrity import check_manifest, has_manifest, list_steps, write_manifest
 from lslm_jax.config import CheckpointConfig, validation
 from lslm_jax.errors import CheckpointRefused, LslmError, NumericAbort, SaveError, first_line
 from lslm_jax.parallel import heartbeat, multihost
 from lslm_jax.runtime import atomic_io, pytree
 from lslm_jax.runtime.progress import say
 from lslm_jax.runtime.pytree import flatten, unflatten
-from lslm_jax.train import identity as identities
-from lslm_jax.train import lock, metadata
-from lslm_jax.train.manifest import check_manifest, has_manifest, list_steps, write_manifest
 from lslm_jax.train.state import State, survey
 
 _READ_TRIES, _VANISH_POLLS = 5, 10
@@ -106,7 +106,7 @@ class Checkpoints:
             name, count = next(iter(odd.items()))
             say(f"warning: step {step}: {count} values of {name} are out of the range of moments: weights are stuck")
         self._wait()
-        lock.check(self._directory.parent)
+        run_lock.check(self._directory.parent)
         with _as_save_error(self._directory / str(step)):
             saved = self._orbax.save_checkpointables_async(
                 step, parts, metrics=dict(metrics or {}), custom_metadata=self.identity | {"memory": dict(memory or {})}

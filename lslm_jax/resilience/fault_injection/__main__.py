@@ -18,9 +18,9 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lslm_jax.chaos.campaign import Campaign
-from lslm_jax.chaos.faults import FAULTS
-from lslm_jax.chaos.run import STEPS, Broken
+from lslm_jax.resilience.fault_injection.campaign import Campaign
+from lslm_jax.resilience.fault_injection.faults import FAULTS
+from lslm_jax.resilience.fault_injection.run import STEPS, Broken
 from lslm_jax.runtime.progress import clock_time, say
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from etils import epath
 
+from lslm_jax.checkpoint import checkpoint, integrity
 from lslm_jax.config import Config
 from lslm_jax.data import skipped_batches
 from lslm_jax.errors import NumericAbort
-from lslm_jax.train import checkpoint, manifest
 
 MAX_DETOURS = 5  # from one checkpoint, none of which helped
 _USUAL = 10  # times as many losses as a spike is long tell what is usual
@@ -122,7 +122,7 @@ def settle(workdir: epath.Path) -> None:
     step = skipped_batches.back_to(workdir)
     if step is None:
         return
-    for path in manifest.checkpoints_in(workdir / "checkpoints"):
+    for path in integrity.checkpoints_in(workdir / "checkpoints"):
         if int(path.name) > step:
-            manifest.discard(path)
+            integrity.discard(path)
     skipped_batches.write(workdir, skipped_batches.read(workdir))

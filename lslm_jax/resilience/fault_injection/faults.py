@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lslm_jax.chaos.run import PATIENCE, Broken, Over, Run
+from lslm_jax.resilience.fault_injection.run import PATIENCE, Broken, Over, Run
 
 Inject = Callable[[Run, random.Random], bool | None]
 Spoil = Callable[[pathlib.Path, random.Random], None]

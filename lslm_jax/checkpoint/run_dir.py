@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from lslm_jax.checkpoint import integrity
 from lslm_jax.config import Config
 from lslm_jax.data import synthetic_data
 from lslm_jax.data.prepare.prepare import data_manifest
@@ -17,7 +18,6 @@ from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError, fir
 from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io, lazy_imports
 from lslm_jax.runtime.progress import say
-from lslm_jax.train import manifest
 
 
 def workdir(path: str, *, reads: bool = False) -> epath.Path:
@@ -93,7 +93,7 @@ def read_result(workdir: epath.Path) -> dict[str, Any]:
             raise DataError(f"{path} does not hold the step of a result")
         if sha256 is not None and sha256 != _digest(result):  # versions before had none
             raise DataError(f"{path} was altered: its sha256 is not that of its values")
-        steps = manifest.list_steps(workdir / "checkpoints")
+        steps = integrity.list_steps(workdir / "checkpoints")
         if steps and steps[-1] < step:
             raise DataError(f"{path} is of step {step}, but the newest checkpoint is of step {steps[-1]}")
     except (DataError, OSError) as error:

@@ -9,8 +9,8 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from lslm_jax.chaos.faults import FAULTS
-from lslm_jax.chaos.run import CONFIG, EVERY, STEPS, Broken, Over, Run
+from lslm_jax.resilience.fault_injection.faults import FAULTS
+from lslm_jax.resilience.fault_injection.run import CONFIG, EVERY, STEPS, Broken, Over, Run
 from lslm_jax.runtime.progress import say
 
 _SLOWER = 1.5  # times as long as an undisturbed run takes one with a fault, at least

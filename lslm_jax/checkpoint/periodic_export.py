@@ -11,12 +11,12 @@ from typing import Any
 import jax
 from etils import epath
 
+from lslm_jax.checkpoint import checkpoint
 from lslm_jax.config import CheckpointConfig
 from lslm_jax.convert.export import Exporter
 from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import abstract
-from lslm_jax.train import checkpoint
 from lslm_jax.train.state import State, evaluated_model
 
 

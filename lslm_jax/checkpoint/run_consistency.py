@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from lslm_jax import resolving
+from lslm_jax.checkpoint import checkpoint, integrity, metadata, provenance, run_dir
 from lslm_jax.config import Config, loading, setting_flags
 from lslm_jax.data.prepare.prepare import data_manifest
 from lslm_jax.data.tokenizers import special_tokens
@@ -23,7 +23,6 @@ from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, ConfigError, InputMissing
 from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io
-from lslm_jax.train import checkpoint, identity, manifest, metadata
 
 _SHOWN = 12  # characters of a sha256 in messages
 # Settings by which a complete run's metrics do not change.
@@ -81,7 +80,7 @@ def open_run(config: Config, flags: argparse.Namespace) -> Run:
       CheckpointRefused: the checkpoint was made with another tokenizer, other data, labels, chat template or model.
       ConfigError: the data were prepared with other settings.
     """
-    workdir = resolving.workdir(flags.workdir, reads=True)
+    workdir = run_dir.workdir(flags.workdir, reads=True)
     directory = workdir / "checkpoints"
     open_step = lambda step: _open_step(config, flags, workdir, step)
     if flags.step is None and not flags.best:  # a training run may delete the latest checkpoint meanwhile
@@ -91,12 +90,12 @@ def open_run(config: Config, flags: argparse.Namespace) -> Run:
 
 def _open_step(config: Config, flags: argparse.Namespace, workdir: epath.Path, step: int) -> Run:
     """Compares the checkpoint of a step with data, tokenizer and settings of the command."""
-    directory, data_dir = workdir / "checkpoints" / str(step), resolving.data_dir(config, workdir)
-    facts = resolving.read_manifest(config, data_dir)
+    directory, data_dir = workdir / "checkpoints" / str(step), run_dir.data_dir(config, workdir)
+    facts = run_dir.read_manifest(config, data_dir)
     saved = metadata.read(directory)
     check_tokenizer(saved, facts, data_dir, directory)
     resolved, facts = special_tokens.resolve(config, facts)
-    identity.check_inputs(directory, resolved)
+    provenance.check_inputs(directory, resolved)
     check_data(saved, config, facts, data_dir, workdir, step)
     if not flags.files:
         _check_prepared(config, facts, data_dir, workdir, flags)
@@ -176,7 +175,7 @@ def check_data(
         )
     if not (own_dir / "manifest.json").exists():
         return
-    own = resolving.read_manifest(config, own_dir)
+    own = run_dir.read_manifest(config, own_dir)
     template = lambda manifest: manifest["chat"]["sha256"] if "chat" in manifest else None
     for what, mine, theirs in (
         ("labels", own["labels"], facts["labels"]),
@@ -193,7 +192,7 @@ def _listed(labels: Sequence[str]) -> str:
 def _own_data_dir(workdir: epath.Path) -> epath.Path | None:
     """The data directory that a run was trained on; None where the run has no config.json."""
     path = workdir / "config.json"
-    return resolving.data_dir(loading.load(str(path)), workdir) if path.exists() else None
+    return run_dir.data_dir(loading.load(str(path)), workdir) if path.exists() else None
 
 
 def _check_prepared(
@@ -236,7 +235,7 @@ def check_finished(config: Config, workdir: epath.Path, finished: Mapping[str, A
     made_with = _config_of(workdir)
     if made_with is None:  # of a run that is complete, little may be left
         return []
-    own_dir = _own_data_dir(workdir) or resolving.data_dir(config, workdir)
+    own_dir = _own_data_dir(workdir) or run_dir.data_dir(config, workdir)
     prepared = config.data.source == "synthetic" and not config.data.mixture
     if (data_dir / "manifest.json").exists():
         prepared = True
@@ -249,7 +248,7 @@ def check_finished(config: Config, workdir: epath.Path, finished: Mapping[str, A
             f"{workdir} is complete and was trained on the data in {own_dir}, not {data_dir}: use another --workdir"
         )
     if prepared:
-        facts = resolving.read_manifest(config, data_dir)
+        facts = run_dir.read_manifest(config, data_dir)
         for directory in _checkpoints(workdir)[-1:]:
             saved = metadata.read(directory)
             check_tokenizer(saved, facts, data_dir, directory)
@@ -282,11 +281,11 @@ def _harmless_changes(
     """Changed settings that leave the result as it is; a CheckpointRefused where one does not."""
     found, now = [], loading.to_dict(config)
     derived = [key for key in ("model.vocab_size", "model.num_labels") if not setting_flags.value_of(config, key)]
-    changes = [change for change in identity.changes(made_with, now) if change[0] not in derived]
+    changes = [change for change in provenance.changes(made_with, now) if change[0] not in derived]
     for key, old, new in changes:
         if key == "train.steps" and finished["step"] == new:
             continue
-        if identity.is_fixed(key):
+        if provenance.is_fixed(key):
             raise CheckpointRefused(f"{workdir} was made with {key}={old}, the config says {new}")
         if not setting_flags.is_below(key, harmless):
             raise CheckpointRefused(
@@ -300,7 +299,7 @@ def _harmless_changes(
 def _checkpoints(workdir: epath.Path) -> list[epath.Path]:
     """The directories of all finished checkpoints of a run, by step."""
     directory = workdir / "checkpoints"
-    return [directory / str(step) for step in manifest.list_steps(directory)]
+    return [directory / str(step) for step in integrity.list_steps(directory)]
 
 
 def check_files(workdir: epath.Path, config: Config, checkpoints: Sequence[epath.Path] | None = None) -> None:
@@ -323,18 +322,18 @@ def check_files(workdir: epath.Path, config: Config, checkpoints: Sequence[epath
         try:
             metadata_by_path[directory] = metadata.read(directory)
         except CheckpointRefused:
-            if manifest.has_manifest(directory):  # else a running training has deleted it meanwhile
+            if integrity.has_manifest(directory):  # else a running training has deleted it meanwhile
                 raise
     if (path := workdir / "config.json").exists():
         own = loading.to_dict(loading.load(str(path)))
         for directory, saved in metadata_by_path.items():
-            for key, old, new in identity.changes(saved["config"], own):
-                if identity.is_fixed(key):
+            for key, old, new in provenance.changes(saved["config"], own):
+                if provenance.is_fixed(key):
                     raise CheckpointRefused(f"{directory} was made with {key}={old}, {path} says {new}")
-    data_dir = resolving.data_dir(config, workdir)
+    data_dir = run_dir.data_dir(config, workdir)
     if not (data_dir / "manifest.json").exists():
         return
-    facts = resolving.read_manifest(config, data_dir)
+    facts = run_dir.read_manifest(config, data_dir)
     for directory, saved in metadata_by_path.items():
         if facts["sha256"] == saved["data_sha256"]:
             metadata.check_manifest_sha256(directory, saved, metadata.manifest_sha256(facts))

@@ -13,12 +13,12 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
+from lslm_jax.checkpoint.metadata import check_manifest_sha256, data_facts, manifest_sha256, read
 from lslm_jax.config import Config, loading
 from lslm_jax.data.skipped_batches import Detour, at
 from lslm_jax.errors import CheckpointRefused, DataError
 from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io, environment
-from lslm_jax.train.metadata import check_manifest_sha256, data_facts, manifest_sha256, read
 
 PACKAGES = ("lslm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 

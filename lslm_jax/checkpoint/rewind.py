@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from etils import epath
 
+from lslm_jax.checkpoint import integrity, metadata
 from lslm_jax.errors import InputMissing
-from lslm_jax.train import manifest, metadata
 
 
 def is_pending(workdir: epath.Path, step: int) -> bool:
@@ -16,7 +16,7 @@ def is_pending(workdir: epath.Path, step: int) -> bool:
     Raises:
       InputMissing: there is no such checkpoint.
     """
-    steps = manifest.list_steps(epath.Path(workdir) / "checkpoints")
+    steps = integrity.list_steps(epath.Path(workdir) / "checkpoints")
     if not step or not steps or steps[-1] == step:
         return False
     newest = metadata.read(_path(workdir, steps[-1]))
@@ -32,8 +32,8 @@ def go_back(workdir: epath.Path, step: int, log: Callable[[str], None]) -> None:
     if not is_pending(workdir, step):
         return
     (workdir / "result.json").unlink(missing_ok=True)  # of the end that the run had come to
-    for later in reversed([each for each in manifest.list_steps(workdir / "checkpoints") if each > step]):
-        to = manifest.set_aside(_path(workdir, later), "set_aside")
+    for later in reversed([each for each in integrity.list_steps(workdir / "checkpoints") if each > step]):
+        to = integrity.set_aside(_path(workdir, later), "set_aside")
         log(f"going back to step {step}: step {later} is set aside in {to}")
 
 

@@ -1,6 +1,6 @@
 """Runs a command again where that helps: after a preemption, a lost peer, a crash; not where it would fail again.
 
-python -m lslm_jax.supervise [--restarts=N] [--workdir=DIR] -- COMMAND...
+python -m lslm_jax.resilience.supervisor [--restarts=N] [--workdir=DIR] -- COMMAND...
 
 Bad config or data, numbers that are not finite, refused checkpoints: another try does not mend them, and such an exit
 is the end. So are three crashes in a row without a step between them. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C go to the
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = argv[at + 1 :]
     about = "Runs COMMAND again after a preemption, a lost peer or a crash, and not where it would fail again."
     flags = argparse.ArgumentParser(
-        prog="python -m lslm_jax.supervise", usage="%(prog)s [FLAG...] -- COMMAND...", description=about
+        prog="python -m lslm_jax.resilience.supervisor", usage="%(prog)s [FLAG...] -- COMMAND...", description=about
     )
     flags.add_argument("--restarts", type=int, default=100, metavar="N", help="at most so many (default 100)")
     flags.add_argument("--workdir", metavar="DIR", help="the run's, if COMMAND does not say --workdir=DIR")
