@@ -19,8 +19,8 @@ from lslm_jax.checkpoint.checkpoint import Checkpoints
 from lslm_jax.config import Config
 from lslm_jax.parallel.sharding import make_mesh, use
 from lslm_jax.runtime import huge_pages
-from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import abstract_state, init_state
+from lslm_jax.train.optimizers import make_optimizer
+from lslm_jax.train.train_state import abstract_state, init_state
 
 
 def main() -> None:

@@ -81,22 +81,22 @@ def main() -> None:
 def facts(hardware: str, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
     """What is to be known of one program."""
     topology = topologies.prepare(hardware)
-    from lslm_jax.plan import compiling, figures, hlo, products
+    from lslm_jax.plan import compile_step, estimates, hlo_parser, matmul_flops
 
     assert topology is not None
-    compiled = compiling.compile_step(compiling.resolve(configured(kind, changes, topology.size)), topology)
+    compiled = compile_step.compile_step(compile_step.resolve(configured(kind, changes, topology.size)), topology)
     assert compiled.program is not None
-    runs = list(hlo.runs(hlo.parse(compiled.program.as_text() or "")))
+    runs = list(hlo_parser.runs(hlo_parser.parse(compiled.program.as_text() or "")))
     kernels = {"forward": 0, "backward": 0}
     for run in runs:
-        if products.attention(run):
-            kernels["backward" if products.is_backward(run.instruction) else "forward"] += run.times
+        if matmul_flops.attention(run):
+            kernels["backward" if matmul_flops.is_backward(run.instruction) else "forward"] += run.times
     arrays = {array for run in runs for array in run.instruction.arrays}
     lengths = (LENGTH, SOURCE)
     square = sorted({array.dims for array in arrays if sum(side in lengths for side in array.dims) > 1})
     logits = ROWS * LENGTH * VOCAB
     large = sorted({array.dims for array in arrays if array.dtype == "f32" and math.prod(array.dims) >= logits})
-    state, memory = figures.local_bytes(compiled.state), compiled.program.memory_analysis()
+    state, memory = estimates.local_bytes(compiled.state), compiled.program.memory_analysis()
     wanted = LAYERS * (3 if changes.get("family") == "encoder_decoder" else 1)
     reused = memory.alias_size_in_bytes / state
     sound = kernels == {"forward": wanted, "backward": wanted} and not square and not large and reused >= 1.0

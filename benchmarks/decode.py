@@ -21,7 +21,7 @@ from lslm_jax.models import model_configs
 from lslm_jax.models.weight_quantization import KINDS, quantize
 from lslm_jax.parallel.sharding import make_mesh, use
 from lslm_jax.runtime import huge_pages
-from lslm_jax.train.state import num_parameters
+from lslm_jax.train.train_state import num_parameters
 
 
 class Words:

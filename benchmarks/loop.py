@@ -29,9 +29,9 @@ from lslm_jax.models import attention
 from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.runtime import huge_pages
 from lslm_jax.train.loop import train
-from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import init_state
-from lslm_jax.train.step import make_train_step
+from lslm_jax.train.optimizers import make_optimizer
+from lslm_jax.train.train_state import init_state
+from lslm_jax.train.train_step import make_train_step
 
 Seconds = list[float]  # of each step, in order
 

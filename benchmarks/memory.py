@@ -23,7 +23,7 @@ from measure import MODELS
 
 from lslm_jax.config import Config, MeshConfig, ModelConfig, loading
 from lslm_jax.config.validation import fill_sizes
-from lslm_jax.train.step import usual_chunk
+from lslm_jax.train.train_step import usual_chunk
 
 HERE = pathlib.Path(__file__).parent
 KEPT, PAGE, MARK = HERE / "results/memory.json", HERE / "compiled.md", "<!-- memory -->"

@@ -17,16 +17,16 @@ from typing import Any
 import jax
 from measure import about, add_model, busiest, configured, matmul_rate, spread, tell, windows
 
-from lslm_jax import observe
 from lslm_jax.config import Config
 from lslm_jax.data.synthetic_data import SyntheticInput
-from lslm_jax.evaluate.evaluator import choose_backend
+from lslm_jax.evaluate.types import choose_backend
 from lslm_jax.models.model_configs import flops_per_token
 from lslm_jax.parallel.sharding import make_mesh, to_global, use
 from lslm_jax.runtime import huge_pages
-from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import abstract_state, init_state, num_parameters
-from lslm_jax.train.step import compile_for, lower, whole_batch
+from lslm_jax.train import metrics_logging
+from lslm_jax.train.optimizers import make_optimizer
+from lslm_jax.train.train_state import abstract_state, init_state, num_parameters
+from lslm_jax.train.train_step import compile_for, lower, whole_batch
 
 
 def main() -> None:
@@ -82,11 +82,11 @@ def measured(args: argparse.Namespace, config: Config) -> dict[str, Any]:
         "dispatch_ms": spread([1e3 * each for each in calls]),
         "tokens_per_second": round(tokens / seconds),
         "flops_per_token": flops,
-        "mfu": observe.mfu(tokens / seconds, flops, mesh.size, kind),
+        "mfu": metrics_logging.mfu(tokens / seconds, flops, mesh.size, kind),
         "matmul_tflops": round(rate / 1e12, 3),
         "share_of_matmul": round(tokens / seconds * flops / (mesh.size * rate), 4),
         "loss": float(metrics["loss"]),
-        "allocator": observe.device_memory(),
+        "allocator": metrics_logging.device_memory(),
         "compiler": {
             name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")
         },

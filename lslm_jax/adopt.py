@@ -20,7 +20,7 @@ from lslm_jax.errors import ConfigError
 from lslm_jax.models import model_configs
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import flatten
-from lslm_jax.train.state import State, abstract_model, num_parameters
+from lslm_jax.train.train_state import State, abstract_model, num_parameters
 
 _PREPARED = {"data.source": "shards"}  # what the manifest says it was prepared with: nothing but a vocabulary
 

@@ -29,13 +29,13 @@ from lslm_jax.data import dataloader, encode_examples
 from lslm_jax.data.prepare.prepare import data_manifest, held_out_files
 from lslm_jax.data.prepare.prepare.held_out_files import HeldOutFiles
 from lslm_jax.errors import InputMissing
-from lslm_jax.evaluate import tasks
-from lslm_jax.evaluate.evaluator import Report
-from lslm_jax.observe import json_values
+from lslm_jax.evaluate import evaluators
+from lslm_jax.evaluate.types import Report
 from lslm_jax.parallel import multihost
 from lslm_jax.parallel.sharding import local_rows
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.progress import say
+from lslm_jax.train.metrics_logging import json_values
 
 _SPLITS = {"valid": "valid_files, _fraction or _split", "test": "test_files or _split"}  # keys that hold examples out
 _DIGEST = 8  # characters of the digest in file names
@@ -170,9 +170,9 @@ def _writable(directory: epath.Path) -> epath.Path:
 
 def evaluate(setting: Any, what: HeldOut, model: Any) -> tuple[Report, dict[str, Any]]:
     """The report of an evaluation, and its results as JSON values: `eval/...` and the baseline of gzip."""
-    report = tasks.make(setting, what.data, by_example=True)(model)
+    report = evaluators.make(setting, what.data, by_example=True)(model)
     results = {f"eval/{name}": value for name, value in (report.metrics | report.facts).items()}
-    return report, json_values(results | tasks.gzip_baseline(setting, what.data))
+    return report, json_values(results | evaluators.gzip_baseline(setting, what.data))
 
 
 def data_of(run: Run, what: HeldOut) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lslm_jax import respond
 from lslm_jax.errors import LslmError
-from lslm_jax.evaluate.evaluator import Setting
+from lslm_jax.evaluate.types import Setting
 from lslm_jax.runtime.progress import say
 
 Messages = list[dict[str, str]]

@@ -17,8 +17,8 @@ from lslm_jax.data.batch import Batch
 from lslm_jax.data.chat.tokenize_chat import tokenize_chat
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.errors import ConfigError
-from lslm_jax.evaluate import heads, predictions
-from lslm_jax.evaluate.evaluator import Setting
+from lslm_jax.evaluate import prediction_eval, predictions
+from lslm_jax.evaluate.types import Setting
 from lslm_jax.generate import decode
 from lslm_jax.models.attention import XLA
 
@@ -222,15 +222,15 @@ def _predict(setting: Setting, model: Any, prompts: Sequence[Prompt]) -> Iterato
     found = [_example(setting, prompt) for prompt in prompts]
     with tempfile.TemporaryDirectory() as directory:
         part = _as_split(setting, found, epath.Path(directory))
-        _, rows = heads.read(setting, part, model)
+        _, rows = prediction_eval.read(setting, part, model)
         match setting.config.task.objective:
             case "qa":
-                for best in heads.find_answers(setting, part, rows, found, setting.answerable):
+                for best in prediction_eval.find_answers(setting, part, rows, found, setting.answerable):
                     yield {"answer": best.text, "score": best.score, "begin": best.begin, "end": best.end}
             case "regression":
                 yield from ({"value": value} for value in rows.scores_NPV[:, 0, 0].tolist())
             case "tagging":
-                for example, tags in zip(found, heads.tags_of_words(rows), strict=True):
+                for example, tags in zip(found, prediction_eval.tags_of_words(rows), strict=True):
                     # Words beyond the row have no tag.
                     names = [setting.labels[tag] for tag in tags]
                     yield {"tags": [f"{word}/{name}" for word, name in zip(example["words"], names, strict=False)]}
@@ -261,7 +261,7 @@ def _as_split(setting: Setting, found: list[encode_examples.Example], directory:
 def _fill(setting: Setting, model: Any, prompts: Sequence[Prompt], first: int) -> Iterator[Answer]:
     """The likeliest tokens for each [MASK] of the prompts."""
     config, special = setting.config, setting.special
-    predict = heads.predictor(config, XLA, setting.mesh)
+    predict = prediction_eval.predictor(config, XLA, setting.mesh)
     for prompt in prompts:
         parts = setting.words.encode_batch(prompt["prompt"].split(MASK))
         if len(parts) < 2:

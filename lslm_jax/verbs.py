@@ -13,10 +13,11 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import adopt, evaluate_command, interactive, respond, run_length
+from lslm_jax import adopt, evaluate_command, interactive, respond
 from lslm_jax.checkpoint import checkpoint, integrity, metadata, provenance, rewind, run_consistency, run_dir, run_lock
 from lslm_jax.checkpoint.periodic_export import Exports
 from lslm_jax.checkpoint.run_consistency import Run
+from lslm_jax.cli.plan import plan as plan
 from lslm_jax.config import Config, loading
 from lslm_jax.convert import pretrained
 from lslm_jax.convert.export import Exporter, family_of, obstacle
@@ -29,21 +30,21 @@ from lslm_jax.data.prepare.prepare.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.tokenizers import tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing
-from lslm_jax.evaluate import harness, tasks
-from lslm_jax.evaluate.evaluator import Setting, choose_backend
+from lslm_jax.evaluate import evaluators, lm_eval_harness
+from lslm_jax.evaluate.types import Setting, choose_backend
 from lslm_jax.evaluate_command import HeldOut, open_for_evaluation
 from lslm_jax.models import weight_quantization
 from lslm_jax.models.attention import Backend
-from lslm_jax.observe import json_values
 from lslm_jax.parallel import multihost
 from lslm_jax.parallel.sharding import local_rows, make_mesh, use
-from lslm_jax.plan.verb import plan as plan
 from lslm_jax.resilience import data_ledger, deterministic_step, loss_spikes
 from lslm_jax.runtime import atomic_io, lazy_imports
 from lslm_jax.runtime.progress import say
-from lslm_jax.train.begin import check_tokenizer, find_start
+from lslm_jax.train import run_length
 from lslm_jax.train.loop import train as train_loop
-from lslm_jax.train.state import abstract_model
+from lslm_jax.train.metrics_logging import json_values
+from lslm_jax.train.restore_or_init import check_tokenizer, find_start
+from lslm_jax.train.train_state import abstract_model
 
 _TOLERANCE = 1e-3  # of logits and hidden states, where a model is compared with its origin
 
@@ -145,11 +146,11 @@ def _train(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             data,
             setting.backend,
             checkpoint.Checkpoints(workdir, config.checkpoint, made_by, whole),
-            evaluate=tasks.make(setting, held_out) if held_out else None,
+            evaluate=evaluators.make(setting, held_out) if held_out else None,
             sample=respond.sampler(setting) if config.generate.prompts and setting.words else None,
             exports=Exports(workdir, config.checkpoint, exporter) if exporter else None,
         )
-        summary = json_values(summary | tasks.gzip_baseline(setting, held_out))
+        summary = json_values(summary | evaluators.gzip_baseline(setting, held_out))
     if multihost.is_primary():
         run_dir.write_result(workdir, summary)
     return summary
@@ -206,8 +207,8 @@ def _open_untrained(config: Config, flags: argparse.Namespace) -> Run:
 
 def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     """A checkpoint's, or a pretrained model's, metrics on tasks of lm-eval; no data of the run's own are read."""
-    asked = harness.asked(flags.harness, flags.harness_path, flags.fewshot, flags.limit)
-    harness.check(config)
+    asked = lm_eval_harness.asked(flags.harness, flags.harness_path, flags.fewshot, flags.limit)
+    lm_eval_harness.check(config)
     mesh = _mesh_without_batch(config)
     config, facts, data_dir, at = _model_alone(config, flags)
     kernel = "xla" if config.model.attention == "xla" else "auto"  # not all lengths suit the one that training uses
@@ -221,7 +222,7 @@ def _evaluate_by_harness(config: Config, flags: argparse.Namespace) -> dict[str,
             return choose_backend(replace(config, data=data), mesh, ())
 
         model, step = _load_model(config, flags, mesh, at, facts)
-        report = harness.evaluate(setting, model, asked, backend_of)
+        report = lm_eval_harness.evaluate(setting, model, asked, backend_of)
     results = {f"harness/{name}": value for name, value in (report.metrics | report.facts).items()}
     results = json_values({"step": step, **results})
     if not flags.workdir:

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from lslm_jax.evaluate import squad
+from lslm_jax.evaluate import squad_metrics
 from lslm_jax.main import main
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -237,7 +237,7 @@ def test_questions_are_answered_from_windows_and_scored_as_squad_does(tmp_path, 
         for p in json.loads((tmp_path / "valid.json").read_text())["data"][0]["paragraphs"]
         for q in p["qas"]
     ]
-    exact = np.mean([squad.normalise(predicted[id]) == ("rome" if answers else "") for id, answers in gold])
+    exact = np.mean([squad_metrics.normalise(predicted[id]) == ("rome" if answers else "") for id, answers in gold])
     assert result["eval/exact_match"] == pytest.approx(100 * exact)
 
     context = " ".join(random.Random(6).choices(NEUTRAL, k=3000)) + " Rome the film"

@@ -12,9 +12,9 @@ from lslm_jax.config import DataConfig, loading, validation
 from lslm_jax.data import dataloader
 from lslm_jax.models import attention, model_configs
 from lslm_jax.parallel.sharding import make_mesh, to_global
-from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import abstract_state, init_state
-from lslm_jax.train.step import make_train_step
+from lslm_jax.train.optimizers import make_optimizer
+from lslm_jax.train.train_state import abstract_state, init_state
+from lslm_jax.train.train_step import make_train_step
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 # One for each family; compiling a step costs 3 to 10 seconds. tests/test_applications.py trains for each objective.

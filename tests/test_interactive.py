@@ -7,7 +7,7 @@ import pytest
 from lslm_jax import interactive, respond
 from lslm_jax.config import Config, DataConfig, TaskConfig
 from lslm_jax.errors import ConfigError
-from lslm_jax.evaluate.evaluator import Setting
+from lslm_jax.evaluate.types import Setting
 
 FLAGS = argparse.Namespace(prompt=None, prompts=None, context=None, json=False)
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lslm_jax import observe
 from lslm_jax.config import LogConfig
 from lslm_jax.errors import SaveError
-from lslm_jax.observe import Metrics, Profiler, device_memory, mfu, parameter_table
 from lslm_jax.runtime.lazy_imports import import_tensorflow
+from lslm_jax.train import metrics_logging
+from lslm_jax.train.metrics_logging import Metrics, Profiler, device_memory, mfu, parameter_table
 
 PLAIN = LogConfig(tensorboard=False)
 needs_tensorflow = pytest.mark.skipif(find_spec("tensorflow") is None, reason="tensorflow is not installed")
@@ -120,7 +120,7 @@ def test_tensorboard_shows_scalars_and_texts_and_says_nothing(tmp_path, capfd, m
     from tensorboard.plugins.custom_scalar import layout_pb2
     from tensorboard.util.tensor_util import make_ndarray
 
-    monkeypatch.setattr(observe, "SPACING_SECONDS", 3600)  # however long tensorflow's import stops this thread
+    monkeypatch.setattr(metrics_logging, "SPACING_SECONDS", 3600)  # however long tensorflow's import stops this thread
     metrics = Metrics(str(tmp_path), LogConfig())
     metrics.text(0, "config", "seed: 0\nmodel: x")
     for step in range(1, 5):
@@ -135,7 +135,7 @@ def test_tensorboard_shows_scalars_and_texts_and_says_nothing(tmp_path, capfd, m
     }
     layout = layout_pb2.Layout.FromString(found.pop("custom_scalars__config__")[0][1])
     (chart,) = layout.category[0].chart  # training and validation loss in one
-    assert [[bool(re.match(tag, name)) for tag in chart.multiline.tag] for name in observe.LOSSES] == [
+    assert [[bool(re.match(tag, name)) for tag in chart.multiline.tag] for name in metrics_logging.LOSSES] == [
         [True, False],
         [False, True],
     ]
@@ -150,7 +150,7 @@ def test_tensorboard_shows_scalars_and_texts_and_says_nothing(tmp_path, capfd, m
 def test_tags_of_tensorboard_are_grouped_and_class_names_made_safe():
     values = {"loss": 1, "eval/f1/so so": 2, "eval/f1/so?so": 3, "eval/f1/naïve.1": 4}
     expected = {"train/loss": 1, "eval/f1/so_so": 2, "eval/f1/so_so_2": 3, "eval/f1/naïve.1": 4}
-    assert observe._tags(values, "train") == expected
+    assert metrics_logging._tags(values, "train") == expected
 
 
 @needs_tensorflow
@@ -216,7 +216,7 @@ WITHOUT_KERAS = """
 import sys
 from lslm_jax import imports
 from lslm_jax.config import LogConfig
-from lslm_jax.observe import Metrics
+from lslm_jax.train.metrics_logging import Metrics
 
 tf = imports.import_tensorflow()
 with Metrics(sys.argv[1], LogConfig()) as metrics:
@@ -246,7 +246,7 @@ class Without(importlib.machinery.PathFinder):
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Without
 import jax, jax.numpy as jnp
 from lslm_jax.config import LogConfig
-from lslm_jax.observe import Metrics, Profiler, device_memory, parameter_table
+from lslm_jax.train.metrics_logging import Metrics, Profiler, device_memory, parameter_table
 
 metrics, profiler = Metrics(sys.argv[1], LogConfig()), Profiler(sys.argv[1], (2, 3))
 metrics.text(0, "parameters", parameter_table({"w": jnp.ones((2, 3))}))
@@ -274,7 +274,7 @@ def test_the_first_step_does_not_wait_for_tensorflow(tmp_path):
     program = """
 import sys
 from lslm_jax.config import LogConfig
-from lslm_jax.observe import Metrics
+from lslm_jax.train.metrics_logging import Metrics
 metrics = Metrics(sys.argv[1], LogConfig())
 metrics.text(0, "config", "seed: 0")
 assert "tensorflow" not in sys.modules

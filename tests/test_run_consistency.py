@@ -285,7 +285,7 @@ def test_weights_of_another_tokenizer_are_rejected_before_data_are_prepared(made
 
 
 def test_weights_to_start_from_may_be_a_run_or_one_of_its_checkpoints(made, tmp_path):
-    from lslm_jax.train.begin import find_start
+    from lslm_jax.train.restore_or_init import find_start
 
     checkpoints = made / "run" / "checkpoints"
     assert tuple(find_start(f"{made}/run")) == (checkpoints, False, None)

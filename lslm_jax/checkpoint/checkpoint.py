@@ -31,7 +31,7 @@ from lslm_jax.parallel import heartbeat, multihost
 from lslm_jax.runtime import atomic_io, pytree
 from lslm_jax.runtime.progress import say
 from lslm_jax.runtime.pytree import flatten, unflatten
-from lslm_jax.train.state import State, survey
+from lslm_jax.train.train_state import State, survey
 
 _READ_TRIES, _VANISH_POLLS = 5, 10
 _HEAD = "top."  # of the names of what an encoder ends with

@@ -17,7 +17,7 @@ from lslm_jax.convert.export import Exporter
 from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import abstract
-from lslm_jax.train.state import State, evaluated_model
+from lslm_jax.train.train_state import State, evaluated_model
 
 
 class Exports:

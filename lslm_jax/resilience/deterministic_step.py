@@ -26,8 +26,8 @@ from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel.sharding import use
-from lslm_jax.train.state import State, divide
-from lslm_jax.train.step import Metrics, accumulate_gradients, apply_gradients, key_of
+from lslm_jax.train.train_state import State, divide
+from lslm_jax.train.train_step import Metrics, accumulate_gradients, apply_gradients, key_of
 
 PARTS = 8
 

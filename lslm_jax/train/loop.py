@@ -14,14 +14,14 @@ from lslm_jax.checkpoint.periodic_export import Exports
 from lslm_jax.config import Config
 from lslm_jax.data import dataloader, skipped_batches
 from lslm_jax.errors import Preempted
-from lslm_jax.evaluate.evaluator import Evaluator
+from lslm_jax.evaluate.types import Evaluator
 from lslm_jax.models.attention import Backend
-from lslm_jax.observe import device_memory, mfu
 from lslm_jax.parallel import multihost
 from lslm_jax.parallel.sharding import to_global
 from lslm_jax.runtime import atomic_io
+from lslm_jax.train.metrics_logging import device_memory, mfu
 from lslm_jax.train.setup import Inputs, Run, Sample, set_up
-from lslm_jax.train.state import State, evaluated_model, num_parameters
+from lslm_jax.train.train_state import State, evaluated_model, num_parameters
 
 _SHOWN = 12  # figures of an evaluation that a person is shown; metrics.jsonl has them all
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "skipped")  # of any train step, in this order on the record

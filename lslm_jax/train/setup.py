@@ -20,10 +20,9 @@ from lslm_jax.data import skipped_batches as detours
 from lslm_jax.data.batch import Batch
 from lslm_jax.data.skipped_batches import Detour
 from lslm_jax.errors import CheckpointRefused
-from lslm_jax.evaluate.evaluator import Evaluator
+from lslm_jax.evaluate.types import Evaluator
 from lslm_jax.models.attention import Backend
 from lslm_jax.models.model_configs import flops_per_token
-from lslm_jax.observe import Metrics, Profiler, parameter_table
 from lslm_jax.parallel import multihost
 from lslm_jax.parallel.sharding import use
 from lslm_jax.resilience import deterministic_step
@@ -35,10 +34,11 @@ from lslm_jax.resilience.replica_check import Copies
 from lslm_jax.resilience.watchdog import Watchdog
 from lslm_jax.runtime import huge_pages
 from lslm_jax.runtime.progress import Progress, StepTimer
-from lslm_jax.train.begin import begin
-from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import State, abstract_state, divide, num_parameters
-from lslm_jax.train.step import LeavesStep, compile_for, lower, on_leaves, whole_batch
+from lslm_jax.train.metrics_logging import Metrics, Profiler, parameter_table
+from lslm_jax.train.optimizers import make_optimizer
+from lslm_jax.train.restore_or_init import begin
+from lslm_jax.train.train_state import State, abstract_state, divide, num_parameters
+from lslm_jax.train.train_step import LeavesStep, compile_for, lower, on_leaves, whole_batch
 
 Sample = Callable[[Any], str]
 

@@ -17,7 +17,7 @@ from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.models import attention, layers
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train import losses
-from lslm_jax.train.state import abstract_model
+from lslm_jax.train.train_state import abstract_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

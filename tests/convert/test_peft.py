@@ -16,7 +16,7 @@ from lslm_jax.errors import ConfigError
 from lslm_jax.models import model_configs
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime.pytree import flatten, unflatten
-from lslm_jax.train.state import abstract_model
+from lslm_jax.train.train_state import abstract_model
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -21,7 +21,7 @@ from lslm_jax.main import main
 from lslm_jax.models import model_configs
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime.pytree import flatten
-from lslm_jax.train.state import abstract_model
+from lslm_jax.train.train_state import abstract_model
 
 BODY = {"num_layers": 2, "d_model": 32, "num_heads": 2, "max_length": 64}
 LLAMA = BODY | {"positions": "rotary", "norm": "rmsnorm", "activation": "silu", "gated": True, "bias": False}

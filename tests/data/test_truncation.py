@@ -8,7 +8,7 @@ from etils import epath
 from tiny_data import CASES, Case, config_of, write_all, write_examples, write_manifest
 
 from lslm_jax.data import dataloader
-from lslm_jax.evaluate import heads
+from lslm_jax.evaluate import prediction_eval
 
 VOCABULARY = 20_200
 
@@ -72,9 +72,9 @@ def test_what_is_cut_away_is_missed(tmp_path):
     config = config_of(Case("tagging", "encoder", 2), seq_len=23)  # 21 words of the first text
     [part] = dataloader.open_eval(config, epath.Path(tmp_path), 20_200).values()
     batch = part.batch(0)
-    rows = heads.Rows(np.eye(3)[batch.targets_BT], batch.targets_BT, batch.weights_BT, batch.types_BT)
-    rows = heads.Rows(*(array[:2] for array in rows[:4]), nll_N=np.zeros(2))
-    found = heads.tag(types.SimpleNamespace(labels=NAMES), part, rows).metrics
+    rows = prediction_eval.Rows(np.eye(3)[batch.targets_BT], batch.targets_BT, batch.weights_BT, batch.types_BT)
+    rows = prediction_eval.Rows(*(array[:2] for array in rows[:4]), nll_N=np.zeros(2))
+    found = prediction_eval.tag(types.SimpleNamespace(labels=NAMES), part, rows).metrics
     assert found["accuracy"] == pytest.approx(27 / 36)
     assert found["entity_precision"] == 1 and found["entity_recall"] == pytest.approx(9 / 12)
     assert found["support/B-PER"] == 12

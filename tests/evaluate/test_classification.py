@@ -9,8 +9,8 @@ import pytest
 import sklearn.metrics
 
 from lslm_jax.errors import ConfigError, DataError
-from lslm_jax.evaluate import classification as scoring
-from lslm_jax.evaluate.classification import classification, confusion, entities, regression, tagging
+from lslm_jax.evaluate import classification_metrics as scoring
+from lslm_jax.evaluate.classification_metrics import classification, confusion, entities, regression, tagging
 
 NAMES = ["negative", "neutral", "positive"]
 GOLD = [0, 0, 0, 0, 1, 1, 2, 2, 2, 2]

@@ -9,9 +9,9 @@ import pytest
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.errors import ConfigError
-from lslm_jax.evaluate import harness, likelihood
-from lslm_jax.evaluate.evaluator import Setting
-from lslm_jax.evaluate.likelihood import Text
+from lslm_jax.evaluate import lm_eval_harness, loglikelihood
+from lslm_jax.evaluate.loglikelihood import Text
+from lslm_jax.evaluate.types import Setting
 from lslm_jax.models import attention, model_configs
 from lslm_jax.parallel.sharding import make_mesh, shardings_of
 from lslm_jax.train import losses
@@ -66,7 +66,7 @@ def test_each_text_is_as_likely_as_alone(model, mesh):
     with jax.set_mesh(where):
         placed = jax.device_put(model, shardings_of(model, where))
         setting = Setting(config, None, [], None, attention.XLA, where)  # type: ignore[arg-type]
-        found = likelihood.rate(setting, placed, wanted, lambda length: attention.XLA)
+        found = loglikelihood.rate(setting, placed, wanted, lambda length: attention.XLA)
     np.testing.assert_allclose([nats for nats, _ in found], [nats for nats, _ in expected], rtol=1e-5)
     assert [likeliest for _, likeliest in found] == [likeliest for _, likeliest in expected]
 
@@ -79,7 +79,7 @@ def test_what_the_model_would_write_is_the_likeliest(model):
     setting = Setting(config, None, [], None, attention.XLA, make_mesh(config))  # type: ignore[arg-type]
     other = [*ids[:-1], (ids[-1] + 1) % V]
     with jax.set_mesh(setting.mesh):
-        found = likelihood.rate(setting, model, [Text(ids, 10), Text(other, 10)], lambda length: attention.XLA)
+        found = loglikelihood.rate(setting, model, [Text(ids, 10), Text(other, 10)], lambda length: attention.XLA)
     assert [likeliest for _, likeliest in found] == [True, False]
 
 
@@ -94,13 +94,13 @@ def test_of_equally_likely_tokens_the_first_counts_as_the_likeliest():
 
 def test_few_shapes_stand_for_all_lengths():
     config = Config(model=replace(MODEL, max_length=3000))
-    widths = {likelihood._width(config, length) for length in range(1, 3001)}
+    widths = {loglikelihood._width(config, length) for length in range(1, 3001)}
     assert widths == {16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3000}
 
 
 def test_a_task_stops_a_text_at_the_first_of_its_strings():
-    assert harness._cut("one. two\nthree", ("\n", ". ")) == "one"
-    assert harness._cut("one", ("\n",)) == "one"
+    assert lm_eval_harness._cut("one. two\nthree", ("\n", ". ")) == "one"
+    assert lm_eval_harness._cut("one", ("\n",)) == "one"
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_a_task_stops_a_text_at_the_first_of_its_strings():
 )
 def test_what_makes_no_sense_is_refused(flags, message):
     with pytest.raises(ConfigError, match=message):
-        harness.asked(*flags, *[None] * (4 - len(flags)))
+        lm_eval_harness.asked(*flags, *[None] * (4 - len(flags)))
 
 
 def test_only_decoders_that_continue_texts_are_asked():
     for model, objective in [({"family": "encoder"}, "masked"), ({}, "seq2seq")]:
         with pytest.raises(ConfigError, match="--harness asks decoders that continue texts"):
-            harness.check(Config(model=ModelConfig(**model), task=TaskConfig(objective=objective)))
+            lm_eval_harness.check(Config(model=ModelConfig(**model), task=TaskConfig(objective=objective)))

@@ -15,8 +15,8 @@ from lslm_jax.data.prepare.prepare import held_out_files
 from lslm_jax.data.tokenizers.special_tokens import resolve
 from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError, DataError, InputMissing
-from lslm_jax.evaluate import tasks
-from lslm_jax.evaluate.evaluator import Setting
+from lslm_jax.evaluate import evaluators
+from lslm_jax.evaluate.types import Setting
 from lslm_jax.models import attention, model_configs
 from lslm_jax.parallel.sharding import make_mesh
 
@@ -100,8 +100,8 @@ def evaluated(request, tmp_path_factory):
         model = jax.jit(lambda: model_configs.build(config.model, jax.random.key(1), config.task.objective))()
         held_out = dataloader.open_eval(config, epath.Path(root) / "data", config.model.vocab_size)
         setting = Setting(config, Bytes(), manifest["labels"], facts["special"], attention.XLA, mesh)
-        evaluate = lambda data: tasks.make(setting, data, by_example=True)(model)
-        plain = tasks.make(setting, held_out)(model)
+        evaluate = lambda data: evaluators.make(setting, data, by_example=True)(model)
+        plain = evaluators.make(setting, held_out)(model)
         return kind, records, plain, evaluate(held_out), (root, suffix, config, manifest, facts, evaluate, mesh)
 
 

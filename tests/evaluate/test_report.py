@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from lslm_jax.evaluate import report
-from lslm_jax.evaluate.classification import classification
+from lslm_jax.evaluate import text_reports
+from lslm_jax.evaluate.classification_metrics import classification
 
 
 def test_a_translation_stands_between_its_source_and_its_reference():
-    text = report.translations(["Ein Hund.", "Zwei."], ["A cat.", ""], ["A dog.", "Two."])
+    text = text_reports.translations(["Ein Hund.", "Zwei."], ["A cat.", ""], ["A dog.", "Two."])
     assert text.splitlines() == [
         "source:     Ein Hund.",
         "hypothesis: A cat.",
@@ -22,20 +22,20 @@ def test_a_translation_stands_between_its_source_and_its_reference():
 
 
 def test_predictions_are_an_object_from_id_to_text():
-    text = report.squad_predictions(["b7", "a1"], ["Orléans\n", ""])
+    text = text_reports.squad_predictions(["b7", "a1"], ["Orléans\n", ""])
     assert json.loads(text) == {"b7": "Orléans\n", "a1": ""}
     assert "Orléans" in text
 
 
 def test_what_does_not_belong_together_is_refused():
     with pytest.raises(ValueError, match="shorter"):
-        report.squad_predictions(["a"], [])
+        text_reports.squad_predictions(["a"], [])
     with pytest.raises(ValueError, match="shorter"):
-        report.translations(["a", "b"], ["a", "b"], ["a"])
+        text_reports.translations(["a", "b"], ["a", "b"], ["a"])
 
 
 def report_of(gold, said, names) -> str:
-    return report.classification(gold, said, names, classification(gold, said, names))
+    return text_reports.classification(gold, said, names, classification(gold, said, names))
 
 
 def test_tables_of_classes_and_of_what_was_taken_for_what():
@@ -53,7 +53,7 @@ def test_tables_of_classes_and_of_what_was_taken_for_what():
 
 
 def test_a_matrix_too_wide_to_read_is_left_out():
-    names = [f"class {number}" for number in range(report.MAX_CONFUSION + 1)]
+    names = [f"class {number}" for number in range(text_reports.MAX_CONFUSION + 1)]
     text = report_of([0, 1], [0, 0], names)
     assert "true" not in text and all(name in text for name in names)
     assert "true" in report_of([0, 1], [0, 0], names[:-1])

@@ -8,7 +8,7 @@ import pytest
 
 from lslm_jax.config import Config, TrainConfig
 from lslm_jax.data.batch import Batch
-from lslm_jax.evaluate import runner
+from lslm_jax.evaluate import batched_eval
 from lslm_jax.parallel.sharding import make_mesh
 
 
@@ -27,6 +27,6 @@ def test_each_batch_is_read_in_order_and_few_lie_on_the_devices(count):
         results.append(weakref.ref(result))
         return result
 
-    found = runner.run(step, 1, batches(), make_mesh(Config(train=TrainConfig(batch_size=8))))
+    found = batched_eval.run(step, 1, batches(), make_mesh(Config(train=TrainConfig(batch_size=8))))
     assert found == [32 * number + 1 for number in range(count)]
     assert most <= 5

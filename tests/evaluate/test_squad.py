@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lslm_jax.errors import DataError
-from lslm_jax.evaluate.squad import Context, Windows, best_answers, normalise, squad
+from lslm_jax.evaluate.squad_metrics import Context, Windows, best_answers, normalise, squad
 
 
 def words(text: str) -> list[str]:

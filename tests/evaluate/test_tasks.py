@@ -14,8 +14,8 @@ from lslm_jax.config.mesh_axes import mesh_axes
 from lslm_jax.data import dataloader
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.tokenizers.special_tokens import special_ids
-from lslm_jax.evaluate import tasks
-from lslm_jax.evaluate.evaluator import Setting
+from lslm_jax.evaluate import evaluators
+from lslm_jax.evaluate.types import Setting
 from lslm_jax.models import attention, model_configs
 from lslm_jax.parallel.sharding import make_mesh, shardings_of
 
@@ -56,7 +56,7 @@ def evaluate(config: Config, model) -> dict[str, float]:
     with jax.set_mesh(mesh):
         data = dataloader.open_eval(config, epath.Path(config.data.dir), 259)
         setting = Setting(config, None, [], SPECIAL, attention.XLA, mesh)
-        return tasks.make(setting, data)(jax.device_put(model, shardings_of(model, mesh))).metrics
+        return evaluators.make(setting, data)(jax.device_put(model, shardings_of(model, mesh))).metrics
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from lslm_jax.errors import ConfigError, DataError
-from lslm_jax.evaluate.translation import bleu
+from lslm_jax.evaluate.bleu import bleu
 
 
 def by_formula(hypotheses: list[str], references: list[str]) -> float:

@@ -10,7 +10,7 @@ from lslm_jax.convert import pretrained
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.generate.decode import generate, stream
 from lslm_jax.parallel.sharding import make_mesh
-from lslm_jax.train.state import abstract_model
+from lslm_jax.train.train_state import abstract_model
 
 BEGINNING = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 

@@ -17,9 +17,9 @@ from lslm_jax.kernels import quantized_matmul
 from lslm_jax.models import attention, model_configs
 from lslm_jax.models.layers import projections
 from lslm_jax.parallel.sharding import make_mesh
-from lslm_jax.train import optim
-from lslm_jax.train.state import init_state
-from lslm_jax.train.step import make_train_step
+from lslm_jax.train import optimizers
+from lslm_jax.train.train_state import init_state
+from lslm_jax.train.train_step import make_train_step
 
 pytest.importorskip("qwix")
 
@@ -122,7 +122,7 @@ def losses(dtype, mesh, steps=STEPS):
         )
     )
     devices = make_mesh(config, jax.devices()[: 1 if mesh.data == 1 else 8])
-    optimizer = optim.make_optimizer(config.optimizer, STEPS)
+    optimizer = optimizers.make_optimizer(config.optimizer, STEPS)
     step = jax.jit(make_train_step(config, optimizer, attention.XLA), donate_argnums=0)
     curve, rng = [], np.random.default_rng(0)
     with jax.set_mesh(devices):

@@ -17,7 +17,8 @@ from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention, model_configs
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel.sharding import batch_sharding, make_mesh, shardings_of
-from lslm_jax.train import optim, state, step
+from lslm_jax.train import optimizers, train_state
+from lslm_jax.train import train_step as step
 
 exhaustive = pytest.mark.exhaustive  # lowering one step takes one to four seconds
 B, T, S = 8, 384, 640  # no other sizes are 384 and 640, so that 384x384 can only be attention
@@ -48,14 +49,14 @@ def lowered(backend, platform, packed=False, mesh=None, length=T, **model):
     """Text of the train step of CONFIG, with the model changed, for a platform."""
     config = replace(CONFIG, model=replace(CONFIG.model, **model), mesh=mesh or CONFIG.mesh)
     mesh = make_mesh(config, jax.devices() if config.mesh.data == -1 else jax.devices()[:1])
-    optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+    optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
     ids_BT = jax.ShapeDtypeStruct((B, length), jnp.int32, sharding=batch_sharding(mesh, (B, length)))
     weights_BT = jax.ShapeDtypeStruct((B, length), jnp.float32, sharding=batch_sharding(mesh, (B, length)))
     batch = Batch(ids_BT, ids_BT, weights_BT, *((ids_BT, ids_BT) if packed else ()))
     train_step = jax.jit(step.make_train_step(config, optimizer, backend), donate_argnums=0)
     unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (FORWARD, BACKWARD)]
     with jax.set_mesh(mesh):
-        abstract = state.abstract_state(config, optimizer, mesh)
+        abstract = train_state.abstract_state(config, optimizer, mesh)
         exported = jax.export.export(train_step, platforms=[platform], disabled_checks=unchecked)(abstract, batch)
     return exported.mlir_module()
 

@@ -11,8 +11,8 @@ from lslm_jax.config.validation import fill_sizes
 from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention, model_configs
 from lslm_jax.models.embedding import padded_vocab
-from lslm_jax.train import losses, step
-from lslm_jax.train.state import divide, num_parameters
+from lslm_jax.train import losses, train_step
+from lslm_jax.train.train_state import divide, num_parameters
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_flops_per_token_agree_with_what_xla_counts(family):
     config = Config(model=fill_sizes(model), train=TrainConfig(loss_chunk=B * T))
     ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
     batch = Batch(ids_BT, ids_BT, jax.ShapeDtypeStruct((B, T), jnp.float32))
-    gradient = jax.jit(lambda *args: step.accumulate_gradients(config, attention.XLA, *args))
+    gradient = jax.jit(lambda *args: train_step.accumulate_gradients(config, attention.XLA, *args))
     abstract = jax.eval_shape(lambda: model_configs.build(config.model, jax.random.key(0)))
     compiled = gradient.lower(*divide(config, abstract), batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
     seen = sum(min(t + 1, model.window or T) for t in range(T)) / T

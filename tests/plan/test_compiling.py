@@ -7,14 +7,14 @@ import pytest
 from tiny_plans import CONFIG, CPU, LAYERS, compiled
 
 from lslm_jax.models.model_configs import flops_per_token
-from lslm_jax.plan import hlo
-from lslm_jax.plan.figures import figures, local_bytes
+from lslm_jax.plan import hlo_parser
+from lslm_jax.plan.estimates import figures, local_bytes
 
 
 def collectives(step, kind):
     """(times a step, bytes of the largest result, name of the operation) of each of a kind."""
     found = []
-    for run in hlo.runs(hlo.parse(step.program.as_text())):
+    for run in hlo_parser.runs(hlo_parser.parse(step.program.as_text())):
         if run.instruction.opcode.removesuffix("-start") == kind:
             largest = max(array.size for array in run.instruction.arrays)
             found.append((run.times, largest, run.instruction.attributes))

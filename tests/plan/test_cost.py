@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from lslm_jax.plan import cost, hlo
+from lslm_jax.plan import cost_model, hlo_parser
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -14,14 +14,14 @@ def network(shape=(2, 2, 2), domains=None, link=100.0, slow=10.0):
     """A mesh of eight devices, four in each of two domains unless told otherwise."""
     mesh = types.SimpleNamespace(axis_names=AXES, devices=np.zeros(shape))
     domains = np.repeat([0, 1], 4) if domains is None else domains
-    return cost.Network(mesh, domains, lambda group: link if len(group) > 1 else 0.0, slow)
+    return cost_model.Network(mesh, domains, lambda group: link if len(group) > 1 else 0.0, slow)
 
 
 def measure(lines, computations="", routed=1.0):
     """Cost of an entry computation of these lines."""
     body = "\n".join(f"  {line.strip()}" for line in lines)
     text = f"{computations}\nENTRY %main (p: f32[]) -> f32[] {{\n{body}\n}}\n"
-    return cost.measure(hlo.parse(text), network(), 0.5, routed)
+    return cost_model.measure(hlo_parser.parse(text), network(), 0.5, routed)
 
 
 ATTENTION = "custom-call(%a, %b, %b), custom_call_target="
@@ -155,7 +155,7 @@ def test_a_collective_in_a_loop_counts_each_time_and_one_that_ends_later_does_no
 
 def test_a_torus_has_two_ways_along_each_ring_and_one_along_a_line():
     places = np.stack(np.unravel_index(np.arange(32), (4, 4, 2)), axis=1)
-    speed = cost.tori(places, (True, True, False), 100.0)
+    speed = cost_model.tori(places, (True, True, False), 100.0)
     along = lambda fixed: np.flatnonzero(np.all([places[:, d] == 0 for d in fixed], axis=0))
     assert speed(along((1, 2))) == 200  # a ring of four
     assert speed(along((0, 1))) == 100  # two neighbours

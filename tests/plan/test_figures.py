@@ -7,8 +7,8 @@ from tiny_plans import CONFIG, CPU, compiled
 
 from lslm_jax.config import ModelConfig
 from lslm_jax.parallel.hardware_specs import DEVICES
-from lslm_jax.plan import cost, report
-from lslm_jax.plan.figures import bounds, figures, run, share_seen
+from lslm_jax.plan import cost_model, text_report
+from lslm_jax.plan.estimates import bounds, figures, run, share_seen
 
 
 def test_a_run_takes_its_steps_and_costs_its_hours():
@@ -31,8 +31,8 @@ def test_a_run_takes_its_steps_and_costs_its_hours():
     [(989e12, 1e9, 0.1, "compute", 1.0), (1e12, 9.6e12, 0.1, "memory", 2.0), (1e12, 1e9, 3.0, "network", 3.0)],
 )
 def test_the_slowest_resource_binds(flops, size, sent, by, seconds):
-    joined = [cost.Collective("all-gather", ("fsdp",), 8, 1, 1, sent, False, 0.0)]
-    found = bounds(cost.Cost(flops, 0.0, int(size), 0, joined), DEVICES["H200"], 8 * 989e12, 1000, 8)
+    joined = [cost_model.Collective("all-gather", ("fsdp",), 8, 1, 1, sent, False, 0.0)]
+    found = bounds(cost_model.Cost(flops, 0.0, int(size), 0, joined), DEVICES["H200"], 8 * 989e12, 1000, 8)
     assert found["bound"] == {
         "step_seconds": pytest.approx(seconds),
         "tokens_per_second": pytest.approx(1000 / seconds),
@@ -43,8 +43,8 @@ def test_the_slowest_resource_binds(flops, size, sent, by, seconds):
 
 def test_cycles_kernels_and_what_waits_add_up_to_what_a_tpu_is_expected_to_take():
     device = DEVICES["TPU v5"]
-    joined = [cost.Collective("all-reduce", ("fsdp",), 64, 1, 1, 0.25, False, 0.25)]
-    found = bounds(cost.Cost(459e12, 45.9e12, 0, int(1.75e9), joined), device, 459e12, 1, 1)
+    joined = [cost_model.Collective("all-reduce", ("fsdp",), 64, 1, 1, 0.25, False, 0.25)]
+    found = bounds(cost_model.Cost(459e12, 45.9e12, 0, int(1.75e9), joined), device, 459e12, 1, 1)
     assert found["expected_step_seconds"] == pytest.approx(1.0 + 0.1 + 0.25)
     assert found["expected_mfu"] == pytest.approx(1 / 1.35)
 
@@ -74,7 +74,7 @@ def test_fits_is_the_need_against_the_limit():
     for limit, fits in ((needed, True), (needed - 1, False)):
         memory = figures(step, topology, limit, None)["memory"]
         assert memory["limit"] == limit and memory["fits"] is fits
-    assert "1 B too much" in report.verdict(memory)
+    assert "1 B too much" in text_report.verdict(memory)
     assert figures(step, topology, None, None)["memory"]["fits"] is None  # a CPU does not say what it has
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lslm_jax.plan import hlo
+from lslm_jax.plan import hlo_parser
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -59,11 +59,11 @@ ENTRY %main (s: (s32[], f32[8]), m: f32[4,8]) -> f32[4] {
 
 @pytest.fixture(scope="module")
 def program():
-    return hlo.parse(PROGRAM)
+    return hlo_parser.parse(PROGRAM)
 
 
 def test_loops_inside_loops_are_multiplied_out(program):
-    times = {run.instruction.name: run.times for run in hlo.runs(program)}
+    times = {run.instruction.name: run.times for run in hlo_parser.runs(program)}
     assert times["while.2"] == 1 and times["while.1"] == 3
     assert times["all-reduce-start.1"] == 15
     assert "sum" not in times  # what a reduction applies is no instruction of a step
@@ -92,21 +92,21 @@ ENTRY %main () -> (s32[]) {{
   ROOT %loop = (s32[]) while(%begin), condition=%cond, body=%body
 }}
 """
-    runs = {run.instruction.name: run.times for run in hlo.runs(hlo.parse(text))}
+    runs = {run.instruction.name: run.times for run in hlo_parser.runs(hlo_parser.parse(text))}
     assert runs["loop"] == 1 and runs["next"] == times
 
 
 def test_what_is_in_a_fusion_is_told_from_the_fusion(program):
-    fused = {run.instruction.name for run in hlo.runs(program) if run.fused}
+    fused = {run.instruction.name for run in hlo_parser.runs(program) if run.fused}
     assert fused == {"w", "v", "dot.1"}
 
 
 def test_shapes_operands_and_attributes_are_read(program):
     main = program.computations[program.entry]
-    assert main["m"].arrays == (hlo.Array("f32", (4, 8), True),)
+    assert main["m"].arrays == (hlo_parser.Array("f32", (4, 8), True),)
     assert "line (that breaks)" in main["m"].attributes
     assert main["fusion.1"].operands == ("m", "y") and main["fusion.1"].root
-    assert main["while.2"].arrays == (hlo.Array("s32", (), False), hlo.Array("f32", (8,), False))
+    assert main["while.2"].arrays == (hlo_parser.Array("s32", (), False), hlo_parser.Array("f32", (8,), False))
     assert main["while.2"].size == 4 + 32
 
 
@@ -115,7 +115,7 @@ def test_shapes_operands_and_attributes_are_read(program):
     [("bf16[3,5]{1,0}", 30), ("pred[7]", 7), ("f8e4m3fn[4]", 4), ("s4[6]{0}", 3), ("token[]", 0), ("f32[]", 4)],
 )
 def test_bytes_of_a_shape(shape, size):
-    assert sum(array.size for array in hlo.arrays(shape)) == size
+    assert sum(array.size for array in hlo_parser.arrays(shape)) == size
 
 
 @pytest.mark.parametrize(
@@ -135,4 +135,4 @@ def test_bytes_of_a_shape(shape, size):
     ],
 )
 def test_groups_of_a_collective(attributes, groups):
-    np.testing.assert_array_equal(hlo.groups(attributes, 4), groups)
+    np.testing.assert_array_equal(hlo_parser.groups(attributes, 4), groups)

@@ -11,9 +11,9 @@ from tiny_plans import CONFIG, CPU
 from lslm_jax.config import loading
 from lslm_jax.config.validation import validate
 from lslm_jax.main import main
-from lslm_jax.plan.advice import changed
-from lslm_jax.plan.compiling import compile_step, resolve
-from lslm_jax.plan.figures import figures
+from lslm_jax.plan.compile_step import compile_step, resolve
+from lslm_jax.plan.estimates import figures
+from lslm_jax.plan.suggest_fix import changed
 
 
 @pytest.fixture

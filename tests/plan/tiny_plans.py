@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig
 from lslm_jax.config.validation import validate
-from lslm_jax.plan.compiling import compile_step, resolve
+from lslm_jax.plan.compile_step import compile_step, resolve
 from lslm_jax.plan.topology import parse
 
 LAYERS = 3

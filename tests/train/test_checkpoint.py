@@ -25,9 +25,9 @@ from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, NumericA
 from lslm_jax.parallel import heartbeat
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime import pytree
-from lslm_jax.train.begin import begin
-from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import abstract_model, abstract_state, survey
+from lslm_jax.train.optimizers import make_optimizer
+from lslm_jax.train.restore_or_init import begin
+from lslm_jax.train.train_state import abstract_model, abstract_state, survey
 
 BASE = Config(
     model=ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=120, max_length=16),

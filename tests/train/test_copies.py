@@ -14,8 +14,8 @@ from lslm_jax.errors import DeviceFault
 from lslm_jax.parallel.sharding import make_mesh, use
 from lslm_jax.resilience.replica_check import Copies
 from lslm_jax.runtime.pytree import flatten, unflatten
-from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import abstract_state
+from lslm_jax.train.optimizers import make_optimizer
+from lslm_jax.train.train_state import abstract_state
 
 
 @functools.cache

@@ -16,9 +16,9 @@ from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, lora, model_configs
 from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.runtime.pytree import flatten, unflatten
-from lslm_jax.train import step
-from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import State, abstract_model, abstract_state, divide, init_state, num_parameters
+from lslm_jax.train import train_step
+from lslm_jax.train.optimizers import make_optimizer
+from lslm_jax.train.train_state import State, abstract_model, abstract_state, divide, init_state, num_parameters
 
 B, T, V, L = 8, 16, 120, 2
 
@@ -72,7 +72,7 @@ def trained(config, steps=3) -> tuple[State, State, list[float]]:
         if mesh.size > 1:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
             state = jax.device_put(before, shardings)
-        one = jax.jit(step.make_train_step(config, optimizer, attention.XLA))
+        one = jax.jit(train_step.make_train_step(config, optimizer, attention.XLA))
         losses = []
         for n in range(steps):
             state, metrics = one(state, to_global(data.batch(n), mesh))
@@ -204,12 +204,12 @@ def test_lower_layers_move_less_by_the_same_factor_each(config):
     def model_after(config, gradients):
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         state = State(0, model, optimizer.init(divide(config, model)[0]), None, 0)
-        return step.apply_gradients(config, optimizer, state, *gradients)[0].model
+        return train_step.apply_gradients(config, optimizer, state, *gradients)[0].model
 
     @jax.jit
     def both(model):
         key = jax.random.key(0)
-        gradients = step.accumulate_gradients(plain, attention.XLA, *divide(plain, model), batch, key)
+        gradients = train_step.accumulate_gradients(plain, attention.XLA, *divide(plain, model), batch, key)
         return model_after(plain, gradients), model_after(decayed, gradients)
 
     old, full, less = (flatten(model) for model in (model, *both(model)))

@@ -21,8 +21,8 @@ from lslm_jax.checkpoint.checkpoint import Checkpoints
 from lslm_jax.config import loading, validation
 from lslm_jax.parallel.sharding import make_mesh, use
 from lslm_jax.runtime.pytree import flatten
-from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import abstract_state
+from lslm_jax.train.optimizers import make_optimizer
+from lslm_jax.train.train_state import abstract_state
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 VERSIONS = sorted(path.name for path in GOLDEN.iterdir())

@@ -23,15 +23,15 @@ from lslm_jax.config.validation import validate
 from lslm_jax.data import prefetch
 from lslm_jax.data.dataloader import SyntheticInput
 from lslm_jax.errors import DataError, NumericAbort, Preempted
-from lslm_jax.evaluate.evaluator import Report
+from lslm_jax.evaluate.types import Report
 from lslm_jax.main import main
 from lslm_jax.models import attention
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.resilience import data_ledger
 from lslm_jax.runtime import atomic_io
 from lslm_jax.train import loop, setup
-from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import abstract_state, init_state
+from lslm_jax.train.optimizers import make_optimizer
+from lslm_jax.train.train_state import abstract_state, init_state
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

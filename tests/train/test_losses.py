@@ -16,7 +16,8 @@ from lslm_jax.config.validation import validate
 from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention
 from lslm_jax.parallel.sharding import batch_sharding, make_mesh
-from lslm_jax.train import losses, optim, state, step
+from lslm_jax.train import losses, optimizers, train_state
+from lslm_jax.train import train_step as step
 from lslm_jax.train.losses import Settings, cross_entropy
 
 B, T, D, V, ROWS = 3, 20, 8, 37, 40  # the output layer has three rows of padding
@@ -259,12 +260,12 @@ def test_the_logits_of_a_batch_never_exist(mesh):
     config = validate(replace(config, train=TrainConfig(batch_size=B, loss_chunk=16)))
     size = math.prod(mesh_axes(mesh).values())
     devices = make_mesh(config, jax.devices()[:size])
-    optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+    optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
     ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=batch_sharding(devices, (B, T)))
     weights_BT = jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=batch_sharding(devices, (B, T)))
     train_step = jax.jit(step.make_train_step(config, optimizer, attention.XLA), donate_argnums=0)
     with jax.set_mesh(devices):
-        abstract = state.abstract_state(config, optimizer, devices)
+        abstract = train_state.abstract_state(config, optimizer, devices)
         compiled = train_step.lower(abstract, Batch(ids_BT, ids_BT, weights_BT)).compile()
     largest = max(
         math.prod(int(n) for n in shape.split(",")) for shape in re.findall(r"\w+\[([\d,]+)\]", compiled.as_text())

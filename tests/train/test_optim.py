@@ -15,7 +15,7 @@ from lslm_jax.config.validation import fill_sizes
 from lslm_jax.models import model_configs
 from lslm_jax.models.decoder import Decoder
 from lslm_jax.models.layers import Linear
-from lslm_jax.train import optim
+from lslm_jax.train import optimizers
 
 NAMES = get_args(get_type_hints(OptimizerConfig)["name"])
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=61, max_length=16))
@@ -45,7 +45,7 @@ def named(tree, **kwargs):
 )
 def test_schedules_pass_through_their_corners(schedule, corners):
     config = OptimizerConfig(schedule=schedule, learning_rate=2.0, warmup_steps=10, final_ratio=0.1)
-    rate = optim.schedule(config, steps=110)
+    rate = optimizers.schedule(config, steps=110)
     for step, share in corners.items():
         assert rate(step) == pytest.approx(2.0 * share, abs=1e-6), f"step {step}"
 
@@ -53,14 +53,14 @@ def test_schedules_pass_through_their_corners(schedule, corners):
 @pytest.mark.parametrize("schedule", get_args(get_type_hints(OptimizerConfig)["schedule"]))
 def test_schedules_survive_no_warmup_and_a_warmup_longer_than_the_run(schedule):
     config = OptimizerConfig(schedule=schedule, learning_rate=2.0, warmup_steps=0)
-    assert optim.schedule(config, steps=1)(0) == pytest.approx(2.0)
-    rates = [float(optim.schedule(replace(config, warmup_steps=100), steps=5)(step)) for step in range(5)]
+    assert optimizers.schedule(config, steps=1)(0) == pytest.approx(2.0)
+    rates = [float(optimizers.schedule(replace(config, warmup_steps=100), steps=5)(step)) for step in range(5)]
     assert rates == pytest.approx([0.0, 0.4, 0.8, 1.2, 1.6])
 
 
 def test_a_warmup_need_not_begin_with_a_step_of_rate_0():
     config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, warmup_from=0.1)
-    rates = [float(optim.schedule(config, steps=100)(step)) for step in range(5)]
+    rates = [float(optimizers.schedule(config, steps=100)(step)) for step in range(5)]
     assert rates == pytest.approx([0.2, 0.65, 1.1, 1.55, 2.0])
 
 
@@ -73,7 +73,7 @@ def test_every_optimizer_finds_the_bottom_of_a_bowl(name, nesterov):
     config = OptimizerConfig(
         name=name, learning_rate=rate, schedule="linear", warmup_steps=3, weight_decay=0.0, clip=0.0, nesterov=nesterov
     )
-    optimizer = optim.make_optimizer(config, steps=60)
+    optimizer = optimizers.make_optimizer(config, steps=60)
     params = Linear(jax.random.key(0), {"embed": 6}, {"mlp": 4}, bias=True)
     target = Linear(jax.random.key(1), {"embed": 6}, {"mlp": 4}, bias=True, std=0.5)
 
@@ -102,7 +102,7 @@ MATRICES = "blocks.attention.k.w blocks.attention.o.w blocks.attention.q.w block
     ids=["gpt", "llama"],
 )
 def test_exactly_the_matrices_decay(config, decayed):
-    mask = named(optim.is_decayed(abstract(config)))
+    mask = named(optimizers.is_decayed(abstract(config)))
     assert {name for name, decays in mask.items() if decays} == decayed
     kept = {"norm.scale", "blocks.attention_norm.scale", "blocks.mlp_norm.scale"}
     kept |= {"positions", "blocks.attention.q.b", "norm.bias"} if config is GPT else {"blocks.attention.q_norm.scale"}
@@ -112,7 +112,7 @@ def test_exactly_the_matrices_decay(config, decayed):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "adam"])
 def test_decay_shrinks_matrices_and_nothing_else(name):
     config = OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5)
-    optimizer = optim.make_optimizer(config, steps=10)
+    optimizer = optimizers.make_optimizer(config, steps=10)
     params = Linear(jax.random.key(0), {"embed": 6}, {"mlp": 4}, bias=True)
     params.b.set_value(jnp.ones(4))
     zero = jax.tree.map(np.zeros_like, params)
@@ -126,7 +126,7 @@ def test_decay_shrinks_matrices_and_nothing_else(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_moments_take_the_type_asked_for(name, dtype):
-    optimizer = optim.make_optimizer(OptimizerConfig(name=name, moment_dtype=dtype), steps=10)
+    optimizer = optimizers.make_optimizer(OptimizerConfig(name=name, moment_dtype=dtype), steps=10)
     params = abstract(LLAMA)
     state = jax.eval_shape(optimizer.init, params)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(state) if leaf.ndim} == {dtype}
@@ -137,7 +137,7 @@ def test_all_moments_take_the_type_asked_for(name, dtype):
 
 def test_what_is_too_small_for_a_short_moment_adds_up_all_the_same():
     config = OptimizerConfig(moment_dtype="bfloat16", b1=0.99, b2=0.999, clip=0.0)
-    optimizer = optim.make_optimizer(config, steps=400)
+    optimizer = optimizers.make_optimizer(config, steps=400)
     params = Linear(jax.random.key(0), {"embed": 64}, {"mlp": 64}, bias=False)
     gradient = jax.tree.map(jnp.ones_like, params)
     body = lambda state, _: (optimizer.update(gradient, state, params)[1], None)
@@ -149,7 +149,7 @@ def test_what_is_too_small_for_a_short_moment_adds_up_all_the_same():
 
 
 def test_rounding_at_random_is_right_on_average_and_keeps_what_needs_none():
-    round_at_random = jax.jit(optim._round_at_random)
+    round_at_random = jax.jit(optimizers._round_at_random)
     for x, below, above in [(1.001, 1.0, 1.0078125), (-1.006, -1.0078125, -1.0), (3e-38, 0, 1)]:
         rounded = np.asarray(round_at_random(np.full(100_000, x, np.float32), jax.random.key(1)), np.float32)
         assert rounded.min() >= below and rounded.max() <= above and len(np.unique(rounded)) == 2
@@ -162,7 +162,7 @@ def test_rounding_at_random_is_right_on_average_and_keeps_what_needs_none():
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lion"])
 def test_short_moments_lead_to_about_the_same_weights(name):
     def trained(dtype):
-        optimizer = optim.make_optimizer(OptimizerConfig(name=name, moment_dtype=dtype, warmup_steps=0), steps=50)
+        optimizer = optimizers.make_optimizer(OptimizerConfig(name=name, moment_dtype=dtype, warmup_steps=0), steps=50)
 
         def body(carry, _):
             params, state = carry
@@ -179,7 +179,7 @@ def test_short_moments_lead_to_about_the_same_weights(name):
 
 
 def test_muon_knows_the_inputs_and_outputs_of_every_projection():
-    numbers = named(optim._matrices(abstract(LLAMA)), is_leaf=lambda x: isinstance(x, tuple) or x is None)
+    numbers = named(optimizers._matrices(abstract(LLAMA)), is_leaf=lambda x: isinstance(x, tuple) or x is None)
     axes = {name: (n.reduction_axis, n.output_axis) for name, n in numbers.items() if n is not None}
     assert axes == {
         "blocks.attention.q.w": ((1,), (2, 3)),
@@ -194,7 +194,7 @@ def test_muon_knows_the_inputs_and_outputs_of_every_projection():
 
 def test_muon_takes_each_expert_for_a_matrix_of_its_own():
     config = replace(LLAMA, num_experts=4)
-    numbers = named(optim._matrices(abstract(config)), is_leaf=lambda x: isinstance(x, tuple) or x is None)
+    numbers = named(optimizers._matrices(abstract(config)), is_leaf=lambda x: isinstance(x, tuple) or x is None)
     axes = {name: (n.reduction_axis, n.output_axis) for name, n in numbers.items() if n and ".mlp." in name}
     experts = {f"blocks.mlp.{part}.w": ((2,), (3,)) for part in ("up", "gate", "down")}
     assert axes == experts | {"blocks.mlp.router.w": ((1,), (2,))}
@@ -202,7 +202,7 @@ def test_muon_takes_each_expert_for_a_matrix_of_its_own():
 
 def test_muon_makes_each_layers_update_orthogonal():
     config = OptimizerConfig(name="muon", learning_rate=1.0, schedule="constant", warmup_steps=0, weight_decay=0.0)
-    optimizer = optim.make_optimizer(config, steps=10)
+    optimizer = optimizers.make_optimizer(config, steps=10)
     rng = np.random.default_rng(0)
     draw = lambda leaf: np.float32(rng.normal(size=leaf.shape))
     params, gradient = jax.tree.map(draw, abstract(LLAMA)), jax.tree.map(draw, abstract(LLAMA))
@@ -218,8 +218,8 @@ def test_muon_makes_each_layers_update_orthogonal():
 
 def test_adamw_equals_its_formula():
     config = OptimizerConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.3, clip=0.5, eps=1e-6, b1=0.8, b2=0.9)
-    optimizer = optim.make_optimizer(config, steps=8)
-    rate = optim.schedule(config, steps=8)
+    optimizer = optimizers.make_optimizer(config, steps=8)
+    rate = optimizers.schedule(config, steps=8)
     params = Linear(jax.random.key(0), {"embed": 6}, {"mlp": 4}, bias=True)
     values = {name: np.asarray(leaf, np.float64) for name, leaf in named(params).items()}
     first, second = ({name: np.zeros_like(value) for name, value in values.items()} for _ in range(2))

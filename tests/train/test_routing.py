@@ -10,8 +10,8 @@ from test_step import B, batch, batch_of, changed, distance, fresh_run, fresh_st
 from lslm_jax.config.validation import validate
 from lslm_jax.models import attention
 from lslm_jax.parallel.sharding import make_mesh
-from lslm_jax.train import optim, step
-from lslm_jax.train.state import divide, init_state
+from lslm_jax.train import optimizers, train_step
+from lslm_jax.train.train_state import divide, init_state
 
 MIXTRAL = validate(
     changed(
@@ -89,7 +89,7 @@ def test_the_gradient_does_not_depend_on_the_mesh_nor_on_parts(others):
         config = changed(WITH_BIAS, mesh={"data": 1} | sizes, train={"accumulate": parts})
         mesh = make_mesh(config, jax.devices()[: math.prod(sizes.values())])
         with jax.set_mesh(mesh):
-            gradient = jax.jit(lambda *args, c=config: step.accumulate_gradients(c, attention.XLA, *args))
+            gradient = jax.jit(lambda *args, c=config: train_step.accumulate_gradients(c, attention.XLA, *args))
             results.append(host(gradient(*divide(config, model), rows, key)))
     for gradient, sums, routing in results[1:]:
         assert distance(gradient, results[0][0]) < 1e-5
@@ -99,7 +99,7 @@ def test_the_gradient_does_not_depend_on_the_mesh_nor_on_parts(others):
 
 def test_no_device_holds_all_experts_nor_their_moments():
     config = changed(MIXTRAL, mesh={"data": 1, "fsdp": 2, "expert": 4})
-    mesh, optimizer = make_mesh(config), optim.make_optimizer(config.optimizer, 20)
+    mesh, optimizer = make_mesh(config), optimizers.make_optimizer(config.optimizer, 20)
     state = init_state(config, optimizer, mesh)
     adam = state.optimizer[1][0]
     for tree in (state.model, adam.mu, adam.nu):
@@ -115,7 +115,7 @@ def test_what_routing_costs_is_in_the_objective_and_in_its_gradient():
 
     def found(balance, z):
         config = changed(scanned, train={"balance_loss": balance, "router_z_loss": z})
-        gradients = jax.jit(lambda *args: step.accumulate_gradients(config, attention.XLA, *args))
+        gradients = jax.jit(lambda *args: train_step.accumulate_gradients(config, attention.XLA, *args))
         return host(gradients(*divide(config, model), batch(), key))
 
     plain_gradient, plain, routing = found(0.0, 0.0)

@@ -12,8 +12,8 @@ from test_step import FAMILIES, batch, batch_of, changed, distance, fresh_run, f
 from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention
 from lslm_jax.parallel.sharding import make_mesh, to_global
-from lslm_jax.train import optim, step
-from lslm_jax.train.state import abstract_state
+from lslm_jax.train import optimizers, train_step
+from lslm_jax.train.train_state import abstract_state
 
 DECODER = FAMILIES["decoder"]
 CONFIGS = FAMILIES | {
@@ -64,9 +64,9 @@ def test_twenty_steps_on_split_rows_give_the_losses_of_one_device(name, meshes):
 
 def test_evaluation_of_split_rows_gives_the_sums_of_whole_ones():
     config, rows = changed(mesh={"data": 1, "context": 4}), batch()
-    mesh, optimizer = make_mesh(config, jax.devices()[:4]), optim.make_optimizer(config.optimizer, 50)
-    evaluate = jax.jit(step.make_eval_step(config, attention.XLA))
-    rate = jax.jit(step.make_rate_step(config, attention.XLA))
+    mesh, optimizer = make_mesh(config, jax.devices()[:4]), optimizers.make_optimizer(config.optimizer, 50)
+    evaluate = jax.jit(train_step.make_eval_step(config, attention.XLA))
+    rate = jax.jit(train_step.make_rate_step(config, attention.XLA))
     model = jax.tree.map(np.asarray, fresh_state().model)
     expected = evaluate(model, rows), rate(model, rows)[0]
     with jax.set_mesh(mesh):
@@ -79,12 +79,12 @@ def test_no_device_sees_a_row_whole_but_for_its_keys_and_values():
     length, width, rows = 192, 40, 8  # no other sizes are 192, so that 192 x 192 could only be attention
     model = {"positions": "rotary", "d_model": width, "num_heads": 5, "num_kv_heads": 1, "d_ff": 48}
     config = changed(model=model, data={"seq_len": length}, train={"batch_size": rows}, mesh={"data": 1, "context": 4})
-    mesh, optimizer = make_mesh(config, jax.devices()[:4]), optim.make_optimizer(config.optimizer, 50)
+    mesh, optimizer = make_mesh(config, jax.devices()[:4]), optimizers.make_optimizer(config.optimizer, 50)
     ids_BT = np.ones((rows, length), np.int32)
     lines = Batch(ids_BT, ids_BT, np.ones((rows, length), np.float32), segments_BT=ids_BT)
     with jax.set_mesh(mesh):
-        told = abstract_state(config, optimizer, mesh), step.whole_batch(config, lines, mesh)
-        text = step.lower(config, optimizer, attention.XLA, *told, mesh).compile().as_text() or ""
+        told = abstract_state(config, optimizer, mesh), train_step.whole_batch(config, lines, mesh)
+        text = train_step.lower(config, optimizer, attention.XLA, *told, mesh).compile().as_text() or ""
     gathered = set(re.findall(r"(\w+\[[\d,]*\])\S* all-gather", text))
     assert f"f32[{rows},{length},1,8]" in gathered
     assert not re.search(rf"{length},{length}[\],]", text)

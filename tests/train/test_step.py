@@ -16,8 +16,9 @@ from lslm_jax.models import attention
 from lslm_jax.models.layers import Linear
 from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.resilience import deterministic_step
-from lslm_jax.train import optim, step
-from lslm_jax.train.state import abstract_state, divide, evaluated_model, init_state, num_parameters
+from lslm_jax.train import optimizers
+from lslm_jax.train import train_step as step
+from lslm_jax.train.train_state import abstract_state, divide, evaluated_model, init_state, num_parameters
 
 B, T, V = 16, 16, 120
 CONFIG = validate(
@@ -84,7 +85,7 @@ class Run:
 
     def __init__(self, config=CONFIG, devices=1):
         self.config, self.mesh = config, make_mesh(config, jax.devices()[:devices])
-        self.optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+        self.optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
         with jax.set_mesh(self.mesh):
             self.abstract = abstract_state(config, self.optimizer, self.mesh)
             rows = to_global(batch_of(config), self.mesh)
@@ -120,7 +121,7 @@ def fresh_arrays(config):
 
 @functools.cache
 def _fresh_arrays(config):
-    optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+    optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
     with jax.set_mesh(one_device(config)):  # whatever mesh the first caller is in
         return [np.array(leaf) for leaf in jax.tree.leaves(init_state(config, optimizer, one_device(config)))]
 
@@ -135,7 +136,7 @@ def placed(config, abstract):
 @functools.cache
 def fresh_state(config=CONFIG):
     """The fresh state on one device, not to be donated."""
-    optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+    optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
     return placed(config, abstract_state(config, optimizer, one_device(config)))
 
 
@@ -209,7 +210,7 @@ def test_parts_add_up_to_the_gradient_of_the_whole_however_uneven(family, parts)
 def test_reproducible_steps_are_the_same_bits_on_any_number_of_devices(family, sizes):
     config = changed(FAMILIES[family], model={"dropout": 0.1, "scan_layers": True})
     config = validate(changed(config, train={"reproducible": True}, mesh={"data": -1}))
-    optimizer, curves, weights = optim.make_optimizer(config.optimizer, config.train.steps), [], set()
+    optimizer, curves, weights = optimizers.make_optimizer(config.optimizer, config.train.steps), [], set()
     for devices in sizes:
         mesh = make_mesh(config, jax.devices()[:devices])
         with jax.set_mesh(mesh):
@@ -297,7 +298,7 @@ def test_moments_that_wait_in_the_hosts_memory_change_nothing(mesh, devices):
 def test_weights_moments_and_average_are_born_in_parts():
     config = changed(mesh={"data": 1, "fsdp": 4, "tensor": 2}, train={"ema": 0.9})
     mesh = make_mesh(config)
-    optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+    optimizer = optimizers.make_optimizer(config.optimizer, config.train.steps)
     abstract = abstract_state(config, optimizer, mesh)
     state = init_state(config, optimizer, mesh)
     assert [leaf.sharding for leaf in jax.tree.leaves(state)] == [leaf.sharding for leaf in jax.tree.leaves(abstract)]
@@ -312,7 +313,7 @@ def test_weights_moments_and_average_are_born_in_parts():
 
 
 def test_initial_weights_do_not_depend_on_the_mesh():
-    alone, optimizer = fresh_state(), optim.make_optimizer(CONFIG.optimizer, CONFIG.train.steps)
+    alone, optimizer = fresh_state(), optimizers.make_optimizer(CONFIG.optimizer, CONFIG.train.steps)
     config = changed(mesh={"data": 2, "fsdp": 2, "tensor": 2})
     assert_same(alone, init_state(config, optimizer, make_mesh(config)))
     other = init_state(replace(CONFIG, seed=1), optimizer, make_mesh(CONFIG, jax.devices()[:1]))
@@ -338,7 +339,7 @@ def test_the_average_follows_the_weights():
 
 def test_dropout_is_a_function_of_seed_and_step():
     config = changed(model={"dropout": 0.3})
-    state, optimizer = fresh_state(config), optim.make_optimizer(config.optimizer, 50)
+    state, optimizer = fresh_state(config), optimizers.make_optimizer(config.optimizer, 50)
 
     def loss(seed, at):
         train_step = step.make_train_step(replace(config, seed=seed), optimizer, attention.XLA)
@@ -379,19 +380,19 @@ def test_a_batch_without_tokens_does_no_harm():
 
 @pytest.mark.parametrize("name", get_args(get_type_hints(OptimizerConfig)["name"]))
 def test_every_optimizer_counts_the_updates_that_the_schedule_follows(name):
-    optimizer = optim.make_optimizer(OptimizerConfig(name=name), steps=50)
+    optimizer = optimizers.make_optimizer(OptimizerConfig(name=name), steps=50)
     params = Linear(jax.random.key(0), {"embed": 6}, {"mlp": 4}, bias=True)
     state = optimizer.init(params)
-    assert optim.updates_done(state) == 0
+    assert optimizers.updates_done(state) == 0
     _, state = jax.jit(optimizer.update)(params, state, params)
-    assert optim.updates_done(state) == 1
+    assert optimizers.updates_done(state) == 1
 
 
 def test_the_program_of_scanned_layers_does_not_grow_with_depth():
     lines = {}
     for num_layers in (4, 24):
         config = changed(model={"num_layers": num_layers, "scan_layers": True})
-        mesh, optimizer = make_mesh(config, jax.devices()[:1]), optim.make_optimizer(config.optimizer, 50)
+        mesh, optimizer = make_mesh(config, jax.devices()[:1]), optimizers.make_optimizer(config.optimizer, 50)
         train_step = jax.jit(step.make_train_step(config, optimizer, attention.XLA), donate_argnums=0)
         lowered = train_step.lower(abstract_state(config, optimizer, mesh), batch())
         lines[num_layers] = len(lowered.as_text().splitlines())

@@ -15,9 +15,9 @@ from etils import epath
 
 from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.errors import ConfigError, DataError, InputMissing
-from lslm_jax.evaluate import likelihood
-from lslm_jax.evaluate.evaluator import Report, Setting
-from lslm_jax.evaluate.likelihood import BackendOf, Text
+from lslm_jax.evaluate import loglikelihood
+from lslm_jax.evaluate.loglikelihood import BackendOf, Text
+from lslm_jax.evaluate.types import Report, Setting
 from lslm_jax.generate import decode
 from lslm_jax.runtime.progress import Progress
 
@@ -220,7 +220,7 @@ class _Subject:
                     f"and the model reads at most {self._longest}"
                 )
         texts = [Text((context + more)[-self._longest - 1 :], len(more)) for context, more in requests]
-        return likelihood.rate(self._setting, self._model, texts, self._backend_of)
+        return loglikelihood.rate(self._setting, self._model, texts, self._backend_of)
 
     def roll(self, texts: Sequence[str]) -> list[float]:
         """Log-probabilities of whole texts, each token once, in windows as long as the model reads."""
@@ -255,7 +255,7 @@ class _Subject:
         written, config, done = [""] * len(prompts), self._setting.config, 0
         with Progress(len(order)) as progress:
             while done < len(order):
-                size = likelihood.rows(config, len(prompts[order[done]]) + settings.max_tokens)
+                size = loglikelihood.rows(config, len(prompts[order[done]]) + settings.max_tokens)
                 part = order[done : done + size]
                 # The last batch is filled up: another size would compile another program.
                 full = [prompts[i] for i in part + part[-1:] * (size - len(part))]

@@ -5,8 +5,8 @@ import math
 from typing import Any
 
 from lslm_jax.errors import ConfigError
-from lslm_jax.plan.compiling import Compiled
-from lslm_jax.plan.report import gib, text
+from lslm_jax.plan.compile_step import Compiled
+from lslm_jax.plan.text_report import gib, text
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import flatten
 

@@ -11,12 +11,12 @@ from lslm_jax.config import Config
 from lslm_jax.models.model_configs import flops_per_token, keys_seen, layer_types
 from lslm_jax.parallel import hardware_specs
 from lslm_jax.parallel.hardware_specs import Device
-from lslm_jax.plan import cost, hlo
-from lslm_jax.plan.compiling import Compiled
-from lslm_jax.plan.cost import Network
+from lslm_jax.plan import cost_model, hlo_parser
+from lslm_jax.plan.compile_step import Compiled
+from lslm_jax.plan.cost_model import Network
 from lslm_jax.plan.topology import Topology
 from lslm_jax.runtime.pytree import flatten
-from lslm_jax.train.state import divide, num_parameters
+from lslm_jax.train.train_state import divide, num_parameters
 
 _JAX_SHARE = 0.75  # of a GPU's memory, which jax takes unless it is told otherwise
 _DAY = 86_400.0
@@ -55,8 +55,8 @@ def figures(compiled: Compiled, topology: Topology | None, memory: int | None, p
     if compiled.program is None:
         return found
     routed = 1 / mesh.shape.get("expert", 1)
-    program = hlo.parse(compiled.program.as_text() or "")
-    measured = cost.measure(program, network(mesh, device), share_seen(config), routed)
+    program = hlo_parser.parse(compiled.program.as_text() or "")
+    measured = cost_model.measure(program, network(mesh, device), share_seen(config), routed)
     found["per_device"] = {"flops": measured.flops, "bytes": measured.bytes, "cycles": measured.cycles}
     found["collectives"] = [each._asdict() for each in measured.collectives]
     found |= bounds(measured, device, flops * tokens, tokens, mesh.size)
@@ -157,10 +157,10 @@ def network(mesh: Any, device: Device | None) -> Network:
         return Network(mesh, domains, lambda group: device.link, device.network)
     where = np.array([each.coords for each in flat])
     shape = tuple(int(n) for n in where.max(axis=0) + 1)
-    return Network(mesh, domains, cost.tori(where, device.rings(shape), device.link), device.network)
+    return Network(mesh, domains, cost_model.tori(where, device.rings(shape), device.link), device.network)
 
 
-def bounds(measured: cost.Cost, device: Device | None, flops: float, tokens: int, count: int) -> dict[str, Any]:
+def bounds(measured: cost_model.Cost, device: Device | None, flops: float, tokens: int, count: int) -> dict[str, Any]:
     """Seconds of a step that each resource needs at least, and what follows from the greatest of them."""
     if device is None or not device.bandwidth:
         unknown = dict.fromkeys(("compute", "memory", "network", "blocking", "compiler"))

@@ -19,7 +19,7 @@ from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import flatten
-from lslm_jax.train.state import State, abstract_state, init_state, not_finite
+from lslm_jax.train.train_state import State, abstract_state, init_state, not_finite
 
 
 def begin(

@@ -15,9 +15,9 @@ from lslm_jax.data.batch import Batch
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel.sharding import batch_sharding, constrain, platform
 from lslm_jax.runtime.pytree import join
-from lslm_jax.train import losses, optim
+from lslm_jax.train import losses, optimizers
 from lslm_jax.train.losses import Sums
-from lslm_jax.train.state import State, divide, on_device
+from lslm_jax.train.train_state import State, divide, on_device
 
 Metrics = dict[str, jax.Array]
 LeavesStep = Callable[[list[jax.Array], Batch], tuple[list[jax.Array], Metrics]]
@@ -87,11 +87,11 @@ def apply_gradients(
         moved = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, averaged, trained)
         ema = join(_where(finite, moved, averaged), frozen)
     skipped = jnp.where(finite, 0, state.skipped + 1)
-    rate = optim.schedule(config.optimizer, config.train.steps)
+    rate = optimizers.schedule(config.optimizer, config.train.steps)
     metrics = {
         "loss": sums.nll * scale,
         "grad_norm": norm,
-        "learning_rate": jnp.asarray(rate(optim.updates_done(state.optimizer)), jnp.float32),
+        "learning_rate": jnp.asarray(rate(optimizers.updates_done(state.optimizer)), jnp.float32),
         "tokens": sums.weight,
         "skipped": skipped,
     } | ({} if routing is None else losses.routing_metrics(routing, sums.weight))

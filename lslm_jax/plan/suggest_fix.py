@@ -6,8 +6,8 @@ from typing import Any
 from lslm_jax.config import Config, loading, validation
 from lslm_jax.config.mesh_axes import mesh_axes, slices
 from lslm_jax.errors import ConfigError
-from lslm_jax.plan.compiling import compile_step
-from lslm_jax.plan.figures import figures, jax_share
+from lslm_jax.plan.compile_step import compile_step
+from lslm_jax.plan.estimates import figures, jax_share
 from lslm_jax.plan.topology import Topology
 from lslm_jax.runtime.progress import say
 

@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lslm_jax.data.batch import Batch
 from lslm_jax.data.dataloader import EvalInput
-from lslm_jax.evaluate import heads, metrics, predictions, runner, texts
-from lslm_jax.evaluate.evaluator import Evaluator, Report, Setting, batches, joined
-from lslm_jax.train.step import make_eval_step, make_target_loss_step
+from lslm_jax.evaluate import batched_eval, generation_eval, metrics, prediction_eval, predictions
+from lslm_jax.evaluate.types import Evaluator, Report, Setting, batches, joined
+from lslm_jax.train.train_step import make_eval_step, make_target_loss_step
 
 _GZIP_LIMIT = 1 << 26  # bytes of held-out text above which the comparison with gzip is left out: it takes seconds
 
@@ -41,7 +41,7 @@ def make(setting: Setting, data: Mapping[str, EvalInput], *, by_example: bool = 
         for name in sums if len(sums) > 1 else ():
             each = _losses(objective, sums[name], num_bytes[name] if num_bytes else 0)
             found |= {f"{name}/{what}": value for what, value in each.items()}
-        found |= _losses(objective, runner.added(list(sums.values())), sum(num_bytes.values()))
+        found |= _losses(objective, batched_eval.added(list(sums.values())), sum(num_bytes.values()))
         report = joined(reports)
         counts = {name: part.num_examples() for name, part in data.items()}
         facts = {"examples": sum(counts.values())}
@@ -54,16 +54,18 @@ def make(setting: Setting, data: Mapping[str, EvalInput], *, by_example: bool = 
 def _measure(setting: Setting, by_example: bool) -> Callable[[str, EvalInput, Any], tuple[Any, Report]]:
     """The sums of a source's losses, and what else there is to say: of what a head tells, or of texts written."""
     objective = setting.config.task.objective
-    if objective in heads.EVALUATORS:
-        return lambda name, part, model: heads.evaluate(setting, part, model)
+    if objective in prediction_eval.EVALUATORS:
+        return lambda name, part, model: prediction_eval.evaluate(setting, part, model)
     whole = NamedSharding(setting.mesh, PartitionSpec())
     if by_example:
         return _measure_by_example(setting, whole)
     step = jax.jit(make_eval_step(setting.config, setting.backend), out_shardings=whole)
 
     def measure(name: str, part: EvalInput, model: Any) -> tuple[Any, Report]:
-        sums = runner.added(runner.run(step, model, batches(part), setting.mesh, setting.config.train.batch_size))
-        written = texts.evaluate(setting, name, part, model) if objective == "seq2seq" else Report({}, {}, {})
+        sums = batched_eval.added(
+            batched_eval.run(step, model, batches(part), setting.mesh, setting.config.train.batch_size)
+        )
+        written = generation_eval.evaluate(setting, name, part, model) if objective == "seq2seq" else Report({}, {}, {})
         return sums, written
 
     return measure
@@ -80,14 +82,14 @@ def _measure_by_example(setting: Setting, whole: NamedSharding) -> Callable[[str
 
     def measure(name: str, part: EvalInput, model: Any) -> tuple[Any, Report]:
         losses, sums = predictions.TargetLosses(part), []
-        found = runner.stream(step, model, batches(part), setting.mesh, setting.config.train.batch_size)
+        found = batched_eval.stream(step, model, batches(part), setting.mesh, setting.config.train.batch_size)
         for number, (more, *of_targets) in enumerate(found):
             sums.append(more)
             losses.add(number, *of_targets)
         if setting.config.task.objective == "seq2seq":
-            return runner.added(sums), texts.evaluate(setting, name, part, model, losses)
+            return batched_eval.added(sums), generation_eval.evaluate(setting, name, part, model, losses)
         lines = lambda: predictions.of_documents(part, setting.words, losses)
-        return runner.added(sums), Report({}, {}, {}, lines if setting.words is not None else None)
+        return batched_eval.added(sums), Report({}, {}, {}, lines if setting.words is not None else None)
 
     return measure
 
@@ -95,7 +97,7 @@ def _measure_by_example(setting: Setting, whole: NamedSharding) -> Callable[[str
 def _losses(objective: str, sums: Any, num_bytes: int) -> dict[str, float]:
     """Of sums that are floats."""
     found = {"loss": sums.nll / sums.weight}
-    if objective in heads.EVALUATORS:
+    if objective in prediction_eval.EVALUATORS:
         return found
     perplexity = "pseudo_perplexity" if objective == "masked" else "perplexity"
     found[perplexity] = metrics.perplexity(sums.nll, sums.weight)

@@ -10,13 +10,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lslm_jax.config import Config
 from lslm_jax.data.batch import Batch
-from lslm_jax.evaluate import runner
-from lslm_jax.evaluate.evaluator import Setting
+from lslm_jax.evaluate import batched_eval
+from lslm_jax.evaluate.types import Setting
 from lslm_jax.generate import prefill
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel.sharding import num_shards
 from lslm_jax.runtime.progress import Progress
-from lslm_jax.train.step import make_rate_step
+from lslm_jax.train.train_step import make_rate_step
 
 BackendOf = Callable[[int], Backend]
 """The attention kernel for rows of a length, each one text."""
@@ -49,7 +49,9 @@ def rate(setting: Setting, model: Any, texts: Sequence[Text], backend_of: Backen
         for first in range(0, len(plan), _AT_ONCE):
             parts = plan[first : first + _AT_ONCE]
             batches = (_batch(config, [texts[i] for i in part]) for part in parts)
-            for part, (nats_B, likeliest_B) in zip(parts, runner.run(step, model, batches, setting.mesh), strict=True):
+            for part, (nats_B, likeliest_B) in zip(
+                parts, batched_eval.run(step, model, batches, setting.mesh), strict=True
+            ):
                 for i, nats, likeliest in zip(part, nats_B.tolist(), likeliest_B.tolist(), strict=False):
                     found[i] = nats, likeliest
             progress.update(first + len(parts))

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lslm_jax.plan import hlo, products
-from lslm_jax.plan.hlo import Computation, Instruction, Program, Run
+from lslm_jax.plan import hlo_parser, matmul_flops
+from lslm_jax.plan.hlo_parser import Computation, Instruction, Program, Run
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _FREE = {
@@ -74,10 +74,10 @@ def measure(program: Program, network: "Network", seen: float, routed: float) ->
     """
     flops, kernel, moved, cycles = 0.0, 0.0, 0, 0
     joined: dict[tuple, list[float]] = {}
-    for run in hlo.runs(program):
+    for run in hlo_parser.runs(program):
         instruction, times = run.instruction, run.times
-        flops += times * products.flops(run)
-        kernel += times * (seen * products.attention(run) + routed * products.grouped(run))
+        flops += times * matmul_flops.flops(run)
+        kernel += times * (seen * matmul_flops.attention(run) + routed * matmul_flops.grouped(run))
         if not run.fused:
             moved += times * _moved(program, run)
             cycles += times * sum(map(int, _CYCLES.findall(instruction.attributes)))
@@ -164,7 +164,7 @@ class Network:
         key = re.sub(r".*?((?:replica_groups|source_target_pairs)=.*)", r"\1", attributes, flags=re.DOTALL)[:4096]
         key = slices[0] if slices else key
         if key not in self._groups:
-            groups = self._across(slices[1]) if slices else hlo.groups(attributes, int(np.prod(self._shape)))
+            groups = self._across(slices[1]) if slices else hlo_parser.groups(attributes, int(np.prod(self._shape)))
             places = np.stack(np.unravel_index(groups, self._shape))  # [axes, groups, devices of each]
             differ = (places != places[:, :, :1]).any(axis=(1, 2)) if groups.size else np.zeros(len(self._shape), bool)
             axes = tuple(name for name, varies in zip(self._names, differ, strict=True) if varies)
@@ -195,7 +195,7 @@ def _moved(program: Program, run: Run) -> int:
         return 0
     if opcode == "dynamic-update-slice":
         return 2 * _outside(among[instruction.operands[1]])
-    if opcode == "fusion" and (called := hlo.called_by(instruction)):
+    if opcode == "fusion" and (called := hlo_parser.called_by(instruction)):
         return _fusion(program.computations[called[0]], instruction, among)
     read = sum(_outside(among[name]) for name in instruction.operands if name in among)
     return read + (0 if _is_collective(opcode) else written)

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from lslm_jax.plan.hlo import Instruction, Run
+from lslm_jax.plan.hlo_parser import Instruction, Run
 
 
 def flops(run: Run) -> float:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from lslm_jax.data.dataloader import EvalInput
-from lslm_jax.evaluate import classification, heads, predictions, report, squad, translation
-from lslm_jax.evaluate.evaluator import Report, Setting
+from lslm_jax.evaluate import bleu, classification_metrics, prediction_eval, predictions, squad_metrics, text_reports
+from lslm_jax.evaluate.types import Report, Setting
 from lslm_jax.generate import decode
 from lslm_jax.runtime import progress
 
@@ -82,20 +82,20 @@ def write(setting: Setting, model: Any, sources: Sequence[np.ndarray]) -> list[s
 
 def _translations(examples: list[dict[str, Any]], written: list[str]) -> Report:
     references = [one["target"] for one in examples]
-    found = translation.bleu(written, references)
+    found = bleu.bleu(written, references)
     facts = {name: found.pop(name) for name in list(found) if isinstance(found[name], str)}
-    text = report.translations([one["source"] for one in examples], written, references)
+    text = text_reports.translations([one["source"] for one in examples], written, references)
     return Report(found, {"translations.txt": text}, facts)
 
 
 def _classes(setting: Setting, examples: list[dict[str, Any]], written: list[str]) -> Report:
     numbers = {label: number for number, label in enumerate(setting.labels)}
     gold_N = np.array([numbers[one["label"]] for one in examples])
-    found = classification.text_classification(gold_N, written, setting.labels)
-    predicted_N = classification.classes_of_texts(written, setting.labels)
-    return heads.class_report(gold_N, predicted_N, setting.labels, found)
+    found = classification_metrics.text_classification(gold_N, written, setting.labels)
+    predicted_N = classification_metrics.classes_of_texts(written, setting.labels)
+    return prediction_eval.class_report(gold_N, predicted_N, setting.labels, found)
 
 
 def _answers(examples: list[dict[str, Any]], written: list[str]) -> Report:
-    found = squad.squad(written, [[one["text"] for one in example["answers"]] for example in examples])
-    return Report(found, {"answers.json": report.squad_predictions([one["id"] for one in examples], written)}, {})
+    found = squad_metrics.squad(written, [[one["text"] for one in example["answers"]] for example in examples])
+    return Report(found, {"answers.json": text_reports.squad_predictions([one["id"] for one in examples], written)}, {})

@@ -6,13 +6,13 @@ from typing import Any
 
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError
-from lslm_jax.observe import json_values
-from lslm_jax.plan import picture, report, search, topology
-from lslm_jax.plan.advice import advise
-from lslm_jax.plan.compiling import compile_step, resolve
-from lslm_jax.plan.figures import figures
+from lslm_jax.plan import html_report, mesh_search, text_report, topology
+from lslm_jax.plan.compile_step import compile_step, resolve
+from lslm_jax.plan.estimates import figures
+from lslm_jax.plan.suggest_fix import advise
 from lslm_jax.plan.topology import Topology
 from lslm_jax.runtime.progress import say
+from lslm_jax.train.metrics_logging import json_values
 
 
 def plan(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def plan(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     Raises:
       ConfigError: it does not fit into memory; the JSON that says by how much is printed all the same.
     """
-    picture.check(flags.picture)
+    html_report.check(flags.picture)
     if config.train.epochs:
         raise ConfigError("plan reads no data and cannot count epochs: set --config.train.steps=N")
     place = None if flags.topology is None else topology.parse(flags.topology)
@@ -30,21 +30,21 @@ def plan(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
         return _search(config, place, flags)
     compiled = compile_step(config, place)
     found = figures(compiled, place, flags.memory, flags.price)
-    say(report.text(found))
+    say(text_report.text(found))
     if flags.picture:
-        picture.draw(flags.picture, compiled, found)
+        html_report.draw(flags.picture, compiled, found)
     result = {"topology": flags.topology, **found}
     if found["memory"]["fits"] is not False:
         return json_values(result)
     advice = advise(config, place, flags.memory, found)
     print(json.dumps(json_values(result | {"advice": advice})))
     what = f"use {advice['flags']}, which fits" if advice else "nothing that was tried makes it fit: use more devices"
-    raise ConfigError(f"{report.verdict(found['memory'])} on each device: {what}")
+    raise ConfigError(f"{text_report.verdict(found['memory'])} on each device: {what}")
 
 
 def _search(config: Config, place: Topology | None, flags: argparse.Namespace) -> dict[str, Any]:
-    found = search.search(config, place, flags.memory)
+    found = mesh_search.search(config, place, flags.memory)
     if not found:
         raise ConfigError("no mesh, remat and train.accumulate that were tried make it fit: use more devices")
-    say(report.ranking(found))
+    say(text_report.ranking(found))
     return json_values({"topology": flags.topology, "found": found})

@@ -9,9 +9,9 @@ from typing import Any
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError
 from lslm_jax.plan import topology as topologies
-from lslm_jax.plan.advice import Settings, changed, flags
-from lslm_jax.plan.compiling import compile_step
-from lslm_jax.plan.figures import figures
+from lslm_jax.plan.compile_step import compile_step
+from lslm_jax.plan.estimates import figures
+from lslm_jax.plan.suggest_fix import Settings, changed, flags
 from lslm_jax.plan.topology import Topology
 from lslm_jax.runtime.progress import say
 

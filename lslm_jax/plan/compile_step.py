@@ -13,14 +13,14 @@ from lslm_jax.config import Config
 from lslm_jax.data import synthetic_data
 from lslm_jax.data.batch import Batch
 from lslm_jax.data.tokenizers import special_tokens, tokenizer
-from lslm_jax.evaluate.evaluator import choose_backend
+from lslm_jax.evaluate.types import choose_backend
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel.sharding import make_mesh, use
 from lslm_jax.plan import topology as topologies
 from lslm_jax.plan.topology import Topology
-from lslm_jax.train.optim import make_optimizer
-from lslm_jax.train.state import State, abstract_state
-from lslm_jax.train.step import compile_for, lower, whole_batch
+from lslm_jax.train.optimizers import make_optimizer
+from lslm_jax.train.train_state import State, abstract_state
+from lslm_jax.train.train_step import compile_for, lower, whole_batch
 
 
 class Compiled(NamedTuple):

@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lslm_jax.config import Config
 from lslm_jax.data.batch import Batch
 from lslm_jax.data.dataloader import EvalInput
-from lslm_jax.evaluate import classification, predictions, report, runner, squad
-from lslm_jax.evaluate.evaluator import Report, Setting, batches
+from lslm_jax.evaluate import batched_eval, classification_metrics, predictions, squad_metrics, text_reports
+from lslm_jax.evaluate.types import Report, Setting, batches
 from lslm_jax.models.attention import Backend
-from lslm_jax.train.step import make_predict_step
+from lslm_jax.train.train_step import make_predict_step
 
 
 class Rows(NamedTuple):
@@ -57,14 +57,14 @@ def read(setting: Setting, part: EvalInput, model: Any) -> tuple[Any, Rows]:
     """Sums of the losses over a set, and all its rows but those that fill the last batch."""
     step = predictor(setting.config, setting.backend, setting.mesh)
     sums, rows = zip(
-        *runner.run(step, model, batches(part), setting.mesh, setting.config.train.batch_size), strict=True
+        *batched_eval.run(step, model, batches(part), setting.mesh, setting.config.train.batch_size), strict=True
     )
     rows = [one._replace(nll_N=_losses(setting.config, one)) for one in rows]
     real_N = _of_rows(part, part.examples) >= 0
-    found = jax.tree.map(lambda array: array[real_N], runner.joined(rows))
+    found = jax.tree.map(lambda array: array[real_N], batched_eval.joined(rows))
     if setting.labels:  # model.num_labels may leave room for more
         found = found._replace(scores_NPV=found.scores_NPV[..., : len(setting.labels)])
-    return runner.added(sums), found
+    return batched_eval.added(sums), found
 
 
 def _losses(config: Config, rows: Rows) -> np.ndarray:
@@ -102,7 +102,7 @@ def evaluate(setting: Setting, part: EvalInput, model: Any) -> tuple[Any, Report
 def classify(setting: Setting, part: EvalInput, rows: Rows) -> Report:
     """Accuracy, precision, recall, F1 and correlation of classes."""
     gold_N, predicted_N = rows.targets_NP[:, 0], rows.scores_NPV[:, 0].argmax(-1)
-    found = classification.classification(gold_N, predicted_N, setting.labels)
+    found = classification_metrics.classification(gold_N, predicted_N, setting.labels)
     lines = lambda: predictions.of_classes(
         list(part.shards.examples()), rows.scores_NPV[:, 0], _nll(rows), setting.labels
     )
@@ -116,8 +116,8 @@ def _nll(rows: Rows) -> np.ndarray:
 
 def class_report(gold_N: np.ndarray, predicted_N: np.ndarray, labels: list[str], found: dict[str, float]) -> Report:
     """A report on predicted classes whose measures are found."""
-    table = report.classification(gold_N, predicted_N, labels, found)
-    matrix = classification.confusion(gold_N, predicted_N, labels).tolist()
+    table = text_reports.classification(gold_N, predicted_N, labels, found)
+    matrix = classification_metrics.confusion(gold_N, predicted_N, labels).tolist()
     return Report(found, {"classes.txt": table}, {"labels": labels, "confusion": matrix})
 
 
@@ -125,7 +125,7 @@ def regress(setting: Setting, part: EvalInput, rows: Rows) -> Report:
     """Correlations and squared error of numbers."""
     values_N = rows.scores_NPV[:, 0, 0]
     lines = lambda: predictions.of_numbers(list(part.shards.examples()), values_N, _nll(rows))
-    return Report(classification.regression(rows.targets_NP[:, 0], values_N), {}, {}, lines)
+    return Report(classification_metrics.regression(rows.targets_NP[:, 0], values_N), {}, {}, lines)
 
 
 def tag(setting: Setting, part: EvalInput, rows: Rows) -> Report:
@@ -136,7 +136,7 @@ def tag(setting: Setting, part: EvalInput, rows: Rows) -> Report:
     tags = tags_of_words(rows)
     gold, predicted = _with_cut_words(part, tags)
     lines = lambda: predictions.of_tags(list(part.shards.examples()), tags, _nll(rows), setting.labels)
-    return Report(classification.tagging(gold, predicted, setting.labels), {}, {}, lines)
+    return Report(classification_metrics.tagging(gold, predicted, setting.labels), {}, {}, lines)
 
 
 def _with_cut_words(part: EvalInput, tags: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -144,7 +144,7 @@ def _with_cut_words(part: EvalInput, tags: list[np.ndarray]) -> tuple[list[np.nd
     gold = list(part.all_tags())
     missing = [len(true) - len(found) for true, found in zip(gold, tags, strict=True)]
     return gold, [
-        np.pad(found, (0, count), constant_values=classification.INVALID)
+        np.pad(found, (0, count), constant_values=classification_metrics.INVALID)
         for found, count in zip(tags, missing, strict=True)
     ]
 
@@ -161,17 +161,17 @@ def answer(setting: Setting, part: EvalInput, rows: Rows) -> Report:
     answers = find_answers(setting, part, rows, examples, all(one["answers"] for one in examples))
     seen = np.unique(example_of_rows(part))  # all, unless eval.batches is set
     given = [[one["text"] for one in examples[i]["answers"]] for i in seen]
-    found = squad.squad([answers[i].text for i in seen], given)
-    written = report.squad_predictions([examples[i]["id"] for i in seen], [answers[i].text for i in seen])
+    found = squad_metrics.squad([answers[i].text for i in seen], given)
+    written = text_reports.squad_predictions([examples[i]["id"] for i in seen], [answers[i].text for i in seen])
     lines = lambda: predictions.of_answers(examples, answers, example_of_rows(part), _nll(rows))
     return Report(found, {"answers.json": written}, {}, lines)
 
 
 def find_answers(
     setting: Setting, part: EvalInput, rows: Rows, examples: list[dict[str, Any]], answerable: bool
-) -> list[squad.Answer]:
+) -> list[squad_metrics.Answer]:
     """The best answer to each question over all windows of its context; "" may be one unless all are answerable."""
-    windows = squad.Windows(
+    windows = squad_metrics.Windows(
         example_of_rows(part),
         _of_rows(part, part.windows)[_of_rows(part, part.examples) >= 0],
         rows.types_NT.sum(-1) - 1,  # the window and an eos
@@ -180,10 +180,10 @@ def find_answers(
         rows.scores_NPV[..., 1],
     )
     offsets = functools.cache(lambda text: setting.words.encode_with_offsets(text)[1:])
-    contexts = [squad.Context(one["context"], *offsets(one["context"])) for one in examples]
+    contexts = [squad_metrics.Context(one["context"], *offsets(one["context"])) for one in examples]
     task = setting.config.task
     threshold = math.inf if answerable else task.null_threshold
-    return squad.best_answers(windows, contexts, max_answer=task.max_answer, null_threshold=threshold)
+    return squad_metrics.best_answers(windows, contexts, max_answer=task.max_answer, null_threshold=threshold)
 
 
 EVALUATORS = {"classification": classify, "regression": regress, "tagging": tag, "qa": answer}

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lslm_jax.evaluate.classification import confusion
+from lslm_jax.evaluate.classification_metrics import confusion
 
 MAX_CONFUSION = 20  # classes; a wider table is not read
 
