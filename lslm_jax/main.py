@@ -21,7 +21,7 @@ from lslm_jax.runtime import lazy_imports
 try:
     from etils import epath
 
-    from lslm_jax import command_flags
+    from lslm_jax.cli import command_flags
     from lslm_jax.config import Config, loading, setting_flags, validation
     from lslm_jax.errors import ConfigError, InputMissing, LslmError, SaveError
     from lslm_jax.parallel import heartbeat
@@ -112,7 +112,7 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         atomic_io.place(flags.workdir)  # rejects an unknown scheme
     environment.raise_open_file_limit()
     if flags.verb == "verify":  # which needs no config
-        from lslm_jax.verify import verify
+        from lslm_jax.cli.verify import verify
 
         setting_flags.require_none(settings, "verify")
         return verify(epath.Path(_named(flags.workdir)))
@@ -124,8 +124,8 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         topology.prepare(flags.topology)
     # Not before the config is known to be sound: this imports jax.
     environment.quiet_libraries()
-    from lslm_jax import verbs
     from lslm_jax.checkpoint import provenance
+    from lslm_jax.cli import commands
     from lslm_jax.parallel import multihost
     from lslm_jax.resilience import deterministic_step
     from lslm_jax.runtime import compile_cache
@@ -139,7 +139,7 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         provenance.check_processes(config, vars(flags))
     if flags.workdir:
         compile_cache.keep(flags.workdir)
-    return getattr(verbs, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
+    return getattr(commands, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
 
 
 def _load(flags: argparse.Namespace, assignments: list[tuple[str, str]]) -> Config:

@@ -24,8 +24,8 @@ PRELOADED = [
     "optax",
     "orbax.checkpoint",
     "lslm_jax.main",
-    "lslm_jax.verbs",
-    "lslm_jax.verify",
+    "lslm_jax.cli.commands",
+    "lslm_jax.cli.verify",
     "lslm_jax.convert.pretrained",
 ]
 _context = multiprocessing.get_context("forkserver")

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from lslm_jax import command_flags
-from lslm_jax.command_flags import COMMANDS, FLAGS, parse
+from lslm_jax.cli import command_flags
+from lslm_jax.cli.command_flags import COMMANDS, FLAGS, parse
 from lslm_jax.config import Config, DataConfig, MixtureSource, loading, setting_flags, validation
 from lslm_jax.config.loading import describe, with_value
 from lslm_jax.errors import ConfigError

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from lslm_jax import interactive, respond
+from lslm_jax.cli import generate, interactive
 from lslm_jax.config import Config, DataConfig, TaskConfig
 from lslm_jax.errors import ConfigError
 from lslm_jax.evaluate.types import Setting
@@ -45,7 +45,7 @@ def asked(monkeypatch):
             raise KeyboardInterrupt
         yield from (text, text)
 
-    monkeypatch.setattr(respond, "stream", stream)
+    monkeypatch.setattr(generate, "stream", stream)
     return found
 
 
@@ -66,7 +66,7 @@ def test_a_chat_goes_on_until_an_empty_line(asked):
 
 
 def test_answers_of_a_head_are_shown(monkeypatch, capsys):
-    monkeypatch.setattr(respond, "answer", lambda *_: iter([{"label": "x"}]))
+    monkeypatch.setattr(generate, "answer", lambda *_: iter([{"label": "x"}]))
     read = lines("ab")
     interactive.run(setting("label", "classification"), None, FLAGS, lambda found: f"label {found['label']}", read)
     assert capsys.readouterr().out == "label x\n\n"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lslm_jax import prompt_files, respond
+from lslm_jax.cli import generate, prompt_files
 from lslm_jax.errors import DataError, InputMissing
 
 PLAIN = "Hello, wörld\n\n  two spaces\r\n"
@@ -66,7 +66,7 @@ def test_a_bad_file_is_one_line(content, error, message, tmp_path):
 
 def test_a_field_that_the_answer_has_itself_is_kept_under_another_name():
     prompt = {"prompt": "a", "id": 7, "label": "gold", "step": 3, "context": "long"}
-    found = respond._with_extra({"prompt": "a", "label": "said", "probabilities": {}}, prompt)
+    found = generate._with_extra({"prompt": "a", "label": "said", "probabilities": {}}, prompt)
     assert found == {
         "id": 7,
         "input_label": "gold",

@@ -69,8 +69,8 @@ def test_a_flipped_bit_anywhere_is_found_and_named(copy):
     """In a sample of places in every file: arrays, metadata, manifests, shards."""
     from etils import epath
 
+    from lslm_jax.cli.verify import verify
     from lslm_jax.errors import LslmError
-    from lslm_jax.verify import verify
 
     rng = random.Random(0)
     files = [path for path in [*copy.glob("checkpoints/**/*"), *copy.glob("data/*/*")] if path.is_file()]

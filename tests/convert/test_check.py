@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from test_import import tamper
 from test_parity import CASES, make
 
-from lslm_jax import adopt
+from lslm_jax.cli import import_pretrained
 from lslm_jax.config import Config, TaskConfig
 from lslm_jax.convert import hf_reference, parity, pretrained
 from lslm_jax.parallel.sharding import make_mesh
@@ -54,8 +54,8 @@ def test_a_model_parts_from_theirs_at_the_layer_whose_weight_was_tampered_with(n
     reference = hf_reference.read(source, case.objective, parity.sample_rows(source, seed=0))
     source = pretrained.describe(tmp_path / "tampered")
     given = Config(model=source.model, task=TaskConfig(objective=case.objective))
-    config = adopt.with_labels(adopt.settle(given, source))
-    loaded, _ = adopt.read(source, config, make_mesh(config))
+    config = import_pretrained.with_labels(import_pretrained.settle(given, source))
+    loaded, _ = import_pretrained.read(source, config, make_mesh(config))
     found = parity.compare(loaded.model, case.objective, reference, 1e-3)
     assert found.parts_at == place and not found.holds(1e-3)
 

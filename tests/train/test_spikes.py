@@ -12,8 +12,8 @@ import pytest
 from error_table import assert_told
 from etils import epath
 
-from lslm_jax import verbs
 from lslm_jax.checkpoint import checkpoint, integrity
+from lslm_jax.cli import commands
 from lslm_jax.config import (
     CheckpointConfig,
     Config,
@@ -75,7 +75,7 @@ class Flags:
 
 
 def run(workdir, config=CONFIG):
-    return verbs.train(config, Flags(workdir))
+    return commands.train(config, Flags(workdir))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_run_goes_back_before_a_spike_and_leaves_its_batches_out(finished):
     assert skipped_batches.read(epath.Path(workdir)) == [Detour(30, 20)]
     found = losses(workdir)
     assert list(found) == list(range(1, 61)) and max(list(found.values())[30:]) < 1
-    audited = verbs.audit(CONFIG, Flags(workdir))
+    audited = commands.audit(CONFIG, Flags(workdir))
     assert (audited["steps"], audited["repeated_steps"], audited["batches_left_out"]) == (60, 8 + 12, 20)
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lslm_jax import prompt_files
+from lslm_jax.cli import prompt_files
 from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.data import dataloader, encode_examples
 from lslm_jax.data.batch import Batch

@@ -13,10 +13,13 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from lslm_jax import adopt, evaluate_command, interactive, respond
 from lslm_jax.checkpoint import checkpoint, integrity, metadata, provenance, rewind, run_consistency, run_dir, run_lock
 from lslm_jax.checkpoint.periodic_export import Exports
 from lslm_jax.checkpoint.run_consistency import Run
+from lslm_jax.cli import evaluate as evaluate_command
+from lslm_jax.cli import generate as respond
+from lslm_jax.cli import import_pretrained, interactive
+from lslm_jax.cli.evaluate import HeldOut, open_for_evaluation
 from lslm_jax.cli.plan import plan as plan
 from lslm_jax.config import Config, loading
 from lslm_jax.convert import pretrained
@@ -32,7 +35,6 @@ from lslm_jax.data.tokenizers import tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import evaluators, lm_eval_harness
 from lslm_jax.evaluate.types import Setting, choose_backend
-from lslm_jax.evaluate_command import HeldOut, open_for_evaluation
 from lslm_jax.models import weight_quantization
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel import multihost
@@ -314,20 +316,20 @@ def import_(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     mesh, source = _mesh_without_batch(config), pretrained.describe(flags.pretrained)
     workdir = run_dir.workdir(flags.workdir) if flags.workdir else None
     if workdir:
-        adopt.require_free(workdir)
-    config = adopt.settle(config, source)
-    config, facts = run_dir.by_tokenizer(config) if workdir else (adopt.with_labels(config), {})
+        import_pretrained.require_free(workdir)
+    config = import_pretrained.settle(config, source)
+    config, facts = run_dir.by_tokenizer(config) if workdir else (import_pretrained.with_labels(config), {})
     with use(mesh, config.mesh):
-        loaded, summary = adopt.read(source, config, mesh)
+        loaded, summary = import_pretrained.read(source, config, mesh)
         if flags.check or flags.reference:
-            found = adopt.compare(loaded, source, config, flags.reference, tolerance)
+            found = import_pretrained.compare(loaded, source, config, flags.reference, tolerance)
             say(found.table())
             summary["check"] = json_values(found._asdict()) | {"layers": json_values(found.layers)}
             if not found.holds(tolerance):
                 print(json.dumps(json_values(summary)))
-                raise DataError(adopt.verdict(source, found, tolerance))
+                raise DataError(import_pretrained.verdict(source, found, tolerance))
         if workdir:
-            adopt.write(workdir, loaded.model, config, facts, mesh)
+            import_pretrained.write(workdir, loaded.model, config, facts, mesh)
     return json_values(summary)
 
 

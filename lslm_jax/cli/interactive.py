@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from lslm_jax import respond
+from lslm_jax.cli import generate
 from lslm_jax.errors import LslmError
 from lslm_jax.evaluate.types import Setting
 from lslm_jax.runtime.progress import say
@@ -47,7 +47,7 @@ def run(
             history = []
             continue
         try:
-            [prompt] = respond.read_prompts(setting.config, with_prompt(flags, line))
+            [prompt] = generate.read_prompts(setting.config, with_prompt(flags, line))
             talk = [*history, {"role": "user", "content": line}]
             text = _answer(setting, model, {"messages": talk} if is_chat else prompt, flags, show)
             history = [*talk, {"role": "assistant", "content": text}] if is_chat else []
@@ -63,15 +63,15 @@ def with_prompt(flags: argparse.Namespace, text: str) -> argparse.Namespace:
 
 
 def _answer(
-    setting: Setting, model: Any, prompt: respond.Prompt, flags: argparse.Namespace, show: Callable[[Any], str]
+    setting: Setting, model: Any, prompt: generate.Prompt, flags: argparse.Namespace, show: Callable[[Any], str]
 ) -> str:
     """Prints the answer to a prompt, as it is written where it is a text; returns its text."""
     if flags.json or setting.config.task.objective not in ("causal", "seq2seq"):
-        [found] = respond.answer(setting, model, [prompt])
+        [found] = generate.answer(setting, model, [prompt])
         print(show(found))
         return str(found.get("text", ""))
     parts = []
-    for part in respond.stream(setting, model, prompt):
+    for part in generate.stream(setting, model, prompt):
         print(part, end="", flush=True)
         parts.append(part)
     print()
