@@ -17,9 +17,9 @@ setup: $(READY)
 WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$(( cores < 8 ? cores + 1 : 8 )))
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 ELSEWHERE := tests/launch/test_schemas.py
-PARITY := $(addprefix tests/convert/test_,parity.py check.py peft.py trained.py marian.py harness.py chat_parity.py \
+PARITY := $(addprefix tests/convert/test_,parity.py parity_check.py peft.py trained.py marian.py harness.py chat_parity.py \
   keys_parity.py tokenizer_parity.py generation_parity.py pipelines.py) \
-  tests/launch/test_schemas.py tests/test_bucket.py
+  tests/launch/test_schemas.py tests/runtime/test_bucket.py
 
 # The whole specification in its fast form. SEED=N runs it in a random order.
 test: $(READY)

@@ -1,7 +1,7 @@
 """Mistakes and damage, each with how it comes about, the exit code, and the one line that a user reads.
 
-tests/test_errors.py brings each about and compares, or, where it takes more than a command, the test that a row names;
-docs/errors.md is made of the same table.
+tests/cli/test_errors.py brings each about and compares, or, where it takes more than a command, the test that a row
+names; docs/errors.md is made of the same table.
 """
 
 import gzip
@@ -600,39 +600,42 @@ ELSEWHERE = [
         "test_processes.py",
     ),
     Elsewhere(
-        "Another process that was killed, or hangs", 77, "process * on * has not answered for * s", "test_peers.py"
+        "Another process that was killed, or hangs",
+        77,
+        "process * on * has not answered for * s",
+        "parallel/test_heartbeat.py",
     ),
     Elsewhere(
         "No step for much longer than one takes",
         77,
         "no step for * s after step *, where one takes * s; *stacks-0.txt has what each thread is at",
-        "train/test_watchdog.py",
+        "resilience/test_watchdog.py",
     ),
     Elsewhere(
         "A second run in the same directory",
         2,
         "* is in use by process * on *, started *: stop it, or take another --workdir",
-        "train/test_lock.py",
+        "checkpoint/test_run_lock.py",
     ),
     Elsewhere(
         "A device that holds another bit than its copies (`train.check_copies`)",
         77,
         "step *: * on * differs from its copies, bit by bit: leave that device out; a restart goes on from the last "
         "checkpoint",
-        "train/test_copies.py",
+        "resilience/test_replica_check.py",
     ),
     Elsewhere(
         "A loss spike that comes again (`train.spike`)",
         70,
         "*; leaving out batches after step * did not help, * times",
-        "train/test_spikes.py",
+        "resilience/test_loss_spikes.py",
     ),
     Elsewhere("A full disk", 74, "could not write *: No space left on device", "data/test_shards.py"),
     Elsewhere(
         "A crash loop (`supervise`)",
         1,
         "supervise: 3 times in a row no step was done after step *: giving up",
-        "test_supervise.py",
+        "resilience/test_supervisor.py",
     ),
 ]
 

@@ -17,7 +17,7 @@ from etils import epath
 
 from lslm_jax.checkpoint import checkpoint, integrity, metadata, provenance, run_dir
 from lslm_jax.config import Config, loading, setting_flags
-from lslm_jax.data.prepare.prepare import data_manifest
+from lslm_jax.data.prepare import data_manifest
 from lslm_jax.data.tokenizers import special_tokens
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.errors import CheckpointRefused, ConfigError, InputMissing

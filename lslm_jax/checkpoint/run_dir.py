@@ -12,7 +12,7 @@ from etils import epath
 from lslm_jax.checkpoint import integrity
 from lslm_jax.config import Config
 from lslm_jax.data import synthetic_data
-from lslm_jax.data.prepare.prepare import data_manifest
+from lslm_jax.data.prepare import data_manifest
 from lslm_jax.data.tokenizers import special_tokens, tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError, first_line
 from lslm_jax.parallel import multihost

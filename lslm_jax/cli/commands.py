@@ -27,9 +27,9 @@ from lslm_jax.convert.export import Exporter, family_of, obstacle
 from lslm_jax.convert.export import export as write_pretrained
 from lslm_jax.convert.export import export_adapter as write_adapter
 from lslm_jax.data import dataloader, skipped_batches
-from lslm_jax.data.chat.tokenize_chat import chat_template, tokenize_chat
-from lslm_jax.data.prepare.prepare import data_manifest
-from lslm_jax.data.prepare.prepare.prepare import prepare as prepare_data
+from lslm_jax.data.chat import chat_template, tokenize_chat
+from lslm_jax.data.prepare import data_manifest
+from lslm_jax.data.prepare.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.tokenizers import tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing

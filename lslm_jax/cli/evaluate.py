@@ -26,8 +26,8 @@ from lslm_jax.checkpoint import run_consistency, run_dir
 from lslm_jax.checkpoint.run_consistency import Run
 from lslm_jax.config import Config, loading
 from lslm_jax.data import dataloader, encode_examples
-from lslm_jax.data.prepare.prepare import data_manifest, held_out_files
-from lslm_jax.data.prepare.prepare.held_out_files import HeldOutFiles
+from lslm_jax.data.prepare import data_manifest, held_out_files
+from lslm_jax.data.prepare.held_out_files import HeldOutFiles
 from lslm_jax.errors import InputMissing
 from lslm_jax.evaluate import evaluators
 from lslm_jax.evaluate.types import Report

@@ -14,7 +14,7 @@ from lslm_jax.cli import prompt_files
 from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.data import dataloader, encode_examples
 from lslm_jax.data.batch import Batch
-from lslm_jax.data.chat.tokenize_chat import tokenize_chat
+from lslm_jax.data.chat import tokenize_chat
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.errors import ConfigError
 from lslm_jax.evaluate import prediction_eval, predictions

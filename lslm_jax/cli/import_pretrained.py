@@ -14,7 +14,7 @@ from lslm_jax.config import Config, DataConfig, loading, validation
 from lslm_jax.convert import hf_reference, parity, pretrained, state_dict
 from lslm_jax.convert.parity import Comparison
 from lslm_jax.convert.pretrained import Pretrained
-from lslm_jax.data.prepare.prepare import data_manifest
+from lslm_jax.data.prepare import data_manifest
 from lslm_jax.data.tokenizers import tokenizer
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import model_configs

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax.data.chat.tokenize_chat import tokenize_chat
+from lslm_jax.data.chat import tokenize_chat
 from lslm_jax.data.readers import formats
 from lslm_jax.errors import DataError, InputMissing
 

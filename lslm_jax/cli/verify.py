@@ -11,7 +11,7 @@ from etils import epath
 from lslm_jax.checkpoint import metadata, run_consistency, run_dir
 from lslm_jax.checkpoint.integrity import check_manifest, checkpoints_in, has_manifest
 from lslm_jax.config import Config, loading
-from lslm_jax.data.prepare.prepare import data_manifest
+from lslm_jax.data.prepare import data_manifest
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing, LslmError
 from lslm_jax.runtime import atomic_io, file_lock
 from lslm_jax.runtime.progress import say

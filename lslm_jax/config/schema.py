@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen, typed dataclasses. Defaults live here and nowhere else.
 
-The string under a field is its documentation; `--config.help` prints it. `config_loading.py` reads files and flags into
-a Config, `config_checks.py` refuses impossible ones. None of the three imports anything slow, so that a mistake is told
+The string under a field is its documentation; `--config.help` prints it. `loading.py` reads files and flags into
+a Config, `validation.py` refuses impossible ones. None of the three imports anything slow, so that a mistake is told
 before jax or tensorflow start.
 """
 
@@ -14,7 +14,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The Transformer. GPT, Llama, BERT and T5 are sets of values (`models/model_configs.py`), not branches in the code."""
+    """The Transformer. GPT, Llama, BERT and T5 are sets of values (`models/model_configs.py`), not branches of code."""
 
     family: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     """Which stacks there are: one that sees only what is before it (GPT), one that sees all (BERT), or both (T5)."""

@@ -17,8 +17,8 @@ from lslm_jax.convert import peft_files as adapters
 from lslm_jax.convert.hf_mapping import Family, differences
 from lslm_jax.convert.pretrained import FAMILIES, is_pretrained
 from lslm_jax.convert.safetensors_io import Source
-from lslm_jax.data.chat.tokenize_chat import chat_template
-from lslm_jax.data.chat.tokenize_chat.chat_template import Template
+from lslm_jax.data.chat import chat_template
+from lslm_jax.data.chat.chat_template import Template
 from lslm_jax.data.tokenizers import to_hf
 from lslm_jax.data.tokenizers.base import Tokenizer
 from lslm_jax.data.tokenizers.marian import Marian

@@ -16,8 +16,8 @@ from etils import epath
 from lslm_jax.config import Config
 from lslm_jax.data import index_shuffle
 from lslm_jax.data.batch import Batch
-from lslm_jax.data.objectives.causal_lm import classification_rows, seq2seq
-from lslm_jax.data.objectives.causal_lm.chat import ChatRows
+from lslm_jax.data.objectives import classification_rows, seq2seq
+from lslm_jax.data.objectives.chat import ChatRows
 from lslm_jax.data.row_dataset import CausalRows, DocumentRows, MaskedRows, Rows, SpanRows
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.synthetic_data import SyntheticInput

@@ -22,9 +22,9 @@ import numpy as np
 
 from lslm_jax.config import CleanConfig, Source
 from lslm_jax.data import label_names
-from lslm_jax.data.chat.tokenize_chat import tokenize_chat
-from lslm_jax.data.chat.tokenize_chat.chat_template import Template
-from lslm_jax.data.prepare.prepare import cleaning
+from lslm_jax.data.chat import tokenize_chat
+from lslm_jax.data.chat.chat_template import Template
+from lslm_jax.data.prepare import cleaning
 from lslm_jax.data.readers.example_schema import BadRecord, RecordError
 from lslm_jax.data.readers.sources import Content
 from lslm_jax.data.tokenizers.base import Tokenizer

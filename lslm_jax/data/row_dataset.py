@@ -8,7 +8,7 @@ import numpy as np
 from lslm_jax.config import Config
 from lslm_jax.data import index_shuffle, packing
 from lslm_jax.data.batch import Batch
-from lslm_jax.data.objectives.causal_lm import causal_lm, masked_lm, span_corruption
+from lslm_jax.data.objectives import causal_lm, masked_lm, span_corruption
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.tokenizers.special_tokens import Special
 from lslm_jax.errors import ConfigError, InputMissing

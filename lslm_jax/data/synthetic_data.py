@@ -7,7 +7,7 @@ import numpy as np
 from lslm_jax.config import Config
 from lslm_jax.data import index_shuffle
 from lslm_jax.data.batch import Batch
-from lslm_jax.data.objectives.causal_lm.masked_lm import num_predictions
+from lslm_jax.data.objectives.masked_lm import num_predictions
 
 _DOCUMENTS = 8  # at most, in a row
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from lslm_jax.config import Config, Source
 from lslm_jax.data import prefetch
 from lslm_jax.data.batch import Batch
-from lslm_jax.data.chat.tokenize_chat.chat_template import Template
+from lslm_jax.data.chat.chat_template import Template
 from lslm_jax.data.dataloader import EvalInput
 from lslm_jax.data.tokenizers.special_tokens import Special
 from lslm_jax.models import attention

@@ -83,7 +83,7 @@ def refuse_missing(error: ModuleNotFoundError) -> NoReturn:
     name = (error.name or "").partition(".")[0]
     if name in ("", "lslm_jax"):
         raise error
-    root = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
     own = root / ".venv" / "bin" / "python"
     cure = f"{sys.executable} -m pip install -e {root}"
     if os.access(own, os.X_OK) and pathlib.Path(sys.prefix).resolve() != own.parent.parent.resolve():

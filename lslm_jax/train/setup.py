@@ -15,8 +15,7 @@ from jax.sharding import Mesh
 from lslm_jax.checkpoint.checkpoint import Checkpoints
 from lslm_jax.checkpoint.periodic_export import Exports
 from lslm_jax.config import Config, loading
-from lslm_jax.data import dataloader, prefetch
-from lslm_jax.data import skipped_batches as detours
+from lslm_jax.data import dataloader, prefetch, skipped_batches
 from lslm_jax.data.batch import Batch
 from lslm_jax.data.skipped_batches import Detour
 from lslm_jax.errors import CheckpointRefused
@@ -76,7 +75,7 @@ class Run:
 
     Attributes:
       inputs: its arguments.
-      skipped_batches: detours around batches that are left out.
+      skipped: batches that are left out.
       state: the state at the last save or evaluation; at first the one to start from.
       start: steps done before.
       train_step: compiled, on the leaves of the state.
@@ -123,7 +122,7 @@ def set_up(inputs: Inputs, stack: contextlib.ExitStack) -> Run:
     """
     config, workdir, mesh, data = inputs.config, inputs.workdir, inputs.mesh, inputs.data
     steps, enter = config.train.steps, stack.enter_context
-    example, around = data.batch(0), detours.read(workdir)
+    example, around = data.batch(0), skipped_batches.read(workdir)
     optimizer = make_optimizer(config.optimizer, steps)
     preemption, agreement = enter(Preemption(armed=False)), multihost.Agreement(mesh)
     for saved in (inputs.checkpoints, inputs.exports) if inputs.exports else (inputs.checkpoints,):
@@ -196,7 +195,7 @@ def _batches(inputs: Inputs, start: int, around: Sequence[Detour], stack: contex
     """Batches from a step on, made ahead by other threads; returns when the first is made."""
     # Importing tensorflow takes seconds, which only TensorBoard needs; the batches are the same either way.
     through = "auto" if inputs.config.log.tensorboard else "threads"
-    make = lambda step: inputs.data.batch(detours.at(step, around))
+    make = lambda step: inputs.data.batch(skipped_batches.at(step, around))
     batches = prefetch.batches(make, start, inputs.config.train.steps, through=through)
     stack.enter_context(contextlib.closing(batches))
     first = next(batches, None)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from chat_shapes import SHAPES, SPECIAL
 from etils import epath
-from lslm_jax.data.chat.tokenize_chat.special_token_escaping import guard_of
 
 from lslm_jax.config import Config, DataConfig, TokenizerConfig
-from lslm_jax.data.chat.tokenize_chat import chat_template, tokenize_chat
+from lslm_jax.data.chat import chat_template, tokenize_chat
+from lslm_jax.data.chat.special_token_escaping import guard_of
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
 
 pytest.importorskip("torch")

@@ -97,7 +97,7 @@ def decoder(texts, tmp_path_factory):
     ("kind", "vocabulary"),
     [
         ("decoder", "bpe"),
-        # tests/data/test_tokenizer_json.py compares ids and texts of all three kinds with those of the exported files.
+        # tests/data/test_to_hf.py compares ids and texts of all three kinds with those of the exported files.
         pytest.param("decoder", "unigram", marks=pytest.mark.exhaustive),
         pytest.param("decoder", "bytes", marks=pytest.mark.exhaustive),
         ("encoder", "bpe"),

@@ -13,7 +13,7 @@ from test_import import LABELS, MODELS, SIZES, save
 from lslm_jax.config import Config, DataConfig, TaskConfig
 from lslm_jax.convert import export, pretrained
 from lslm_jax.data import label_names
-from lslm_jax.data.objectives.causal_lm import classification_rows
+from lslm_jax.data.objectives import classification_rows
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.data.tokenizers import special_tokens
 from lslm_jax.errors import ConfigError, DataError

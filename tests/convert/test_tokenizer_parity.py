@@ -8,7 +8,7 @@ from etils import epath
 
 from lslm_jax.config import Config, DataConfig, TaskConfig, TokenizerConfig
 from lslm_jax.convert import pretrained
-from lslm_jax.data.objectives.causal_lm import classification_rows
+from lslm_jax.data.objectives import classification_rows
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.data.tokenizers import hf_classes, to_hf, train
 from lslm_jax.data.tokenizers import special_tokens as special

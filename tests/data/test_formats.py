@@ -10,10 +10,10 @@ import pathlib
 
 import pytest
 from etils import epath
-from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import CleanConfig, Config, DataConfig, TaskConfig, TokenizerConfig
 from lslm_jax.config.validation import validate
+from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.readers import files, formats, sources
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 

@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
-from lslm_jax.data.prepare.prepare.prepare import prepare
 
 import lslm_jax
 from lslm_jax.config import CleanConfig, Config, DataConfig, TokenizerConfig
-from lslm_jax.data.prepare.prepare import cleaning, long_documents
+from lslm_jax.data.prepare import cleaning, long_documents
+from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.data.tokenizers import train

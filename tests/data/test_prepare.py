@@ -16,11 +16,11 @@ import time
 import numpy as np
 import pytest
 from etils import epath
-from lslm_jax.data.prepare.prepare.prepare import prepare
 
 import lslm_jax
 from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, TokenizerConfig
-from lslm_jax.data.prepare.prepare import cleaning
+from lslm_jax.data.prepare import cleaning
+from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.data.tokenizers import train as vocabulary

@@ -6,10 +6,10 @@ import unittest.mock
 
 import pytest
 from etils import epath
-from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import Config, DataConfig, TaskConfig, TokenizerConfig
 from lslm_jax.data import label_names
+from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.readers import sources
 from lslm_jax.data.shards import Shards
 from lslm_jax.errors import DataError

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import loading, validation
 from lslm_jax.data import dataloader
-from lslm_jax.data.prepare.prepare import held_out_files
+from lslm_jax.data.prepare import held_out_files
+from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.tokenizers.special_tokens import resolve
 from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError, DataError, InputMissing

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from lslm_jax.config import Config
-from lslm_jax.data.chat.tokenize_chat import template_sandbox
+from lslm_jax.data.chat import template_sandbox
 from lslm_jax.data.readers.example_schema import RecordError
 from lslm_jax.data.tokenizers import gguf
 from lslm_jax.data.tokenizers.base import Tokenizer

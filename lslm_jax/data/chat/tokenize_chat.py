@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lslm_jax.config import ROLES
-from lslm_jax.data.chat.tokenize_chat import chat_template
-from lslm_jax.data.chat.tokenize_chat.chat_template import Template
-from lslm_jax.data.chat.tokenize_chat.special_token_escaping import Guard, guard_of
+from lslm_jax.data.chat import chat_template
+from lslm_jax.data.chat.chat_template import Template
+from lslm_jax.data.chat.special_token_escaping import Guard, guard_of
 from lslm_jax.data.readers.example_schema import RecordError, require_shallow
 from lslm_jax.data.tokenizers.base import Spans, Tokenizer
 from lslm_jax.errors import ConfigError

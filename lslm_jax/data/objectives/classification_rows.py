@@ -9,7 +9,7 @@ import numpy as np
 from lslm_jax.config import Config
 from lslm_jax.data.batch import Batch
 from lslm_jax.data.example_packing import cut
-from lslm_jax.data.objectives.causal_lm.causal_lm import read
+from lslm_jax.data.objectives.causal_lm import read
 from lslm_jax.data.row_dataset import Rows
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.tokenizers.special_tokens import Special

@@ -7,7 +7,7 @@ import numpy as np
 
 from lslm_jax.data import index_shuffle
 from lslm_jax.data.batch import Batch
-from lslm_jax.data.objectives.causal_lm.causal_lm import read
+from lslm_jax.data.objectives.causal_lm import read
 from lslm_jax.data.packing import Layout
 from lslm_jax.data.shards import Shards
 

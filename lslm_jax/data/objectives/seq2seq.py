@@ -9,7 +9,7 @@ import numpy as np
 from lslm_jax.config import Config
 from lslm_jax.data.batch import Batch
 from lslm_jax.data.example_packing import Fitting, cut
-from lslm_jax.data.objectives.causal_lm.causal_lm import causal, said
+from lslm_jax.data.objectives.causal_lm import causal, said
 from lslm_jax.data.packing import Layout, Pieces, lay_out
 from lslm_jax.data.row_dataset import Rows
 from lslm_jax.data.shards import Shards

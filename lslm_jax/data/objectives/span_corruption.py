@@ -6,7 +6,7 @@ import numpy as np
 
 from lslm_jax.data import index_shuffle
 from lslm_jax.data.batch import Batch
-from lslm_jax.data.objectives.causal_lm.causal_lm import shift
+from lslm_jax.data.objectives.causal_lm import shift
 from lslm_jax.errors import ConfigError
 
 SPAN_EXTRA = 1

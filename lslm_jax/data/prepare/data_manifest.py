@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from lslm_jax.config import Config, Source, TokenizerConfig
-from lslm_jax.data.chat.tokenize_chat import chat_template
+from lslm_jax.data.chat import chat_template
 from lslm_jax.data.readers import sources
 from lslm_jax.data.shard_files import MANIFEST
 from lslm_jax.data.shards import Shards

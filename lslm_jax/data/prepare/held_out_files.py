@@ -14,9 +14,9 @@ from etils import epath
 
 from lslm_jax.config import Config, MixtureSource, Source
 from lslm_jax.data import dataloader, encode_examples
-from lslm_jax.data.chat.tokenize_chat import chat_template
+from lslm_jax.data.chat import chat_template
 from lslm_jax.data.encode_examples import Recipe
-from lslm_jax.data.prepare.prepare import worker_pool
+from lslm_jax.data.prepare import worker_pool
 from lslm_jax.data.readers import files, sources
 from lslm_jax.data.readers.sources import Document
 from lslm_jax.data.shards import Shards, ShardWriter

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from lslm_jax.config import Config, Source
 from lslm_jax.data import encode_examples
 from lslm_jax.data.encode_examples import Recipe
-from lslm_jax.data.prepare.prepare import cleaning, long_documents, worker_pool
+from lslm_jax.data.prepare import cleaning, long_documents, worker_pool
 from lslm_jax.data.readers import files, sources
 from lslm_jax.data.readers.example_schema import RecordError
 from lslm_jax.data.readers.sources import Document

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lslm_jax.config import CleanConfig
-from lslm_jax.data.prepare.prepare import cleaning
+from lslm_jax.data.prepare import cleaning
 from lslm_jax.data.tokenizers.base import Tokenizer
 
 LONG = 1 << 22

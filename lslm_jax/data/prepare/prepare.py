@@ -26,9 +26,9 @@ from etils import epath
 from lslm_jax import __version__
 from lslm_jax.config import CleanConfig, Config, Source
 from lslm_jax.data import encode_examples, label_names
-from lslm_jax.data.chat.tokenize_chat import chat_template, tokenize_chat
+from lslm_jax.data.chat import chat_template, tokenize_chat
 from lslm_jax.data.encode_examples import Recipe
-from lslm_jax.data.prepare.prepare import cleaning, data_manifest, directory_lock, held_out_split, worker_pool
+from lslm_jax.data.prepare import cleaning, data_manifest, directory_lock, held_out_split, worker_pool
 from lslm_jax.data.readers import files, sources
 from lslm_jax.data.readers.files import Split
 from lslm_jax.data.shards import ShardWriter
@@ -316,7 +316,8 @@ class _Counts:
             left = self.kept[name, "train"]
             if name and (lost := sum(dropped.values())) > left:
                 found.append(
-                    f"warning: source {name} keeps {left:,} and loses {lost:,} examples ({encode_examples.counted(dropped)}); "
+                    f"warning: source {name} keeps {left:,} and loses {lost:,} examples "
+                    f"({encode_examples.counted(dropped)}); "
                     "its weight repeats those that are left"
                 )
         if self._unknown:

@@ -24,7 +24,7 @@ from etils import epath
 from lslm_jax.config import CleanConfig
 from lslm_jax.data import encode_examples
 from lslm_jax.data.encode_examples import Encoded, Example, Recipe
-from lslm_jax.data.prepare.prepare import cleaning, long_documents
+from lslm_jax.data.prepare import cleaning, long_documents
 from lslm_jax.data.readers.example_schema import RecordError
 from lslm_jax.data.readers.files import Split
 from lslm_jax.data.readers.sources import Document

@@ -11,7 +11,7 @@ from etils import epath
 from lslm_jax.config import Config, TokenizerConfig
 from lslm_jax.data import encode_examples
 from lslm_jax.data.encode_examples import Recipe
-from lslm_jax.data.prepare.prepare import cleaning, long_documents, worker_pool
+from lslm_jax.data.prepare import cleaning, long_documents, worker_pool
 from lslm_jax.data.readers import sources
 from lslm_jax.data.readers.example_schema import RecordError
 from lslm_jax.data.readers.sources import Document

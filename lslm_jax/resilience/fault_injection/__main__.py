@@ -1,6 +1,7 @@
 """Breaks real runs on purpose, again and again, and proves that nothing was lost silently.
 
-python -m lslm_jax.chaos [--minutes=20] [--seed=0] [--only=NAME] [--most=N] [--steps=N] [--workdir=DIR]
+python -m lslm_jax.resilience.fault_injection [--minutes=20] [--seed=0] [--only=NAME] [--most=N] [--steps=N]
+    [--workdir=DIR]
 
 A small model is trained undisturbed, by one process and by two. Then it is trained again while faults are drawn at
 random: signals at any moment, also of a save; damaged checkpoints, shards and records; a full disk. After each, the
@@ -26,7 +27,9 @@ from lslm_jax.runtime.progress import clock_time, say
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line."""
-    flags = argparse.ArgumentParser(prog="python -m lslm_jax.chaos", description=(__doc__ or "").partition("\n")[0])
+    flags = argparse.ArgumentParser(
+        prog="python -m lslm_jax.resilience.fault_injection", description=(__doc__ or "").partition("\n")[0]
+    )
     flags.add_argument("--minutes", type=float, default=20.0, help="how long it takes altogether (default 20)")
     flags.add_argument("--seed", type=int, default=0, help="of the faults (default 0)")
     flags.add_argument("--only", default="", metavar="NAME", help="faults whose names hold this, as SIGTERM")

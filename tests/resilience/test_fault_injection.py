@@ -24,7 +24,7 @@ from lslm_jax.resilience.fault_injection.run import Run
     ids=["one fault", "fifteen faults"],
 )
 def test_a_campaign_loses_nothing(flags, faults, tmp_path):
-    command = [sys.executable, "-m", "lslm_jax.chaos", *flags, f"--workdir={tmp_path}"]
+    command = [sys.executable, "-m", "lslm_jax.resilience.fault_injection", *flags, f"--workdir={tmp_path}"]
     campaign = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert campaign.returncode == 0, campaign.stderr
     report = json.loads(campaign.stdout)

@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 from etils import epath
-from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, TaskConfig, TokenizerConfig
 from lslm_jax.data import label_names
-from lslm_jax.data.prepare.prepare import data_manifest, directory_lock
+from lslm_jax.data.prepare import data_manifest, directory_lock
+from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.shards import Shards
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 

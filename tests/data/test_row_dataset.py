@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from lslm_jax.data.objectives.causal_lm.masked_lm import num_predictions
 from tiny_data import (
     CASES,
     PACKINGS,
@@ -16,6 +15,7 @@ from tiny_data import (
 
 from lslm_jax.config import MixtureSource
 from lslm_jax.data.dataloader import open_eval, open_train
+from lslm_jax.data.objectives.masked_lm import num_predictions
 from lslm_jax.data.prefetch import batches
 from lslm_jax.errors import ConfigError, DataError
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from lslm_jax.data.objectives.causal_lm.masked_lm import choose_words, num_predictions
 from tiny_data import BOS, EOS, PACKINGS, VOCAB_SIZE, Case, config_of, write_all, write_manifest
 
 from lslm_jax.data.dataloader import open_eval, open_train
+from lslm_jax.data.objectives.masked_lm import choose_words, num_predictions
 from lslm_jax.data.shards import ShardWriter
 from lslm_jax.data.tokenizers import tokenizer
 

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TokenizerConfig, TrainConfig, validation
 from lslm_jax.config.mesh_axes import mesh_axes
 from lslm_jax.data import dataloader
+from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.tokenizers.special_tokens import special_ids
 from lslm_jax.evaluate import evaluators

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from etils import epath
-from lslm_jax.data.objectives.causal_lm.causal_lm import CAUSAL_EXTRA, causal
 
+from lslm_jax.data.objectives.causal_lm import CAUSAL_EXTRA, causal
 from lslm_jax.data.packing import Bins, Pad, Stream
 from lslm_jax.data.shards import Shards, ShardWriter
 

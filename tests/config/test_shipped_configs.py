@@ -16,7 +16,7 @@ from lslm_jax.train.optimizers import make_optimizer
 from lslm_jax.train.train_state import abstract_state, init_state
 from lslm_jax.train.train_step import make_train_step
 
-CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 # One for each family; compiling a step costs 3 to 10 seconds. tests/test_applications.py trains for each objective.
 COMPILED = ("quickstart",)  # on several devices; tests/test_applications.py trains every family
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lslm_jax.config import CleanConfig
-from lslm_jax.data.prepare.prepare import cleaning
+from lslm_jax.data.prepare import cleaning
 from lslm_jax.errors import DataError
 
 AWKWARD = [

@@ -1,6 +1,6 @@
 """Every row of tests/error_table.py ends as it says, in one line; docs/errors.md is made of it.
 
-`python tests/test_errors.py` writes that page.
+`python tests/cli/test_errors.py` writes that page.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from error_table import CONFIG, ELSEWHERE, TABLE, TEXT, Case, matches
 from lslm_jax.errors import LslmError
 from lslm_jax.main import main
 
-PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "errors.md"
+PAGE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 CASES = [case for cases in TABLE.values() for case in cases]
 
 
@@ -98,7 +98,7 @@ DIR stands for a directory, * for what differs from case to case.
 
 @pytest.mark.parametrize("row", ELSEWHERE, ids=[row.what for row in ELSEWHERE])
 def test_what_a_command_alone_does_not_bring_about_is_tested_elsewhere(row):
-    assert f'assert_told("{row.what}"' in (pathlib.Path(__file__).parent / row.test).read_text()
+    assert f'assert_told("{row.what}"' in (pathlib.Path(__file__).parents[1] / row.test).read_text()
 
 
 def test_the_page_is_that_of_the_table():

@@ -90,7 +90,7 @@ def test_where_there_is_no_checkpoint_there_is_nothing_to_say(tmp_path):
     ("kind", "flips"), [("d", 100), ("others", 100), pytest.param("d", 1000, marks=pytest.mark.exhaustive)]
 )
 def test_no_flipped_bit_of_a_real_checkpoint_goes_unseen(kind, flips, tmp_path):
-    golden = pathlib.Path(__file__).parent / "golden" / "0.1.0" / "checkpoints" / "4"
+    golden = pathlib.Path(__file__).parents[1] / "train" / "golden" / "0.1.0" / "checkpoints" / "4"
     saved = epath.Path(shutil.copytree(golden, tmp_path / "4"))
     check_manifest(saved)
     files = [

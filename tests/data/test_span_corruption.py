@@ -5,7 +5,7 @@ import pytest
 from tiny_data import BOS, EOS, VOCAB_SIZE, Case, config_of, write_all
 
 from lslm_jax.data.dataloader import open_train
-from lslm_jax.data.objectives.causal_lm import span_corruption
+from lslm_jax.data.objectives import span_corruption
 from lslm_jax.errors import ConfigError
 
 SPANS = Case("span_corruption", "encoder_decoder")

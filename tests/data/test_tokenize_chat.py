@@ -7,16 +7,16 @@ import pathlib
 import numpy as np
 import pytest
 from etils import epath
-from lslm_jax.data.chat.tokenize_chat.chat_template import Template
-from lslm_jax.data.chat.tokenize_chat.special_token_escaping import guard_of
-from lslm_jax.data.prepare.prepare.prepare import prepare
 
 from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, TokenizerConfig, TrainConfig
 from lslm_jax.config.validation import validate
 from lslm_jax.data import encode_examples
-from lslm_jax.data.chat.tokenize_chat import chat_template, tokenize_chat
+from lslm_jax.data.chat import chat_template, tokenize_chat
+from lslm_jax.data.chat.chat_template import Template
+from lslm_jax.data.chat.special_token_escaping import guard_of
 from lslm_jax.data.dataloader import open_eval, open_train
 from lslm_jax.data.encode_examples import Recipe
+from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.data.tokenizers.train import train as train_vocabulary
