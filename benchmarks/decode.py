@@ -17,7 +17,7 @@ from measure import about, add_model, busiest, configured, copy_rate, spread, te
 
 from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.generate.decode import generate
-from lslm_jax.models import model_configs
+from lslm_jax.models.build_model import build_model
 from lslm_jax.models.weight_quantization import KINDS, quantize
 from lslm_jax.parallel.sharding import make_mesh, use
 from lslm_jax.runtime import huge_pages
@@ -89,7 +89,7 @@ def times(
 
 def build(config: Config) -> Any:
     """A model with random weights in the type that it computes in."""
-    model = model_configs.build(config.model, jax.random.key(config.seed), config.task.objective)
+    model = build_model(config.model, jax.random.key(config.seed), config.task.objective)
     return jax.tree.map(lambda leaf: leaf.astype(config.model.activations), model)
 
 

@@ -20,7 +20,7 @@ from measure import about, add_model, busiest, configured, matmul_rate, spread, 
 from lslm_jax.config import Config
 from lslm_jax.data.synthetic_data import SyntheticInput
 from lslm_jax.evaluate.types import choose_backend
-from lslm_jax.models.model_configs import flops_per_token
+from lslm_jax.models.flops import flops_per_token
 from lslm_jax.parallel.sharding import make_mesh, to_global, use
 from lslm_jax.runtime import huge_pages
 from lslm_jax.train import metrics_logging

@@ -241,15 +241,15 @@ FAULTS = [
     Fault(
         "a damaged checkpoint is taken for a complete one",
         "checkpoint/integrity.py",
-        "        if atomic.fingerprint(path)[1] != sha256:",
-        "        if atomic.fingerprint(path)[1] == sha256[:1]:",
+        "        if atomic_io.fingerprint(path)[1] != sha256:",
+        "        if atomic_io.fingerprint(path)[1] == sha256[:1]:",
         "checkpoint/test_integrity.py checkpoint/test_checkpoint.py",
     ),
     Fault(
         "the worst checkpoint is kept as the best",
         "checkpoint/checkpoint.py",
-        "sign = -1.0 if config_checks.highest_is_best(name) else 1.0",
-        "sign = 1.0 if config_checks.highest_is_best(name) else -1.0",
+        "sign = -1.0 if validation.highest_is_best(name) else 1.0",
+        "sign = 1.0 if validation.highest_is_best(name) else -1.0",
         "checkpoint/test_checkpoint.py",
     ),
     Fault(

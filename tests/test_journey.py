@@ -19,7 +19,7 @@ from etils import epath
 from lslm_jax.checkpoint import run_dir
 from lslm_jax.config import loading
 from lslm_jax.data import dataloader
-from lslm_jax.data.tokenizers import tokenizer
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.main import main
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -279,7 +279,7 @@ def test_a_mixture_draws_from_each_source_by_its_weight(lslm_here, tmp_path):
     assert EVALUATION <= set(result)
 
     data_dir, config = tmp_path / "run" / "data", loading.load(f"{tmp_path}/run/config.json")
-    words = tokenizer.load(data_dir / json.loads((data_dir / "manifest.json").read_text())["tokenizer"]["file"])
+    words = load_tokenizer(data_dir / json.loads((data_dir / "manifest.json").read_text())["tokenizer"]["file"])
     data = dataloader.open_train(config, data_dir, config.model.vocab_size)
     rows = [words.decode(ids).strip() for step in range(20) for ids in data.batch(step).tokens_BT]
     low, high = (sum(set(row) <= set(letters) for row in rows) for letters in ("abcdef", "UVWXYZ"))

@@ -19,7 +19,7 @@ from lslm_jax.checkpoint import checkpoint, integrity, metadata, provenance, run
 from lslm_jax.config import Config, loading, setting_flags
 from lslm_jax.data.prepare import data_manifest
 from lslm_jax.data.tokenizers import special_tokens
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.errors import CheckpointRefused, ConfigError, InputMissing
 from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io
@@ -132,7 +132,7 @@ def check_tokenizer(
     entry = facts["tokenizer"]
     found = [entry["sha256"]]
     if entry.get("file"):
-        found.append(tokenizers.load(data_dir / entry["file"]).sha256)
+        found.append(load_tokenizer(data_dir / entry["file"]).sha256)
     for sha256 in found:
         if sha256 != saved["tokenizer_sha256"]:
             raise CheckpointRefused(

@@ -13,7 +13,8 @@ from lslm_jax.checkpoint import integrity
 from lslm_jax.config import Config
 from lslm_jax.data import synthetic_data
 from lslm_jax.data.prepare import data_manifest
-from lslm_jax.data.tokenizers import special_tokens, tokenizer
+from lslm_jax.data.tokenizers import special_tokens
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing, SaveError, first_line
 from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io, lazy_imports
@@ -137,5 +138,5 @@ def read_manifest(config: Config, data_dir: epath.Path) -> dict[str, Any]:
 def by_tokenizer(config: Config) -> tuple[Config, dict[str, Any]]:
     """A config with the vocabulary and labels that it names itself, and what a manifest would say of them."""
     path = epath.Path(config.tokenizer.path)
-    facts = {"tokenizer": tokenizer.load(path).facts() | {"file": path.name}, "labels": list(config.data.labels)}
+    facts = {"tokenizer": load_tokenizer(path).facts() | {"file": path.name}, "labels": list(config.data.labels)}
     return special_tokens.resolve(config, facts)

@@ -31,7 +31,7 @@ from lslm_jax.data.chat import chat_template, tokenize_chat
 from lslm_jax.data.prepare import data_manifest
 from lslm_jax.data.prepare.prepare import prepare as prepare_data
 from lslm_jax.data.shards import Shards
-from lslm_jax.data.tokenizers import tokenizer
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import evaluators, lm_eval_harness
 from lslm_jax.evaluate.types import Setting, choose_backend
@@ -356,7 +356,7 @@ def _setting(
 ) -> Setting:
     """What evaluators and answers to prompts work with; the kernel is right for the rows of all inputs."""
     file = facts["tokenizer"].get("file")
-    words = tokenizer.load(data_dir / file) if file else None
+    words = load_tokenizer(data_dir / file) if file else None
     if words is not None and words.sha256 != facts["tokenizer"]["sha256"]:
         raise DataError(f"{data_dir / file} was altered: its sha256 is not the one in {data_dir}/manifest.json")
     backend = choose_backend(config, mesh, inputs)

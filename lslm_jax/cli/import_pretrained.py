@@ -15,9 +15,9 @@ from lslm_jax.convert import hf_reference, parity, pretrained, state_dict
 from lslm_jax.convert.parity import Comparison
 from lslm_jax.convert.pretrained import Pretrained
 from lslm_jax.data.prepare import data_manifest
-from lslm_jax.data.tokenizers import tokenizer
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import model_configs
+from lslm_jax.models.build_model import build_model
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import flatten
 from lslm_jax.train.train_state import State, abstract_model, num_parameters
@@ -84,7 +84,7 @@ def _make(names: list[str], config: Config, abstract: Any) -> dict[str, jax.Arra
     shardings = {name: leaf.sharding for name, leaf in flatten(abstract).items() if name in names}
 
     def make() -> dict[str, jax.Array]:
-        made = flatten(model_configs.build(config.model, jax.random.key(config.seed), config.task.objective))
+        made = flatten(build_model(config.model, jax.random.key(config.seed), config.task.objective))
         return {name: made[name] for name in names}
 
     return jax.jit(make, out_shardings=shardings)()
@@ -142,7 +142,7 @@ def write(workdir: epath.Path, model: Any, config: Config, facts: dict[str, Any]
       SaveError: the directory cannot be written.
     """
     data_dir = workdir / "data"
-    words = tokenizer.load(epath.Path(config.tokenizer.path))
+    words = load_tokenizer(epath.Path(config.tokenizer.path))
     with atomic_io.saving(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
     manifest = {

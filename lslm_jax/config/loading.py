@@ -18,8 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from etils import epath
 
-from lslm_jax import config as schema
-from lslm_jax.config import Config
+from lslm_jax.config import Config, schema
 from lslm_jax.errors import ConfigError, InputMissing, LslmError
 from lslm_jax.runtime import atomic_io
 

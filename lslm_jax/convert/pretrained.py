@@ -16,7 +16,7 @@ from lslm_jax.convert import generation, gguf, hf_decoders, hf_encoder_decoders,
 from lslm_jax.convert import peft_files as adapters
 from lslm_jax.convert.hf_mapping import RUN_KEYS, Family, Unlike
 from lslm_jax.convert.safetensors_io import Stored, same_bytes
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.errors import ConfigError, InputMissing, LslmError
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.progress import say
@@ -269,7 +269,7 @@ def default_config(source: Pretrained, *, reads: bool = True) -> Config:
         )
         task = replace(config.task, objective=objective, multi_label=judges_apart(source, objective))
         if reads and objective in ("causal", "seq2seq"):
-            words = tokenizers.load(epath.Path(config.tokenizer.path))
+            words = load_tokenizer(epath.Path(config.tokenizer.path))
             config = replace(config, generate=generation.read(source.directory, source.settings, words))
         return _typed(replace(config, data=data, task=task))
 

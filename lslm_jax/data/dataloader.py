@@ -21,7 +21,7 @@ from lslm_jax.data.objectives.chat import ChatRows
 from lslm_jax.data.row_dataset import CausalRows, DocumentRows, MaskedRows, Rows, SpanRows
 from lslm_jax.data.shards import Shards
 from lslm_jax.data.synthetic_data import SyntheticInput
-from lslm_jax.data.tokenizers import tokenizer
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.data.tokenizers.special_tokens import Special, special_ids
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.runtime import atomic_io
@@ -258,7 +258,7 @@ def make_rows(shards: Shards, config: Config, special: Special, words: epath.Pat
     """A split as the rows of the config's objective; `words` is the tokenizer where whole words are masked."""
     objective = config.task.objective
     if objective == "masked":
-        return MaskedRows(shards, config, special, tokenizer.load(words).word_starts if words else None)
+        return MaskedRows(shards, config, special, load_tokenizer(words).word_starts if words else None)
     if objective == "seq2seq":
         of_family = seq2seq.EncodedPairs if config.model.family == "encoder_decoder" else seq2seq.DecodedPairs
         return of_family(shards, config, special)

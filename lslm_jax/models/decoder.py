@@ -18,7 +18,7 @@ class Decoder(Embedding, Tower):
     """Reads tokens, says at each position which may come next."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
-        """Args: config with all sizes filled in (`config_checks`)."""
+        """Args: config with all sizes filled in (`config.validation`)."""
         keys = jax.random.split(key, 4)
         Embedding.__init__(self, config, (keys[0], keys[1], keys[3]))
         Tower.__init__(self, config, keys[2], causal=True)

@@ -17,7 +17,7 @@ class Encoder(Embedding, Tower):
     """Reads tokens as a whole; its top says what the objective asks."""
 
     def __init__(self, config: ModelConfig, key: jax.Array, objective: str):
-        """Args: config with all sizes filled in (`config_checks`)."""
+        """Args: config with all sizes filled in (`config.validation`)."""
         keys = jax.random.split(key, 5)
         Embedding.__init__(self, config, (keys[0], keys[1], keys[3]), head=objective == "masked")
         Tower.__init__(self, config, keys[2], causal=False)

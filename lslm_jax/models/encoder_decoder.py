@@ -23,7 +23,7 @@ class Seq2Seq(Embedding):
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
-        """Args: config with all sizes filled in (`config_checks`)."""
+        """Args: config with all sizes filled in (`config.validation`)."""
         keys = jax.random.split(key, 5)
         super().__init__(config, (keys[0], keys[1], keys[4]))
         self.encoder = Tower(config, keys[2], causal=False)

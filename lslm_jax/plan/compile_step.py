@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 from lslm_jax.config import Config
 from lslm_jax.data import synthetic_data
 from lslm_jax.data.batch import Batch
-from lslm_jax.data.tokenizers import special_tokens, tokenizer
+from lslm_jax.data.tokenizers import special_tokens
+from lslm_jax.data.tokenizers.bytes import Bytes
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.evaluate.types import choose_backend
 from lslm_jax.models.attention import Backend
 from lslm_jax.parallel.sharding import make_mesh, use
@@ -53,9 +55,9 @@ def resolve(config: Config) -> Config:
     config = replace(config, data=replace(config.data, source="synthetic", mixture=()))
     facts = synthetic_data.facts(config)
     if config.tokenizer.kind == "bytes":
-        facts |= {"tokenizer": tokenizer.Bytes().facts()}
+        facts |= {"tokenizer": Bytes().facts()}
     elif config.tokenizer.path and not config.model.vocab_size:
-        facts |= {"tokenizer": tokenizer.load(config.tokenizer.path).facts()}
+        facts |= {"tokenizer": load_tokenizer(config.tokenizer.path).facts()}
     if config.data.labels:
         facts |= {"labels": config.data.labels}
     return special_tokens.resolve(config, facts)[0]

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from lslm_jax.config import Config
-from lslm_jax.models.model_configs import flops_per_token, keys_seen, layer_types
+from lslm_jax.models.flops import flops_per_token, keys_seen
+from lslm_jax.models.model_configs import layer_types
 from lslm_jax.parallel import hardware_specs
 from lslm_jax.parallel.hardware_specs import Device
 from lslm_jax.plan import cost_model, hlo_parser

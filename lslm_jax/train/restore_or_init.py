@@ -15,7 +15,8 @@ from lslm_jax.checkpoint.integrity import has_manifest
 from lslm_jax.config import Config
 from lslm_jax.convert import hf_hub, pretrained
 from lslm_jax.convert.hf_mapping import differences
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.bytes import Bytes
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.errors import CheckpointRefused, DataError, InputMissing
 from lslm_jax.runtime import atomic_io
 from lslm_jax.runtime.pytree import flatten
@@ -118,7 +119,7 @@ def check_tokenizer(config: Config, start: Start) -> None:
     is_given = config.tokenizer.kind == "bytes" or (config.tokenizer.path and path.is_file())
     if not is_given or (config.data.source in ("shards", "synthetic") and not config.data.mixture):
         return
-    own = tokenizers.Bytes() if config.tokenizer.kind == "bytes" else tokenizers.load(path)
+    own = Bytes() if config.tokenizer.kind == "bytes" else load_tokenizer(path)
     if start.is_pretrained:
         directory, theirs = start.path, _sha256_of_pretrained(pretrained.describe(start.path))
     else:
@@ -133,7 +134,7 @@ def check_tokenizer(config: Config, start: Start) -> None:
 
 
 def _sha256_of_pretrained(source: Any) -> str:
-    return tokenizers.load(pretrained.vocabulary(pretrained.tokenizer_directory(source))).sha256
+    return load_tokenizer(pretrained.vocabulary(pretrained.tokenizer_directory(source))).sha256
 
 
 def _load_pretrained(

@@ -21,7 +21,7 @@ from lslm_jax.data.skipped_batches import Detour
 from lslm_jax.errors import CheckpointRefused
 from lslm_jax.evaluate.types import Evaluator
 from lslm_jax.models.attention import Backend
-from lslm_jax.models.model_configs import flops_per_token
+from lslm_jax.models.flops import flops_per_token
 from lslm_jax.parallel import multihost
 from lslm_jax.parallel.sharding import use
 from lslm_jax.resilience import deterministic_step

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lslm_jax.config import Config
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import model_configs
+from lslm_jax.models.build_model import build_model
 from lslm_jax.parallel.sharding import shardings_of
 from lslm_jax.runtime.pytree import flatten, split
 
@@ -51,7 +51,7 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
 
 def abstract_model(config: Config, mesh: Mesh, dtype: str | None = None) -> Any:
     """Shapes, types and shardings of the model alone; its weights in another type than float32 if asked."""
-    build = lambda: model_configs.build(config.model, jax.random.key(config.seed), config.task.objective)
+    build = lambda: build_model(config.model, jax.random.key(config.seed), config.task.objective)
     cast = lambda leaf: leaf.astype(dtype or leaf.dtype)
     return _placed(jax.eval_shape(lambda: jax.tree.map(cast, build())), mesh)
 
@@ -154,7 +154,7 @@ def _survey(arrays: list[jax.Array], second: tuple[bool, ...]) -> tuple[jax.Arra
 
 
 def _create(config: Config, optimizer: optax.GradientTransformation) -> State:
-    model = model_configs.build(config.model, jax.random.key(config.seed), config.task.objective)
+    model = build_model(config.model, jax.random.key(config.seed), config.task.objective)
     return State(
         step=jnp.zeros((), jnp.int32),
         model=model,

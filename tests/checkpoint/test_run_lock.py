@@ -17,8 +17,8 @@ from lslm_jax.errors import ConfigError, SaveError
 HOLD = """
 import sys, time
 from etils import epath
-from lslm_jax.train import lock
-with lock.hold(epath.Path(sys.argv[1])):
+from lslm_jax.checkpoint import run_lock
+with run_lock.hold(epath.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -418,9 +418,9 @@ def test_the_keys_that_scripts_rely_on_are_there():
 
 def test_loading_and_checking_is_fast_and_imports_nothing_slow(write):
     code = (
-        "import sys; from lslm_jax import config_checks, config_loading; "
-        "config_checks.validate(config_loading.override(config_loading.load(sys.argv[1]), [('seed', '1')])); "
-        "list(config_loading.describe()); "
+        "import sys; from lslm_jax.config import loading, validation; "
+        "validation.validate(loading.override(loading.load(sys.argv[1]), [('seed', '1')])); "
+        "list(loading.describe()); "
         "print(*{name.split('.')[0] for name in sys.modules} & {'jax', 'tensorflow', 'flax', 'numpy', 'orbax'})"
     )
     command = [sys.executable, "-c", code, write("c.py", PLAIN)]

@@ -10,7 +10,8 @@ import pytest
 
 from lslm_jax.config import DataConfig, loading, validation
 from lslm_jax.data import dataloader
-from lslm_jax.models import attention, model_configs
+from lslm_jax.models import attention
+from lslm_jax.models.build_model import build_model
 from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.train.optimizers import make_optimizer
 from lslm_jax.train.train_state import abstract_state, init_state
@@ -52,7 +53,7 @@ def test_a_config_is_sound_survives_json_and_says_its_command(path):
 def test_a_config_builds_its_model(path):
     config = validation.validate(loading.load(str(path)))
     model = resolved(config).model
-    shapes = jax.eval_shape(lambda: model_configs.build(model, jax.random.key(0), config.task.objective))
+    shapes = jax.eval_shape(lambda: build_model(model, jax.random.key(0), config.task.objective))
     assert shapes.embed.shape[0] >= model.vocab_size
 
 

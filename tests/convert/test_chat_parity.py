@@ -11,7 +11,7 @@ from etils import epath
 from lslm_jax.config import Config, DataConfig, TokenizerConfig
 from lslm_jax.data.chat import chat_template, tokenize_chat
 from lslm_jax.data.chat.special_token_escaping import guard_of
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -69,7 +69,7 @@ def theirs(vocabulary):
 
 @pytest.fixture(scope="module")
 def words(vocabulary):
-    return tokenizers.load(epath.Path(vocabulary) / "tokenizer.json")
+    return load_tokenizer(epath.Path(vocabulary) / "tokenizer.json")
 
 
 def template_of(shape, vocabulary, words, tmp_path):

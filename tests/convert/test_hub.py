@@ -18,9 +18,9 @@ from lslm_jax.config import Config, ModelConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import hf_hub
 from lslm_jax.convert.export import Exporter, export
-from lslm_jax.data.tokenizers.tokenizer import Bytes
+from lslm_jax.data.tokenizers.bytes import Bytes
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import model_configs
+from lslm_jax.models.build_model import build_model
 
 pytest.importorskip("huggingface_hub")
 
@@ -99,7 +99,7 @@ def directory(tmp_path_factory):
     """A tiny decoder as a Hugging Face directory."""
     directory = tmp_path_factory.mktemp("model") / "model"
     config = Config(model=fill_sizes(ModelConfig(**LLAMA, gated=True, bias=False, max_length=64, vocab_size=259)))
-    model = jax.jit(lambda: model_configs.build(config.model, jax.random.key(0), "causal"))()
+    model = jax.jit(lambda: build_model(config.model, jax.random.key(0), "causal"))()
     export(epath.Path(directory), model, Exporter(config, Bytes(), []), {})
     return directory
 
@@ -158,14 +158,14 @@ def read(environment):
     """Reads a model in a process of its own: what it is, its tensors and its vocabulary, and the files there are."""
     program = """
 import json, pathlib, sys
-from lslm_jax.convert import pretrained, safetensors
-from lslm_jax.data import tokenizer
+from lslm_jax.convert import pretrained, safetensors_io
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 for address in sys.argv[1:]:
     source = pretrained.describe(address)
     assert pretrained.describe(address).directory == source.directory
-    tensors = safetensors.open_directory(source.directory)
+    tensors = safetensors_io.open_directory(source.directory)
     tensors = {name: tensor.read().tobytes().hex() for name, tensor in tensors.items()}
-    words = tokenizer.load(pretrained.vocabulary(source.directory))
+    words = load_tokenizer(pretrained.vocabulary(source.directory))
     root = pathlib.Path(source.directory)
     files = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
     print(json.dumps([[source.settings, tensors, words.facts()], files]))

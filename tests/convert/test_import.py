@@ -16,10 +16,11 @@ from lslm_jax.config import Config, TaskConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import export, parity
 from lslm_jax.convert.export import Exporter
-from lslm_jax.data.tokenizers.tokenizer import Bytes
+from lslm_jax.data.tokenizers.bytes import Bytes
 from lslm_jax.errors import ConfigError
 from lslm_jax.main import main
 from lslm_jax.models import attention, model_configs
+from lslm_jax.models.build_model import build_model
 from lslm_jax.runtime.pytree import flatten, unflatten
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -42,7 +43,7 @@ LABELS = ["bad", "so-so", "good"]
 def random_model(config, objective):
     """A model whose parameters NumPy draws, so that nothing is compiled."""
     rng = np.random.default_rng(3)
-    abstract = jax.eval_shape(lambda: model_configs.build(config, jax.random.key(0), objective))
+    abstract = jax.eval_shape(lambda: build_model(config, jax.random.key(0), objective))
     arrays = {
         # Scales of norms are close to 1, everything else to 0.
         name: jax.device_put(np.float32(name.endswith(".scale")) + 0.1 * rng.standard_normal(leaf.shape, np.float32))

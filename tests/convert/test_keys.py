@@ -10,8 +10,8 @@ from lslm_jax.config import validation
 from lslm_jax.convert import generation, gguf, hf_keys, peft_files, pretrained
 from lslm_jax.convert.hf_mapping import Family
 from lslm_jax.data.tokenizers import gguf as gguf_files
-from lslm_jax.data.tokenizers import tokenizer
-from lslm_jax.data.tokenizers.tokenizer import Bytes
+from lslm_jax.data.tokenizers.bytes import Bytes
+from lslm_jax.data.tokenizers.huggingface import HuggingFace
 from lslm_jax.errors import ConfigError, DataError, LslmError
 
 BY_NAME = {family.model_type: family for family in pretrained.FAMILIES if family is not pretrained.pairs.T5_GATED}
@@ -326,7 +326,7 @@ def test_user_defined_tokens_of_a_gguf_file_are_tokens_in_text(monkeypatch):
     theirs |= {"tokenizer.ggml.token_type": [3, 3, 4, 1, 1, 1, 1, 1], "tokenizer.ggml.fim_pre_token_id": 1}
     theirs |= {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1}
     monkeypatch.setattr(gguf_files, "open_file", lambda path: (theirs, []))
-    words = tokenizer.HuggingFace(*gguf_files.vocabulary(epath.Path("model.gguf")))
+    words = HuggingFace(*gguf_files.vocabulary(epath.Path("model.gguf")))
     assert words.encode("<think>th<s>").tolist() == [2, 7, 3, 6], "<s> is no text"
     assert words.decode([2, 7]) == "<think>th"
     theirs["tokenizer.ggml.remove_extra_whitespaces"] = True

@@ -15,9 +15,9 @@ from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import generation, pretrained
 from lslm_jax.convert.export import Exporter, export
 from lslm_jax.data import encode_examples
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing
-from lslm_jax.models import model_configs
+from lslm_jax.models.build_model import build_model
 
 ENGLISH = [f"the {animal} sat on mat number {i} and slept" for i in range(40) for animal in ("cat", "small dog")]
 FRENCH = [
@@ -72,8 +72,8 @@ def directory(tmp_path_factory):
     )
     pad = len(ids) - 1
     (directory / "config.json").write_text(json.dumps({"is_encoder_decoder": True, "decoder_start_token_id": pad}))
-    words = tokenizers.load(directory / "source.spm")
-    made = jax.jit(lambda: model_configs.build(config.model, jax.random.key(0), "seq2seq"))()
+    words = load_tokenizer(directory / "source.spm")
+    made = jax.jit(lambda: build_model(config.model, jax.random.key(0), "seq2seq"))()
     export(epath.Path(directory), made, Exporter(config, words, []), {})
     settings = json.loads((directory / "generation_config.json").read_text())
     (directory / "generation_config.json").write_text(json.dumps(settings | {"bad_words_ids": [[pad]]}))
@@ -82,7 +82,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words(directory):
-    return tokenizers.load(directory / "source.spm")
+    return load_tokenizer(directory / "source.spm")
 
 
 def test_ids_and_texts_are_those_of_transformers(directory, words):
@@ -124,7 +124,7 @@ def test_no_text_spells_a_special_token(words):
 
 def test_it_is_saved_as_one_file_and_is_the_same(words, tmp_path):
     assert words.save(epath.Path(tmp_path)) == "marian.json"
-    again = tokenizers.load(tmp_path / "marian.json")
+    again = load_tokenizer(tmp_path / "marian.json")
     assert again.facts() == words.facts() and again.kind == "marian"
     for before, after in zip(words.encode_batch(SOURCES), again.encode_batch(SOURCES), strict=True):
         assert before.tolist() == after.tolist()
@@ -148,13 +148,13 @@ def test_a_directory_translates_is_tuned_and_given_back(directory, words, tmp_pa
     command("export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/out")
     for name in ("source.spm", "target.spm"):
         assert (tmp_path / "out" / name).read_bytes() == (directory / name).read_bytes()
-    out = tokenizers.load(tmp_path / "out" / "source.spm")
+    out = load_tokenizer(tmp_path / "out" / "source.spm")
     assert out.encode(">>fra<< the cat").tolist() == words.encode(">>fra<< the cat").tolist()
     assert (out.bos_id, out.eos_id, out.pad_id) == (words.bos_id, words.eos_id, words.pad_id)
 
 
 def test_padding_is_never_written(directory):
-    words = tokenizers.load(directory / "source.spm")
+    words = load_tokenizer(directory / "source.spm")
     assert generation.read(directory, pretrained.describe(directory).settings, words).never_ids == (words.pad_id,)
 
 
@@ -164,10 +164,10 @@ def test_a_missing_file_is_told(name, directory, tmp_path):
         if path.name != name:
             (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(InputMissing, match=f"holds no {name}"):
-        tokenizers.load(tmp_path / "source.spm")
+        load_tokenizer(tmp_path / "source.spm")
     (tmp_path / name).write_bytes(b"{}")
     with pytest.raises(DataError):
-        tokenizers.load(tmp_path / "source.spm")
+        load_tokenizer(tmp_path / "source.spm")
 
 
 def test_targets_with_ids_of_their_own_are_refused(directory, tmp_path):
@@ -175,4 +175,4 @@ def test_targets_with_ids_of_their_own_are_refused(directory, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "target_vocab.json").write_text("{}")
     with pytest.raises(ConfigError, match="targets have ids of their own"):
-        tokenizers.load(tmp_path / "source.spm")
+        load_tokenizer(tmp_path / "source.spm")

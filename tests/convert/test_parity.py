@@ -13,7 +13,7 @@ from etils import epath
 from lslm_jax.config import Config, TaskConfig
 from lslm_jax.convert import export, pretrained, safetensors_io, state_dict
 from lslm_jax.data.batch import Batch
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.models import attention, layers
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train import losses
@@ -384,7 +384,7 @@ def test_the_trained_llama_tells_its_story_and_weighs_a_text_as_transformers_doe
     source = pretrained.describe(directory)
     config = Config(model=source.model)
     model = pretrained.load(source, "causal", abstract_model(config, make_mesh(config))).model
-    ours = tokenizers.load(pretrained.vocabulary(source.directory))
+    ours = load_tokenizer(pretrained.vocabulary(source.directory))
     text = "Once upon a time, Tom had a red ball. He threw it over the house and it was gone. Tom was sad."
     read_1T = torch.tensor([[ours.bos_id, *ours.encode(text).tolist()]])
     assert read_1T[0].tolist() == words(text)["input_ids"]

@@ -13,7 +13,7 @@ from lslm_jax.config import Config, TaskConfig
 from lslm_jax.convert import peft as ours_peft
 from lslm_jax.convert import pretrained, safetensors_io
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import model_configs
+from lslm_jax.models.build_model import build_model
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime.pytree import flatten, unflatten
 from lslm_jax.train.train_state import abstract_model
@@ -41,7 +41,7 @@ def load(directory, case, labels, **lora):
     model = replace(source.model, **lora)
     config = Config(model=model, task=TaskConfig(objective=case.objective))
     with jax.set_mesh(make_mesh(config)):
-        fresh = model_configs.build(model, jax.random.key(1), case.objective) if lora else None
+        fresh = build_model(model, jax.random.key(1), case.objective) if lora else None
         abstract = abstract_model(config, make_mesh(config))
         fresh = fresh and jax.tree.map(lambda a, like: jax.device_put(a, like.sharding), fresh, abstract)
         return source, pretrained.load(source, case.objective, fresh or abstract, fresh).model

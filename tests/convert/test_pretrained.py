@@ -19,6 +19,7 @@ from lslm_jax.convert.hf_mapping import differences
 from lslm_jax.errors import ConfigError, LslmError
 from lslm_jax.main import main
 from lslm_jax.models import model_configs
+from lslm_jax.models.build_model import build_model
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.runtime.pytree import flatten
 from lslm_jax.train.train_state import abstract_model
@@ -343,7 +344,7 @@ def test_old_names_of_norms_and_heads_of_another_size_are_taken_for_what_they_ar
     config = Config(model=model, task=TaskConfig(objective="classification"), train=TrainConfig(batch_size=8))
     mesh = make_mesh(config)
     abstract = lambda config: abstract_model(config, mesh)
-    build = lambda config: jax.jit(lambda: model_configs.build(config.model, jax.random.key(1), "classification"))()
+    build = lambda config: jax.jit(lambda: build_model(config.model, jax.random.key(1), "classification"))()
     made = build(config)
     family = export.family_of(model, "classification")
     arrays = {

@@ -205,7 +205,7 @@ def test_an_export_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     old = (directory / "config.json").read_bytes(), (directory / "model.safetensors").read_bytes()
     from test_import import Exporter, random_model
 
-    from lslm_jax.data.tokenizers.tokenizer import Bytes
+    from lslm_jax.data.tokenizers.bytes import Bytes
 
     exporter, model = Exporter(config, Bytes(), []), random_model(config.model, "causal")
     monkeypatch.setattr(exporter, "_settings", None)  # fails when all else is written

@@ -14,7 +14,7 @@ from test_import import SIZES, save
 from lslm_jax.config import TokenizerConfig
 from lslm_jax.convert import generation, pretrained
 from lslm_jax.data.tokenizers import hf_metadata, train
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.models import model_configs
 
 TEXT = "The cat sat, the dog (naïve) slept: 1234 <|end|>\n"
@@ -129,7 +129,7 @@ def contents(directory):
     """All that a directory defines besides its weights, as our readers and the files have it."""
     directory = epath.Path(directory)
     source = pretrained.describe(directory)
-    words = tokenizers.load(pretrained.vocabulary(directory))
+    words = load_tokenizer(pretrained.vocabulary(directory))
     beside = hf_metadata.read(directory)
     objective = pretrained.task_of(source)
     ids = [words.encode(text).tolist() for text in (TEXT, "<|turn|>x", "")]

@@ -12,7 +12,7 @@ from lslm_jax.data.objectives import classification_rows
 from lslm_jax.data.shards import Shards, ShardWriter
 from lslm_jax.data.tokenizers import hf_classes, to_hf, train
 from lslm_jax.data.tokenizers import special_tokens as special
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -71,7 +71,7 @@ def test_a_pair_of_a_given_tokenizer_is_what_transformers_makes_of_it(kind, tmp_
     (tmp_path / "out").mkdir()
     theirs.save_pretrained(tmp_path / "in")
     (tmp_path / "in" / "config.json").write_text(json.dumps({"model_type": kind}))
-    words = tokenizers.load(tmp_path / "in" / "tokenizer.json")
+    words = load_tokenizer(tmp_path / "in" / "tokenizer.json")
     ids, types = own_row(words, tmp_path)
     again = exported(words, kind, tmp_path / "out")
     for tokenizer in (theirs, again):

@@ -11,8 +11,8 @@ import pytest
 from lslm_jax.config import Config, TaskConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.convert import pretrained
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
-from lslm_jax.models import model_configs
+from lslm_jax.data.tokenizers.loading import load_tokenizer
+from lslm_jax.models.build_model import build_model
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train.train_state import abstract_model
 
@@ -40,12 +40,12 @@ def test_embeddings_of_minilm_are_those_of_transformers(packages):
     source = pretrained.describe(directory)
     source = source._replace(model=fill_sizes(replace(source.model, num_labels=2)))
     config = Config(model=source.model, task=TaskConfig(objective="classification"))
-    fresh = model_configs.build(source.model, jax.random.key(0), "classification")
+    fresh = build_model(source.model, jax.random.key(0), "classification")
     loaded = pretrained.load(source, "classification", abstract_model(config, make_mesh(config)), fresh)
     assert (loaded.fresh, loaded.skipped) == (["top.bias", "top.head"], ["embeddings.position_ids"])
     theirs = transformers.AutoModel.from_pretrained(directory, attn_implementation="eager").eval()
     their_words = transformers.AutoTokenizer.from_pretrained(directory)
-    words = tokenizers.load(pretrained.vocabulary(source.directory))
+    words = load_tokenizer(pretrained.vocabulary(source.directory))
     for text in TEXTS:
         ids = [words.bos_id, *words.encode(text).tolist(), words.eos_id]
         assert ids == their_words(text)["input_ids"]
@@ -68,7 +68,7 @@ def test_smollm2_from_gguf_writes_what_it_writes_in_transformers(packages, comma
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
     their_words = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     ids = their_words(prompt, return_tensors="pt")["input_ids"]
-    assert tokenizers.load(path).encode(prompt).tolist() == ids[0].tolist()
+    assert load_tokenizer(path).encode(prompt).tolist() == ids[0].tolist()
     expected = theirs.generate(ids, max_new_tokens=24, do_sample=False)
     asked = ["generate", f"--pretrained={path}", f"--prompt={prompt}", "--config.generate.max_tokens=24"]
     assert command(*asked) == their_words.decode(expected[0], skip_special_tokens=True) + "\n"

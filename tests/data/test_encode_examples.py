@@ -9,8 +9,9 @@ from lslm_jax.config import CleanConfig, Source, TokenizerConfig
 from lslm_jax.data import encode_examples, label_names
 from lslm_jax.data.encode_examples import Recipe
 from lslm_jax.data.readers import squad
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.data.tokenizers import train
+from lslm_jax.data.tokenizers.base import Tokenizer
+from lslm_jax.data.tokenizers.bytes import Bytes
 from lslm_jax.errors import DataError
 
 REMEDY = "; correct it, or name all by data.labels"
@@ -28,9 +29,9 @@ def recipe(example: str, objective: str, names=(), **settings) -> Recipe:
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe", "unigram"])
-def tokenizer(request) -> tokenizers.Tokenizer:
+def tokenizer(request) -> Tokenizer:
     if request.param == "bytes":
-        return tokenizers.Bytes()
+        return Bytes()
     texts = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 3
     return train.train(iter(texts), TokenizerConfig(model=request.param, vocab_size=310))
 
@@ -108,7 +109,7 @@ def test_the_tokens_of_an_answer_are_the_fewest_that_hold_its_characters(tokeniz
 
 
 def test_no_answer_and_no_answer_in_its_place_have_no_tokens():
-    given, tokenizer, config = recipe("qa", "qa"), tokenizers.Bytes(), CleanConfig(min_chars=1000)
+    given, tokenizer, config = recipe("qa", "qa"), Bytes(), CleanConfig(min_chars=1000)
     wrong = [{"text": "Zo\u00eb", "start": 8}, {"text": "", "start": 0}, {"text": "Zo\u00eb", "start": -19}]
     for answers, why in [([], None), (wrong, "misplaced_answer"), ([*wrong, QUESTION["answers"][0]], None)]:
         example = QUESTION | {"answers": answers}

@@ -241,7 +241,7 @@ def test_devices_and_pipes_are_rejected(tmp_path):
 )
 def test_one_document_is_limited_in_size(tmp_path, monkeypatch, name, content, message):
     for module in ("formats", "record_files"):
-        monkeypatch.setattr(f"lslm_jax.data.{module}.MAX_RECORD", 1000)
+        monkeypatch.setattr(f"lslm_jax.data.readers.{module}.MAX_RECORD", 1000)
     monkeypatch.setattr("lslm_jax.data.readers.record_files._CHUNK", 700)
     monkeypatch.setattr("lslm_jax.data.readers.formats.MAX_FILE", 2000)
     monkeypatch.setattr("lslm_jax.data.readers.formats._CHUNK", 1 << 10)

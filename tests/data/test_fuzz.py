@@ -20,7 +20,7 @@ from etils import epath
 from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, TaskConfig, TokenizerConfig
 from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.shards import Shards
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.bytes import Bytes
 from lslm_jax.errors import LslmError
 
 ALPHABETS = [
@@ -359,7 +359,7 @@ def has_label(doc: Doc) -> bool:
 
 
 def read_all(directory: pathlib.Path, manifest: dict, kind: str) -> dict[str, list[tuple[str, ...]]]:
-    tokenizer, found = tokenizers.Bytes(), {}
+    tokenizer, found = Bytes(), {}
     for name, split in manifest["splits"].items():
         shards = Shards.open(epath.Path(directory) / name, verify=True)
         ids = shards.take(np.arange(shards.num_tokens))

@@ -9,7 +9,7 @@ from etils import epath
 
 from lslm_jax.config import TokenizerConfig
 from lslm_jax.data.tokenizers import base, hf_classes, to_hf, train
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.errors import ConfigError, DataError
 
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -29,7 +29,7 @@ def load(directory, content, settings, model_type="llama"):
     (directory / "tokenizer.json").write_text(json.dumps(content))
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"} | settings))
     (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
-    return tokenizers.load(epath.Path(directory / "tokenizer.json"))
+    return load_tokenizer(epath.Path(directory / "tokenizer.json"))
 
 
 DIFFERENT = {  # changes of the file, its class, the type of the model, the part that transformers replaces

@@ -13,7 +13,7 @@ from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, Task
 from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.readers import sources
 from lslm_jax.data.shards import Shards
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 BYTES = TokenizerConfig(kind="bytes")
@@ -37,7 +37,7 @@ def read(directory: pathlib.Path, split: str = "train") -> list[tuple[str, ...]]
     """The fields of each example of a prepared split, as text."""
     shards = Shards.open(epath.Path(directory) / split, verify=True)
     manifest = json.loads((directory / "manifest.json").read_text())
-    tokenizer = tokenizers.load(epath.Path(directory) / manifest["tokenizer"]["file"])
+    tokenizer = load_tokenizer(epath.Path(directory) / manifest["tokenizer"]["file"])
     ids = shards.take(np.arange(shards.num_tokens))
     texts = [tokenizer.decode(part) for part in np.split(ids, shards.starts[1:-1])]
     return [tuple(texts[i : i + shards.fields]) for i in range(0, len(texts), shards.fields)]
@@ -425,7 +425,7 @@ def test_a_vocabulary_is_trained_on_both_texts_of_an_example(tmp_path):
     config = seq2seq(files=(write(tmp_path / "a.jsonl", *rows),), text_key="en", target_key="de")
     config = dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=350))
     run(config, tmp_path / "out")
-    tokenizer = tokenizers.load(epath.Path(tmp_path / "out" / "tokenizer.model"))
+    tokenizer = load_tokenizer(epath.Path(tmp_path / "out" / "tokenizer.model"))
     assert {"sentence", "ECNETNES"} <= {tokenizer.piece(i).strip("\u2581") for i in range(350)}
 
 

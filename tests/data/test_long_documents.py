@@ -15,8 +15,10 @@ from lslm_jax.config import CleanConfig, Config, DataConfig, TokenizerConfig
 from lslm_jax.data.prepare import cleaning, long_documents
 from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.shards import Shards
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.data.tokenizers import train
+from lslm_jax.data.tokenizers.base import Tokenizer
+from lslm_jax.data.tokenizers.bytes import Bytes
+from lslm_jax.data.tokenizers.huggingface import HuggingFace
 from lslm_jax.errors import DataError
 
 ENGLISH = 'The quick (brown) fox, 42 times,  jumped over\u00e9 the lazy dog\'s back;\t"why?" he said -- naturally.'
@@ -84,22 +86,22 @@ def test_bad_bytes_in_a_long_text_are_treated_as_in_any(policy):
         assert b"".join(found.parts).decode() == cleaning.clean_text(expected, CleanConfig())
 
 
-def trained(model: str) -> tokenizers.Tokenizer:
+def trained(model: str) -> Tokenizer:
     texts = [cleaning.clean_text(text_of(seed, count=300), CleanConfig()) for seed in range(5)] + [CJK]
     return train.train(iter(texts), TokenizerConfig(model=model, vocab_size=400))
 
 
-def byte_level() -> tokenizers.Tokenizer:
+def byte_level() -> Tokenizer:
     package = pytest.importorskip("tokenizers")
     model = package.Tokenizer(package.models.BPE())
     model.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = package.decoders.ByteLevel()
     trainer = package.trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False)
     model.train_from_iterator([text_of(seed, count=300) for seed in range(5)], trainer)
-    return tokenizers.HuggingFace(model.to_str().encode(), {})
+    return HuggingFace(model.to_str().encode(), {})
 
 
-def with_prefix() -> tokenizers.Tokenizer:
+def with_prefix() -> Tokenizer:
     """As those of Llama 2: a blank is put before each text."""
     package = pytest.importorskip("tokenizers")
     model = package.Tokenizer(package.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -109,12 +111,12 @@ def with_prefix() -> tokenizers.Tokenizer:
     special = ["<unk>", "<s>", "</s>"]
     trainer = package.trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
     model.train_from_iterator([line for seed in range(3) for line in text_of(seed, count=60).split("\n")], trainer)
-    return tokenizers.HuggingFace(model.to_str().encode(), {})
+    return HuggingFace(model.to_str().encode(), {})
 
 
 @pytest.mark.parametrize(
     "make",
-    [tokenizers.Bytes, lambda: trained("bpe"), lambda: trained("unigram"), byte_level, with_prefix],
+    [Bytes, lambda: trained("bpe"), lambda: trained("unigram"), byte_level, with_prefix],
     ids=["bytes", "bpe", "unigram", "byte-level", "prefix"],
 )
 def test_tokens_in_parts_are_those_of_the_whole(make):

@@ -7,7 +7,7 @@ from tiny_data import BOS, EOS, PACKINGS, VOCAB_SIZE, Case, config_of, write_all
 from lslm_jax.data.dataloader import open_eval, open_train
 from lslm_jax.data.objectives.masked_lm import choose_words, num_predictions
 from lslm_jax.data.shards import ShardWriter
-from lslm_jax.data.tokenizers import tokenizer
+from lslm_jax.data.tokenizers.bytes import Bytes
 
 MASKED = Case("masked", "encoder")
 SIZE = VOCAB_SIZE + 1
@@ -129,7 +129,7 @@ def test_every_word_is_as_likely_as_any_other():
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_whole_words_of_a_tokenizer_are_hidden_whole(tmp_path, packing):
-    words = tokenizer.Bytes()
+    words = Bytes()
     writer = ShardWriter(tmp_path / "train", words.vocab_size, 1 << 20)
     for i in range(20):
         writer.add([words.encode(" ".join(["ab", "c", "def", "ghij"][(i * j) % 4] for j in range(i)))], 1, i + 1)

@@ -22,8 +22,9 @@ from lslm_jax.config import CleanConfig, Config, DataConfig, MixtureSource, Toke
 from lslm_jax.data.prepare import cleaning
 from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.shards import Shards
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.data.tokenizers import train as vocabulary
+from lslm_jax.data.tokenizers.loading import load_tokenizer
+from lslm_jax.data.tokenizers.sentencepiece import sentencepiece
 from lslm_jax.errors import ConfigError, DataError, InputMissing, LslmError, SaveError
 
 LIBRARY = pathlib.Path(os.__file__).parent
@@ -45,7 +46,7 @@ def read(directory: pathlib.Path, split: str = "train") -> list[str]:
     """The documents of a prepared split, as text."""
     shards = Shards.open(epath.Path(directory) / split, verify=True)
     manifest = json.loads((directory / "manifest.json").read_text())
-    tokenizer = tokenizers.load(epath.Path(directory) / manifest["tokenizer"]["file"])
+    tokenizer = load_tokenizer(epath.Path(directory) / manifest["tokenizer"]["file"])
     ids = shards.take(np.arange(shards.num_tokens))
     return [tokenizer.decode(part) for part in np.split(ids, shards.starts[1:-1])]
 
@@ -127,9 +128,9 @@ PROGRAM = """if True:
     import sys
     from etils import epath
     from lslm_jax import config
-    from lslm_jax.data import parallel, prepare
+    from lslm_jax.data.prepare import prepare, worker_pool
 
-    parallel._BLOCK_CHARS = 20_000
+    worker_pool._BLOCK_CHARS = 20_000
     settings = config.Config(
         data=config.DataConfig(files=(sys.argv[1],), valid_fraction=0.1, shard_tokens=200_000),
         clean=config.CleanConfig(bad_utf8="skip", min_chars=100),
@@ -418,7 +419,7 @@ def test_near_duplicates_of_real_text_are_dropped(shared, tmp_path):
     ],
 )
 def test_a_missing_package_is_named_when_it_is_needed_and_only_then(tmp_path, monkeypatch, package, config, message):
-    tokenizers.sentencepiece.cache_clear()
+    sentencepiece.cache_clear()
     cleaning._empty_minhash.cache_clear()
     for name in ("sentencepiece", "tokenizers", "datasketch", "pyarrow", "tensorflow_datasets"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -18,7 +18,7 @@ from lslm_jax.data.dataloader import open_eval, open_train
 from lslm_jax.data.encode_examples import Recipe
 from lslm_jax.data.prepare.prepare import prepare
 from lslm_jax.data.shards import Shards
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.bytes import Bytes
 from lslm_jax.data.tokenizers.train import train as train_vocabulary
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
@@ -59,7 +59,7 @@ def answers_of(learnt: tokenize_chat.Learnt, words) -> list[str]:
 @pytest.fixture(scope="module", params=["bytes", "bpe"])
 def words(request):
     if request.param == "bytes":
-        return tokenizers.Bytes()
+        return Bytes()
     texts = ["user assistant said <|im_start|> </s> that </s is not <s> an end\n"] * 9
     return train_vocabulary(iter(texts), TokenizerConfig(vocab_size=300))
 
@@ -106,7 +106,7 @@ def test_a_beginning_that_is_not_that_of_answers_is_refused(words):
 
 
 def test_a_template_tells_how_an_answer_ends():
-    words = tokenizers.Bytes()
+    words = Bytes()
     ending = lambda text: tokenize_chat.ending(template(text), words)
     assert ending(TURNS) == ((words.eos_id,), ())
     assert ending("{{ messages[1].content }} [end]\n{{ messages[0].content }}") == ((), ("[end]\nQuestion",))
@@ -115,7 +115,7 @@ def test_a_template_tells_how_an_answer_ends():
 
 
 def test_an_end_that_is_no_token_is_learnt_as_text():
-    words, text = tokenizers.Bytes(), "{% for m in messages %}{{ m.content }}[end]\n\n{% endfor %}"
+    words, text = Bytes(), "{% for m in messages %}{{ m.content }}[end]\n\n{% endfor %}"
     [learnt] = tokenize_chat.learn({"messages": turns("a", "b")}, template(text), words, "f:1")
     assert words.decode(learnt.ids[learnt.marks == 1]) == "b[end]"
 
@@ -323,7 +323,7 @@ def test_the_input_of_an_instruction_follows_it(tmp_path):
     keys = {"text_key": "instruction", "input_key": "input", "target_key": "output"}
     config = config_of(tmp_path, lines=lines, **keys)
     run(config, tmp_path / "out")
-    shards, words = Shards.open(epath.Path(tmp_path / "out" / "train")), tokenizers.Bytes()
+    shards, words = Shards.open(epath.Path(tmp_path / "out" / "train")), Bytes()
     texts = [words.decode(shards.take(np.arange(*shards.starts[2 * i : 2 * i + 2]))) for i in range(4)]
     assert [text.partition("assistant:")[0] for text in texts] == [
         "user:Translate.\n\neins\n",
@@ -601,7 +601,7 @@ def test_tables_hold_conversations_or_questions_and_answers(tmp_path, suffix):
         config = dataclasses.replace(config, data=data)
     dropped = run(config, tmp_path / "out")["dropped"]
     assert dropped == ({"duplicate": 1} if suffix == "parquet" else {})
-    words = tokenizers.Bytes()
+    words = Bytes()
     [learnt] = tokenize_chat.learn(
         {"messages": turns(*("abcd" if suffix == "parquet" else "ab"))}, template(TURNS), words, "f:1"
     )

@@ -13,9 +13,13 @@ import pytest
 import tokenizers as package
 from etils import epath
 
+import lslm_jax
 from lslm_jax.config import TokenizerConfig
 from lslm_jax.data.tokenizers import to_hf, train
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.base import Tokenizer
+from lslm_jax.data.tokenizers.bytes import Bytes
+from lslm_jax.data.tokenizers.loading import load_tokenizer
+from lslm_jax.data.tokenizers.sentencepiece import SentencePiece
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 
 LIBRARY = pathlib.Path(os.__file__).parent
@@ -44,7 +48,7 @@ def model(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(model, sources) -> tokenizers.Tokenizer:
+def trained(model, sources) -> Tokenizer:
     return train.train(iter(sources[:12]), TokenizerConfig(model=model, vocab_size=1024))
 
 
@@ -74,14 +78,14 @@ def test_training_depends_on_the_text_alone(model, trained):
         import os, pathlib, sys
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         from lslm_jax.config import TokenizerConfig
-        from lslm_jax.data import tokenizer_json, vocabulary
+        from lslm_jax.data.tokenizers import train
         paths = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))[:12]
         texts = [path.read_bytes().decode() for path in paths]
         config = TokenizerConfig(model=sys.argv[1], vocab_size=1024)
-        print(vocabulary.train(iter(texts), config).sha256)
+        print(train.train(iter(texts), config).sha256)
     """
     command = [sys.executable, "-c", program, model]
-    root = pathlib.Path(tokenizers.__file__).parents[2]
+    root = pathlib.Path(lslm_jax.__file__).parents[1]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.split() == [trained.sha256]
     assert run.stderr == ""
@@ -151,7 +155,7 @@ def test_no_text_is_no_vocabulary():
 
 
 def test_bytes_are_bytes():
-    tokenizer = tokenizers.Bytes()
+    tokenizer = Bytes()
     assert tokenizer.encode("a\u00e9").tolist() == [3 + 0x61, 3 + 0xC3, 3 + 0xA9]
     assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in AWKWARD)
     assert tokenizer.decode([1, 3 + 0x61, 2, 0]) == "a"
@@ -161,9 +165,9 @@ def test_bytes_are_bytes():
 
 
 def test_a_saved_tokenizer_is_the_same_one(trained, tmp_path, hugging_face):
-    for tokenizer in (trained, tokenizers.Bytes(), tokenizers.load(hugging_face())):
+    for tokenizer in (trained, Bytes(), load_tokenizer(hugging_face())):
         path = epath.Path(tmp_path) / tokenizer.save(epath.Path(tmp_path))
-        again = tokenizers.load(path)
+        again = load_tokenizer(path)
         assert again.kind == tokenizer.kind
         assert again.sha256 == tokenizer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         for name in ("vocab_size", "pad_id", "bos_id", "eos_id", "mask_id", "sentinel_ids"):
@@ -212,12 +216,12 @@ def hugging_face_file(
     ],
 )
 def test_special_ids_are_found_where_hugging_face_files_say(hugging_face, beside, special, ids):
-    tokenizer = tokenizers.load(hugging_face(beside, special))
+    tokenizer = load_tokenizer(hugging_face(beside, special))
     assert (tokenizer.bos_id, tokenizer.eos_id) == ids
 
 
 def test_a_special_token_in_text_is_text(hugging_face):
-    tokenizer = tokenizers.load(hugging_face(special=("<s>", "</s>")))
+    tokenizer = load_tokenizer(hugging_face(special=("<s>", "</s>")))
     for text in ("<s>", "a</s>b <s>c", "</s></s>", "plain and long enough"):
         ids = tokenizer.encode(text)
         assert not np.isin(ids, [1, 2]).any()
@@ -226,7 +230,7 @@ def test_a_special_token_in_text_is_text(hugging_face):
 
 
 def test_the_shared_llama_tokenizer_is_read(shared):
-    tokenizer = tokenizers.load(shared / "models" / "stories260K" / "tokenizer.json")
+    tokenizer = load_tokenizer(shared / "models" / "stories260K" / "tokenizer.json")
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (512, 1, 2)
     text = "<s> Once upon a time</s>, \U0001f600!"
     assert not np.isin(tokenizer.encode(text), [0, 1, 2]).any()
@@ -235,9 +239,9 @@ def test_the_shared_llama_tokenizer_is_read(shared):
 
 def test_models_of_others_keep_their_own_ids(shared):
     directory = shared / "tokenizers" / "sentencepiece_tests"
-    google = tokenizers.load(directory / "sentencepiece_test.model")
+    google = load_tokenizer(directory / "sentencepiece_test.model")
     assert (google.pad_id, google.bos_id, google.eos_id) == (2, 1, 2)
-    t5 = tokenizers.load(directory / "seqio_test.model")
+    t5 = load_tokenizer(directory / "seqio_test.model")
     assert (t5.pad_id, t5.bos_id, t5.eos_id) == (0, 1, 1)
     assert google.decode(google.encode("This is a test")) == "This is a test"
 
@@ -257,13 +261,13 @@ def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, name, content,
     if content is not None:
         path.write_text(content)
     with pytest.raises(kind) as error:
-        tokenizers.load(path)
+        load_tokenizer(path)
     assert str(error.value) == message.format(path=path)
 
 
 def test_a_tokenizer_without_begin_and_end_is_refused(hugging_face):
     with pytest.raises(ConfigError, match=r"tokenizer.json: no token begins or ends a text"):
-        tokenizers.load(hugging_face(special=("x1", "x2")))
+        load_tokenizer(hugging_face(special=("x1", "x2")))
 
 
 # Places in the text, words, and the special ids of encoders and encoder-decoders.
@@ -294,7 +298,7 @@ def byte_level(shared, tmp_path) -> epath.Path:
 
 
 @pytest.fixture(scope="module")
-def others(shared, tmp_path_factory) -> dict[str, tokenizers.Tokenizer]:
+def others(shared, tmp_path_factory) -> dict[str, Tokenizer]:
     """Vocabularies that were not trained here: with normalisation, a blank before each text, or bytes in pieces."""
     root = tmp_path_factory.mktemp("others")
     paths = {
@@ -305,13 +309,13 @@ def others(shared, tmp_path_factory) -> dict[str, tokenizers.Tokenizer]:
         "unigram": hugging_face_file(root),
         "bert": word_piece(root),
     }
-    return {name: tokenizers.load(path) for name, path in paths.items()}
+    return {name: load_tokenizer(path) for name, path in paths.items()}
 
 
 ODD = [*AWKWARD, "caf\u00e9 \U0001f600x\ufb01  a\u2581b\n\nfoo \ud55c", "\u1e9b\u0323 \u00bd\u2460 e\u0301"]
 
 
-def check_offsets(tokenizer: tokenizers.Tokenizer, text: str) -> None:
+def check_offsets(tokenizer: Tokenizer, text: str) -> None:
     ids, begins, ends = tokenizer.encode_with_offsets(text)
     np.testing.assert_array_equal(ids, tokenizer.encode(text))
     assert (ids.dtype, begins.dtype, ends.dtype) == (np.int32, np.int64, np.int64)
@@ -321,7 +325,7 @@ def check_offsets(tokenizer: tokenizers.Tokenizer, text: str) -> None:
 
 
 def test_each_token_spells_the_characters_it_says(trained, sources):
-    for tokenizer in (trained, tokenizers.Bytes()):
+    for tokenizer in (trained, Bytes()):
         for text in [*ODD, sources[0][:3000]]:
             check_offsets(tokenizer, text)
             ids, begins, ends = tokenizer.encode_with_offsets(text)
@@ -347,20 +351,20 @@ def test_the_tokens_of_a_word_are_found_by_its_characters(others, name, text):
 
 
 def test_the_bytes_of_one_character_share_its_place(trained):
-    for tokenizer in (trained, tokenizers.Bytes()):
+    for tokenizer in (trained, Bytes()):
         ids, begins, ends = tokenizer.encode_with_offsets("a\u2581\U0001f600")
         assert begins.tolist() == [0] + [1] * 3 + [2] * 4
         assert (ends - begins).tolist() == [1] * len(ids)
 
 
-def words(tokenizer: tokenizers.Tokenizer, text: str) -> list[str]:
+def words(tokenizer: Tokenizer, text: str) -> list[str]:
     ids = tokenizer.encode(text)
     cuts = np.flatnonzero(tokenizer.word_starts(ids))
     return [tokenizer.decode(part) for part in np.split(ids, cuts)[1:]]
 
 
 def test_words_are_what_blanks_separate_and_begin_with_them(trained):
-    for tokenizer in (trained, tokenizers.Bytes()):
+    for tokenizer in (trained, Bytes()):
         assert words(tokenizer, "import os  and\n\nthe r\u00e9st") == [
             "import",
             " os",
@@ -379,12 +383,12 @@ def test_words_of_other_vocabularies(others, name):
 
 
 def test_mask_and_sentinels_are_found_where_the_vocabulary_has_them(trained, others, hugging_face):
-    for tokenizer in (trained, tokenizers.Bytes(), others["llama"], others["google"]):
+    for tokenizer in (trained, Bytes(), others["llama"], others["google"]):
         assert (tokenizer.mask_id, tokenizer.sentinel_ids) == (None, ())
     assert others["bert"].mask_id == 4
     assert not np.isin(others["bert"].encode("a [MASK] b"), [4]).any()
     special = ("</s>", "<extra_id_2>", "<extra_id_1>", "<extra_id_0>", "<mask>")
-    tokenizer = tokenizers.load(hugging_face(special=special))
+    tokenizer = load_tokenizer(hugging_face(special=special))
     assert (tokenizer.mask_id, tokenizer.sentinel_ids) == (5, (4, 3, 2))
     assert not np.isin(tokenizer.encode("a <mask> <extra_id_1>"), [2, 3, 4, 5]).any()
 
@@ -406,7 +410,7 @@ def test_a_sentencepiece_model_may_have_a_mask_and_sentinels_and_no_text_spells_
         eos_id=-1,
         minloglevel=2,
     )
-    tokenizer = tokenizers.SentencePiece(model.getvalue())
+    tokenizer = SentencePiece(model.getvalue())
     cls, sep, mask, second, first = (
         tokenizer._find(f) for f in ("[CLS]", "[SEP]", "[MASK]", "<extra_id_1>", "<extra_id_0>")
     )
@@ -441,7 +445,7 @@ def test_a_hostile_tokenizer_is_refused_in_a_line(parts, message, tmp_path):
         added = {"added_tokens_decoder": {"99": {"content": "<x>", "special": True}}}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(added))
     with pytest.raises((DataError, ConfigError)) as error:
-        tokenizers.load(tmp_path / "tokenizer.json").encode("a" * 40 + "!")
+        load_tokenizer(tmp_path / "tokenizer.json").encode("a" * 40 + "!")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -449,7 +453,7 @@ def test_a_sentencepiece_model_whose_pieces_are_not_utf_8_is_refused(tmp_path):
     made = train.train(iter(["the cat sat on the mat"] * 9), TokenizerConfig(vocab_size=300))
     (tmp_path / "tokenizer.model").write_bytes(made.content.replace("\u2581".encode(), b"\xff\xfe\xff"))
     with pytest.raises(DataError, match="is not a SentencePiece model"):
-        tokenizers.load(tmp_path / "tokenizer.model")
+        load_tokenizer(tmp_path / "tokenizer.model")
 
 
 CHAT = {"eos_token": "<|im_end|>", "bos_token": None, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
@@ -467,7 +471,7 @@ def test_tokens_added_behind_a_sentencepiece_model_are_tokens(where, tmp_path):
     else:
         settings[where] = {str(id): {"content": name, "special": name != "<tool>"} for name, id in ids.items()}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    ours = tokenizers.load(tmp_path / "tokenizer.model")
+    ours = load_tokenizer(tmp_path / "tokenizer.model")
     assert (ours.eos_id, ours.vocab_size, ours.adds_bos) == (size + 1, size + 3, False)
     framed = ours.encode_framed("<|im_start|>user the cat<|im_end|>").ids.tolist()
     assert framed == [size, *made.encode("user the cat"), size + 1]
@@ -475,7 +479,7 @@ def test_tokens_added_behind_a_sentencepiece_model_are_tokens(where, tmp_path):
     assert ours.encode("the<tool>cat").tolist() == [*made.encode("the"), size + 2, *made.encode("cat")]
     assert ours.decode([size, *made.encode("the"), size + 2, size + 1]) == "the<tool>"
     (tmp_path / "run").mkdir()
-    again = tokenizers.load(tmp_path / "run" / ours.save(epath.Path(tmp_path / "run")))
+    again = load_tokenizer(tmp_path / "run" / ours.save(epath.Path(tmp_path / "run")))
     assert (again.facts(), again.special_tokens) == (ours.facts(), ours.special_tokens)
     assert ours.sha256 != made.sha256
 
@@ -486,14 +490,14 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path):
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": False}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match=r"do_lower_case=False, but tokenizer\.json has True"):
-        tokenizers.load(tmp_path / "tokenizer.json")
+        load_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text('{"sep_token": "[SEP]", "split_special_tokens": true}')
     with pytest.raises(ConfigError, match="split_special_tokens=True is not supported"):
-        tokenizers.load(tmp_path / "tokenizer.json")
+        load_tokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text('{"sep_token": "[SEP]"}')
     (tmp_path / "special_tokens_map.json").write_text('{"sep_token": "[CLS]"}')
     with pytest.raises(ConfigError, match="sep_token='\\[CLS\\]' contradicts"):
-        tokenizers.load(tmp_path / "tokenizer.json")
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_a_pair_of_roberta_has_two_separators(tmp_path):
@@ -506,5 +510,5 @@ def test_a_pair_of_roberta_has_two_separators(tmp_path):
             frame = {"type": "BertProcessing", "sep": ["</s>", 1], "cls": ["<s>", 0]}
         content = json.loads(made.to_str()) | {"post_processor": frame}
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-        ours = tokenizers.load(tmp_path / "tokenizer.json")
+        ours = load_tokenizer(tmp_path / "tokenizer.json")
         assert (ours.separators, ours.facts()["separators"]) == (separators, separators)

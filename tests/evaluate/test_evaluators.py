@@ -16,7 +16,8 @@ from lslm_jax.data.shards import Shards
 from lslm_jax.data.tokenizers.special_tokens import special_ids
 from lslm_jax.evaluate import evaluators
 from lslm_jax.evaluate.types import Setting
-from lslm_jax.models import attention, model_configs
+from lslm_jax.models import attention
+from lslm_jax.models.build_model import build_model
 from lslm_jax.parallel.sharding import make_mesh, shardings_of
 
 SPECIAL = special_ids({"vocab_size": 259, "bos_id": 1, "eos_id": 2}, "decoder")
@@ -48,7 +49,7 @@ def config(tmp_path_factory) -> Config:
 
 @pytest.fixture(scope="module")
 def model(config):
-    return jax.jit(lambda: model_configs.build(config.model, jax.random.key(1)))()
+    return jax.jit(lambda: build_model(config.model, jax.random.key(1)))()
 
 
 def evaluate(config: Config, model) -> dict[str, float]:

@@ -12,7 +12,8 @@ from lslm_jax.errors import ConfigError
 from lslm_jax.evaluate import lm_eval_harness, loglikelihood
 from lslm_jax.evaluate.loglikelihood import Text
 from lslm_jax.evaluate.types import Setting
-from lslm_jax.models import attention, model_configs
+from lslm_jax.models import attention
+from lslm_jax.models.build_model import build_model
 from lslm_jax.parallel.sharding import make_mesh, shardings_of
 from lslm_jax.train import losses
 
@@ -26,7 +27,7 @@ MODEL = fill_sizes(
 
 @pytest.fixture(scope="module")
 def model():
-    return jax.jit(lambda: model_configs.build(MODEL, jax.random.key(0), "causal"))()
+    return jax.jit(lambda: build_model(MODEL, jax.random.key(0), "causal"))()
 
 
 def texts():

@@ -12,12 +12,13 @@ from lslm_jax.config import loading, validation
 from lslm_jax.data import dataloader
 from lslm_jax.data.prepare import held_out_files
 from lslm_jax.data.prepare.prepare import prepare
+from lslm_jax.data.tokenizers.bytes import Bytes
 from lslm_jax.data.tokenizers.special_tokens import resolve
-from lslm_jax.data.tokenizers.tokenizer import Bytes
 from lslm_jax.errors import ConfigError, DataError, InputMissing
 from lslm_jax.evaluate import evaluators
 from lslm_jax.evaluate.types import Setting
-from lslm_jax.models import attention, model_configs
+from lslm_jax.models import attention
+from lslm_jax.models.build_model import build_model
 from lslm_jax.parallel.sharding import make_mesh
 
 WORDS = ("film", "plot", "cast", "end", "a", "the", "scene")
@@ -97,7 +98,7 @@ def evaluated(request, tmp_path_factory):
     config, facts = resolve(config, manifest)
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        model = jax.jit(lambda: model_configs.build(config.model, jax.random.key(1), config.task.objective))()
+        model = jax.jit(lambda: build_model(config.model, jax.random.key(1), config.task.objective))()
         held_out = dataloader.open_eval(config, epath.Path(root) / "data", config.model.vocab_size)
         setting = Setting(config, Bytes(), manifest["labels"], facts["special"], attention.XLA, mesh)
         evaluate = lambda data: evaluators.make(setting, data, by_example=True)(model)

@@ -1,7 +1,7 @@
 import pytest
 from tiny_models import GPT, LLAMA, T5, TRANSFORMER, make_model
 
-from lslm_jax.data.tokenizers.tokenizer import Bytes
+from lslm_jax.data.tokenizers.bytes import Bytes
 
 
 @pytest.fixture(scope="session")

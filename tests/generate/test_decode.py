@@ -9,7 +9,7 @@ from tiny_models import GPT, T5, make_model, text_logits
 
 from lslm_jax.config import Config, GenerateConfig, MeshConfig, ModelConfig
 from lslm_jax.config.mesh_axes import mesh_axes
-from lslm_jax.data.tokenizers.tokenizer import Bytes
+from lslm_jax.data.tokenizers.bytes import Bytes
 from lslm_jax.errors import ConfigError
 from lslm_jax.generate import decode
 from lslm_jax.generate.decode import generate, stream

@@ -1,7 +1,8 @@
 import pytest
 
 from lslm_jax.config import GenerateConfig
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.bytes import Bytes
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.generate.detokenize import Row
 
 HARD = "na\u00efve \u20ac5 \U0001f600\U0001f469\u200d\U0001f680 \u65e5\u672c\u8a9e  two  spaces\nend \ufffd!"
@@ -25,7 +26,7 @@ def any_tokenizer(request, shared):
         "byte fallback": shared / "models/stories260K/tokenizer.json",
         "sentencepiece": shared / "tokenizers/sentencepiece_tests/sentencepiece_test.model",
     }
-    return tokenizers.Bytes() if request.param == "bytes" else tokenizers.load(paths[request.param])
+    return Bytes() if request.param == "bytes" else load_tokenizer(paths[request.param])
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
@@ -61,14 +62,14 @@ def test_bytes_that_are_no_characters_read_the_same_in_any_chunks(any_tokenizer,
 
 
 def test_an_unfinished_character_at_the_end_is_told_in_the_end():
-    tokenizer = tokenizers.Bytes()
+    tokenizer = Bytes()
     parts, result = told(tokenizer, tokenizer.encode("a\u20ac")[:-1], eos=False)
     assert parts == ["a", "", "\ufffd"] and result.text == "a\ufffd" and result.ended == "length"
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 def test_text_ends_before_a_stop_string_of_which_no_part_is_told(chunk):
-    tokenizer = tokenizers.Bytes()
+    tokenizer = Bytes()
     parts, result = told(
         tokenizer, tokenizer.encode("one two \n\nUser\nUser: hi"), stop=("zzz", "\nUser:"), chunk=chunk
     )
@@ -78,14 +79,14 @@ def test_text_ends_before_a_stop_string_of_which_no_part_is_told(chunk):
 
 
 def test_what_only_looked_like_a_stop_string_is_told():
-    tokenizer = tokenizers.Bytes()
+    tokenizer = Bytes()
     parts, result = told(tokenizer, tokenizer.encode("abcabd abc"), stop=("abcd",))
     assert "".join(parts) == result.text == "abcabd abc" and result.ended == "eos"
     assert parts[:4] == ["", "", "", "abc"]
 
 
 def test_nothing_after_the_end_of_the_text_counts():
-    tokenizer = tokenizers.Bytes()
+    tokenizer = Bytes()
     ids = [*tokenizer.encode("ab"), tokenizer.eos_id, *tokenizer.encode("cd")]
     _, result = told(tokenizer, ids)
     assert result == (ids[:2], "ab", "eos", 3, None)

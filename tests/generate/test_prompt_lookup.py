@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lslm_jax.config import GenerateConfig
-from lslm_jax.data.tokenizers.tokenizer import Bytes
+from lslm_jax.data.tokenizers.bytes import Bytes
 from lslm_jax.generate import decode
 from lslm_jax.generate.decode import generate, stream
 from lslm_jax.generate.prompt_lookup import guess

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import text_logits
 
 from lslm_jax.config import Config, GenerateConfig, MeshConfig
-from lslm_jax.data.tokenizers.tokenizer import Bytes
+from lslm_jax.data.tokenizers.bytes import Bytes
 from lslm_jax.errors import ConfigError
 from lslm_jax.generate import decode, prefill
 from lslm_jax.generate.decode import generate, stream

@@ -7,7 +7,7 @@ import pytest
 
 from lslm_jax.config import Config, GenerateConfig
 from lslm_jax.convert import pretrained
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.generate.decode import generate, stream
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train.train_state import abstract_model
@@ -22,7 +22,7 @@ def directory(shared):
 
 @pytest.fixture(scope="module")
 def tokenizer(directory):
-    return tokenizers.load(directory / "tokenizer.json")
+    return load_tokenizer(directory / "tokenizer.json")
 
 
 @pytest.fixture(scope="module")

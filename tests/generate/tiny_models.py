@@ -8,8 +8,9 @@ import numpy as np
 from lslm_jax.config import ModelConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.data.batch import Batch
-from lslm_jax.data.tokenizers.tokenizer import Bytes
-from lslm_jax.models import attention, model_configs
+from lslm_jax.data.tokenizers.bytes import Bytes
+from lslm_jax.models import attention
+from lslm_jax.models.build_model import build_model
 
 GPT = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=Bytes().vocab_size, max_length=96))
 LLAMA = replace(
@@ -58,7 +59,7 @@ T5 = replace(
 def make_model(config: ModelConfig):
     @jax.jit
     def make():
-        return jax.tree.map(lambda a: 5.0 * a if a.ndim > 1 else a, model_configs.build(config, jax.random.key(0)))
+        return jax.tree.map(lambda a: 5.0 * a if a.ndim > 1 else a, build_model(config, jax.random.key(0)))
 
     return make()
 

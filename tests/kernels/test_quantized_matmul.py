@@ -14,7 +14,8 @@ from lslm_jax.config.validation import fill_sizes, validate
 from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError
 from lslm_jax.kernels import quantized_matmul
-from lslm_jax.models import attention, model_configs
+from lslm_jax.models import attention
+from lslm_jax.models.build_model import build_model
 from lslm_jax.models.layers import projections
 from lslm_jax.parallel.sharding import make_mesh
 from lslm_jax.train import optimizers
@@ -106,7 +107,7 @@ def test_eight_devices_learn_as_with_bfloat16(kind):
 @functools.cache
 def build(dtype):
     config = replace(GPT, dtype=dtype)
-    return jax.jit(lambda: model_configs.build(config, jax.random.key(0)))()
+    return jax.jit(lambda: build_model(config, jax.random.key(0)))()
 
 
 @functools.cache
@@ -138,4 +139,4 @@ def losses(dtype, mesh, steps=STEPS):
 def test_without_qwix_it_is_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
     with pytest.raises(ConfigError, match=r"need qwix: pip install 'lslm_jax\[quantize\]'"):
-        jax.eval_shape(lambda: model_configs.build(replace(GPT, dtype="float8"), jax.random.key(0)))
+        jax.eval_shape(lambda: build_model(replace(GPT, dtype="float8"), jax.random.key(0)))

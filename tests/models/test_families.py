@@ -14,6 +14,7 @@ from lslm_jax.data.batch import Batch
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import attention, heads, model_configs
 from lslm_jax.models.attention import KeyValues
+from lslm_jax.models.build_model import build_model
 from lslm_jax.models.layers import INIT_STD
 
 T, S, D = 10, 12, 32
@@ -272,7 +273,7 @@ def test_a_head_says_as_many_numbers_as_its_objective_has(objective, rows):
 
 def test_an_encoder_refuses_what_it_has_no_head_for():
     with pytest.raises(ConfigError, match=r"^an encoder does not learn task\.objective=causal(\n|$)"):  # a note of JAX
-        jax.eval_shape(lambda: model_configs.build(BERT, jax.random.key(0)))
+        jax.eval_shape(lambda: build_model(BERT, jax.random.key(0)))
 
 
 def test_masked_tokens_are_those_at_the_places_of_the_batch():
@@ -308,7 +309,7 @@ def test_types_tell_texts_apart_and_none_means_the_first():
 def test_weights_start_as_large_as_what_they_sum_up_is_small():
     big = {"d_model": 144, "head_dim": 32, "num_heads": 4, "d_ff": 256, "vocab_size": 512, "num_kv_heads": 4}
     for config, table, query in [(T5, 1.0, 32**-0.5), (T5_V1_1, 1.0, 32**-0.5), (ORIGINAL, 1 / 12, 1.0)]:
-        model = jax.jit(functools.partial(model_configs.build, replace(config, **big)))(jax.random.key(0))
+        model = jax.jit(functools.partial(build_model, replace(config, **big)))(jax.random.key(0))
         block = model.decoder.blocks
         expected = [(model.embed, table), (block.attention.q.w, query / 12), (block.cross.q.w, query / 12)]
         expected += [(p.w, 1 / 12) for p in (block.attention.k, block.cross.v, block.mlp.up)]
@@ -316,7 +317,7 @@ def test_weights_start_as_large_as_what_they_sum_up_is_small():
         expected += [] if model.head is None else [(model.head, 1 / 12)]
         for param, std in expected:
             assert abs(np.std(param.get_value()) / std - 1) < 0.03
-    bert = jax.jit(functools.partial(model_configs.build, replace(BERT, **big), objective="masked"))(jax.random.key(0))
+    bert = jax.jit(functools.partial(build_model, replace(BERT, **big), objective="masked"))(jax.random.key(0))
     head = bert.top.transform.dense.w
     for param in (bert.embed, bert.positions, bert.blocks.attention.o.w, bert.blocks.mlp.down.w, head):
         assert abs(np.std(param.get_value()) / INIT_STD - 1) < 0.03
@@ -342,7 +343,7 @@ def random_model(config, objective="seq2seq"):
 
 @functools.cache
 def abstract_model(config, objective):
-    return jax.eval_shape(lambda: model_configs.build(config, jax.random.key(0), objective))
+    return jax.eval_shape(lambda: build_model(config, jax.random.key(0), objective))
 
 
 @jax.jit

@@ -14,8 +14,9 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from lslm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import validate
 from lslm_jax.data.batch import Batch
-from lslm_jax.models import attention, model_configs
+from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend
+from lslm_jax.models.build_model import build_model
 from lslm_jax.parallel.sharding import batch_sharding, make_mesh, shardings_of
 from lslm_jax.train import optimizers, train_state
 from lslm_jax.train import train_step as step
@@ -77,7 +78,7 @@ def lowered_features(backend, platform, family, mesh=None, **model):
 
     unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (FORWARD, BACKWARD)]
     with jax.set_mesh(mesh):
-        abstract = jax.eval_shape(lambda: model_configs.build(config.model, jax.random.key(0), "masked"))
+        abstract = jax.eval_shape(lambda: build_model(config.model, jax.random.key(0), "masked"))
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             abstract,

@@ -10,7 +10,9 @@ from lslm_jax.config import Config, ModelConfig, TrainConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention, model_configs
+from lslm_jax.models.build_model import build_model
 from lslm_jax.models.embedding import padded_vocab
+from lslm_jax.models.flops import flops_per_token
 from lslm_jax.train import losses, train_step
 from lslm_jax.train.train_state import divide, num_parameters
 
@@ -28,7 +30,7 @@ from lslm_jax.train.train_state import divide, num_parameters
 )
 def test_presets_have_the_published_number_of_parameters(config, parameters):
     config = fill_sizes(config)
-    model = jax.eval_shape(lambda: model_configs.build(config, jax.random.key(0)))
+    model = jax.eval_shape(lambda: build_model(config, jax.random.key(0)))
     tables = 1 if config.tie_embeddings else 2
     padding = tables * (padded_vocab(config) - config.vocab_size) * config.d_model
     assert num_parameters(model) - padding == parameters
@@ -49,7 +51,7 @@ def test_presets_of_encoders_and_encoder_decoders_have_the_published_number_of_p
     config, objective, parameters
 ):
     config = fill_sizes(config)
-    model = jax.eval_shape(lambda: model_configs.build(config, jax.random.key(0), objective))
+    model = jax.eval_shape(lambda: build_model(config, jax.random.key(0), objective))
     extra = padded_vocab(config) - config.vocab_size
     # Of the vocabulary's padding there is a row in each table, and a number in the bias of masked tokens.
     padding = extra * config.d_model * (1 if config.tie_embeddings else 2) + extra * (objective == "masked")
@@ -60,9 +62,9 @@ def test_of_experts_only_those_that_a_token_meets_cost_anything():
     mixture = fill_sizes(replace(model_configs.mixtral_8x7b, shared_experts=1))
     wide = replace(mixture, num_experts=0, shared_experts=0, d_ff=3 * mixture.d_ff)
     routers = 6 * mixture.num_layers * mixture.d_model * mixture.num_experts
-    assert model_configs.flops_per_token(mixture, 512) == model_configs.flops_per_token(wide, 512) + routers
+    assert flops_per_token(mixture, 512) == flops_per_token(wide, 512) + routers
     more = replace(mixture, num_experts=2 * mixture.num_experts)
-    assert model_configs.flops_per_token(more, 512) == model_configs.flops_per_token(mixture, 512) + routers
+    assert flops_per_token(more, 512) == flops_per_token(mixture, 512) + routers
 
 
 LLAMA = replace(model_configs.LLAMA, num_kv_heads=2, d_ff=1024, dtype="float32")
@@ -80,13 +82,13 @@ def test_flops_per_token_agree_with_what_xla_counts(family):
     ids_BT = jax.ShapeDtypeStruct((B, T), jnp.int32)
     batch = Batch(ids_BT, ids_BT, jax.ShapeDtypeStruct((B, T), jnp.float32))
     gradient = jax.jit(lambda *args: train_step.accumulate_gradients(config, attention.XLA, *args))
-    abstract = jax.eval_shape(lambda: model_configs.build(config.model, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: build_model(config.model, jax.random.key(0)))
     compiled = gradient.lower(*divide(config, abstract), batch, jax.eval_shape(lambda: jax.random.key(0))).compile()
     seen = sum(min(t + 1, model.window or T) for t in range(T)) / T
     # The reference multiplies masked pairs too, which a fused kernel leaves out and nobody counts as work.
     masked = 6 * 2 * model.num_layers * 512 * (T - seen)
     counted = compiled.cost_analysis()["flops"] / (B * T)
-    assert counted == pytest.approx(model_configs.flops_per_token(config.model, T) + masked, rel=0.05)
+    assert counted == pytest.approx(flops_per_token(config.model, T) + masked, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_flops_of_encoders_and_encoder_decoders_agree_with_what_xla_counts(famil
         settings = losses.Settings(w_VD.shape[0], chunk=B * T)
         return losses.cross_entropy(x_BPD, w_VD, batch.targets_BT, batch.weights_BT, settings, b_V).objective
 
-    abstract = jax.eval_shape(lambda: model_configs.build(model, jax.random.key(0), objective))
+    abstract = jax.eval_shape(lambda: build_model(model, jax.random.key(0), objective))
     counted = jax.jit(jax.grad(objective_of)).lower(abstract, batch).compile().cost_analysis()["flops"] / (B * T)
     # The reference multiplies masked pairs too, which nobody counts as work.
     both = lambda n: sum(min(t, window - 1) + min(n - 1 - t, window - 1) + 1 for t in range(n)) / n if window else n
@@ -128,7 +130,7 @@ def test_flops_of_encoders_and_encoder_decoders_agree_with_what_xla_counts(famil
         masked = T - both(T)  # of two layers the first sees everything
     else:
         masked = (S - both(S)) * S / T + T - (T + 1) / 2
-    expected = model_configs.flops_per_token(model, T, S, objective, predictions) + 6 * 2 * D * masked
+    expected = flops_per_token(model, T, S, objective, predictions) + 6 * 2 * D * masked
     assert counted == pytest.approx(expected, rel=0.05)
 
 
@@ -136,6 +138,6 @@ def test_attention_is_counted_over_the_tokens_a_query_sees():
     config = fill_sizes(model_configs.llama_1b)
     for window, length in [(0, 100), (7, 100), (100, 100), (300, 100), (1, 100)]:
         seen = sum(min(t + 1, window or length) for t in range(length)) / length
-        flops = model_configs.flops_per_token(replace(config, window=window), length)
-        without = model_configs.flops_per_token(replace(config, window=1), length)
+        flops = flops_per_token(replace(config, window=window), length)
+        without = flops_per_token(replace(config, window=1), length)
         assert flops - without == pytest.approx(6 * 2 * 16 * 2048 * (seen - 1))

@@ -17,6 +17,7 @@ from lslm_jax.kernels.grouped_matmul import block_size, grouped_dot, lay_out
 from lslm_jax.models import attention, model_configs, moe
 from lslm_jax.models.attention import KeyValues
 from lslm_jax.models.block import Mlp
+from lslm_jax.models.build_model import build_model
 from lslm_jax.models.layers import ACTIVATIONS
 from lslm_jax.models.moe import Experts
 from lslm_jax.parallel.sharding import make_mesh
@@ -63,7 +64,7 @@ def tokens(seed=1, shape=(B, T)):
 
 
 def random_model(config, objective="causal"):
-    return drawn(jax.eval_shape(lambda: model_configs.build(config, jax.random.key(0), objective)))
+    return drawn(jax.eval_shape(lambda: build_model(config, jax.random.key(0), objective)))
 
 
 def random_ids(rows):
@@ -367,5 +368,5 @@ def test_every_layer_of_every_family_tells_how_it_sent_its_tokens(family, scan):
 
 def test_a_model_without_experts_has_none_of_this():
     config, batch = replace(GPT, num_experts=0), Batch(jnp.zeros((1, T), jnp.int32), None, None)
-    find = lambda: model_configs.build(config, jax.random.key(0)).features_and_routing(batch, backend=attention.XLA)
+    find = lambda: build_model(config, jax.random.key(0)).features_and_routing(batch, backend=attention.XLA)
     assert jax.eval_shape(find)[1] is None

@@ -13,6 +13,7 @@ from lslm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.errors import ConfigError
 from lslm_jax.models import model_configs, weight_quantization
+from lslm_jax.models.build_model import build_model
 from lslm_jax.models.layers import Linear
 from lslm_jax.models.weight_quantization import quantize
 from lslm_jax.parallel.sharding import make_mesh, shardings_of
@@ -36,7 +37,7 @@ def fresh(config):
 
 @functools.cache
 def initial(config):
-    weights, structure = jax.tree.flatten(model_configs.build(config, jax.random.key(0)))
+    weights, structure = jax.tree.flatten(build_model(config, jax.random.key(0)))
     return [np.asarray(leaf) for leaf in weights], structure
 
 

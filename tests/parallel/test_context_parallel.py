@@ -15,8 +15,9 @@ from lslm_jax.config import Config, MeshConfig, ModelConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.errors import ConfigError
 from lslm_jax.kernels import blockwise_attention
-from lslm_jax.models import attention, model_configs
+from lslm_jax.models import attention
 from lslm_jax.models.attention import Backend, Demands, Distances
+from lslm_jax.models.build_model import build_model
 from lslm_jax.models.layers import relative_bias
 from lslm_jax.parallel import context_parallel
 from lslm_jax.parallel.sharding import make_mesh
@@ -295,7 +296,7 @@ def test_a_kernel_that_needs_whole_rows_is_never_given_parts():
 
 def test_one_document_does_not_hear_of_another(small_blocks):
     config = fill_sizes(ModelConfig(num_layers=2, d_model=32, num_heads=4, vocab_size=61, max_length=T))
-    model = jax.jit(lambda: model_configs.build(config, jax.random.key(0), "causal"))()
+    model = jax.jit(lambda: build_model(config, jax.random.key(0), "causal"))()
     tokens_BT = np.random.default_rng(0).integers(0, 61, (B, T)).astype(np.int32)
     changed_BT = np.where(np.arange(T)[None] == 3, (tokens_BT + 1) % 61, tokens_BT)
     with jax.set_mesh(mesh_of(context=4)):

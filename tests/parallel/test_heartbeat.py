@@ -128,10 +128,10 @@ def test_at_a_good_end_those_that_are_done_wait_for_those_that_are_not(start):
 
 HANGS = """
 import sys, threading, time
-from lslm_jax import peers
-peers._ENDING = 0.5
+from lslm_jax.parallel import heartbeat
+heartbeat._ENDING = 0.5
 threading.Thread(target=time.sleep, args=[60]).start()  # as a save that failed may leave one
-peers.end_soon(74)
+heartbeat.end_soon(74)
 sys.exit(74)
 """
 

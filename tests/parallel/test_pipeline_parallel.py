@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 from lslm_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from lslm_jax.config.validation import fill_sizes
 from lslm_jax.data.batch import Batch
-from lslm_jax.models import attention, model_configs, stack
+from lslm_jax.models import attention, stack
+from lslm_jax.models.build_model import build_model
 from lslm_jax.parallel import pipeline_parallel
 from lslm_jax.parallel.sharding import make_mesh, shardings_of
 
@@ -147,14 +148,14 @@ def test_dropout_is_a_function_of_key_layer_and_part():
 
 def build(config):
     """A model with the initial weights of a plain stack; how it is staged changes none of them."""
-    abstract = jax.eval_shape(lambda: model_configs.build(config, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: build_model(config, jax.random.key(0)))
     weights = initial_weights(replace(config, dropout=0.0, microbatches=0, pipeline_rounds=1, remat="none"))
     return jax.tree.unflatten(jax.tree.structure(abstract), weights)
 
 
 @functools.cache
 def initial_weights(config):
-    return jax.tree.leaves(model_configs.build(config, jax.random.key(0)))
+    return jax.tree.leaves(build_model(config, jax.random.key(0)))
 
 
 @jax.jit

@@ -6,7 +6,7 @@ import jax
 import pytest
 from tiny_plans import CONFIG, CPU, LAYERS, compiled
 
-from lslm_jax.models.model_configs import flops_per_token
+from lslm_jax.models.flops import flops_per_token
 from lslm_jax.plan import hlo_parser
 from lslm_jax.plan.estimates import figures, local_bytes
 

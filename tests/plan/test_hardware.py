@@ -96,9 +96,9 @@ import sys
 from lslm_jax.plan import topology
 there = topology.prepare(sys.argv[1])
 import jax
-from lslm_jax.train import step
+from lslm_jax.train import train_step
 (device,) = topology.devices(there)
-(options,) = [options for name, options in step._OPTIONS.items() if name in device.device_kind]
+(options,) = [options for name, options in train_step._OPTIONS.items() if name in device.device_kind]
 x = jax.ShapeDtypeStruct((8, 128), "float32", sharding=jax.sharding.SingleDeviceSharding(device))
 jax.jit(lambda x: x + 1).lower(x).compile(compiler_options=options)
 """

@@ -90,7 +90,7 @@ def test_until_there_is_something_to_save_signals_do_what_they_did(capfd):
 
 EARLY = """
 import sys, time
-from lslm_jax.train import preemption
+from lslm_jax.resilience import preemption
 preemption.end_on_signals(sys.argv[1:])
 print("ready", flush=True)
 time.sleep(60)

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-COMMAND = "import os, sys; from lslm_jax import malloc; malloc.ensure_large_pages()"
+COMMAND = "import os, sys; from lslm_jax.runtime import huge_pages; huge_pages.ensure_large_pages()"
 COMMAND += "; print(os.environ.get('GLIBC_TUNABLES')); print(os.getpid(), *sys.argv[1:])"
 
 FRAGMENTED = """
 import ctypes
-from lslm_jax import malloc
+from lslm_jax.runtime import huge_pages
 
 glibc = ctypes.CDLL(None)
 glibc.malloc.restype, glibc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -23,7 +23,7 @@ for block in blocks:
 for block in blocks[:-1]:
     glibc.free(block)
 before = resident()
-malloc.give_back()
+huge_pages.give_back()
 print(before - resident())
 """
 

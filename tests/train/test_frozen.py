@@ -13,7 +13,8 @@ from lslm_jax.config.mesh_axes import mesh_axes
 from lslm_jax.config.validation import validate
 from lslm_jax.data.dataloader import SyntheticInput
 from lslm_jax.errors import ConfigError
-from lslm_jax.models import attention, lora, model_configs
+from lslm_jax.models import attention, lora
+from lslm_jax.models.build_model import build_model
 from lslm_jax.parallel.sharding import make_mesh, to_global
 from lslm_jax.runtime.pytree import flatten, unflatten
 from lslm_jax.train import train_step
@@ -83,7 +84,7 @@ def trained(config, steps=3) -> tuple[State, State, list[float]]:
 @functools.cache
 def built(config):
     """The model that a run begins with, made without its state."""
-    return jax.jit(lambda: model_configs.build(config.model, jax.random.key(config.seed), config.task.objective))()
+    return jax.jit(lambda: build_model(config.model, jax.random.key(config.seed), config.task.objective))()
 
 
 def moved(before, after) -> set[str]:

@@ -214,11 +214,11 @@ def test_tensorflow_never_sees_a_gpu():
 
 WITHOUT_KERAS = """
 import sys
-from lslm_jax import imports
+from lslm_jax.runtime import lazy_imports
 from lslm_jax.config import LogConfig
 from lslm_jax.train.metrics_logging import Metrics
 
-tf = imports.import_tensorflow()
+tf = lazy_imports.import_tensorflow()
 with Metrics(sys.argv[1], LogConfig()) as metrics:
     metrics.write(1, {"loss": 1.0})
 assert "clu" in sys.modules and not {"keras", "torch"} & sys.modules.keys(), sys.modules.keys()

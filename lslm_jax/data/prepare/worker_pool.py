@@ -28,8 +28,8 @@ from lslm_jax.data.prepare import cleaning, long_documents
 from lslm_jax.data.readers.example_schema import RecordError
 from lslm_jax.data.readers.files import Split
 from lslm_jax.data.readers.sources import Document
-from lslm_jax.data.tokenizers import tokenizer as tokenizers
 from lslm_jax.data.tokenizers import unknown_tokens
+from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.errors import LslmError
 
 _BLOCK_CHARS = 1 << 20
@@ -107,7 +107,7 @@ class Worker:
 
     def __init__(self, tokenizer: epath.Path, config: CleanConfig, tasks: list[Task]):
         """Loads the tokenizer; `tasks` has one entry a stream."""
-        self._tokenizer = tokenizers.load(tokenizer)
+        self._tokenizer = load_tokenizer(tokenizer)
         self._unknown_id = unknown_tokens.unknown_id(self._tokenizer)
         self._config = config
         self._tasks = tasks

@@ -26,6 +26,7 @@ WELL_KNOWN = {
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>"),
     "mask": ("[MASK]", "<mask>"),
 }
+SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -241,3 +242,15 @@ def tokenizers() -> Any:
     except ImportError as error:
         raise ConfigError("tokenizer.kind=huggingface needs tokenizers: pip install tokenizers") from error
     return package
+
+
+def letters_apart(text: str, tokens: Iterable[str]) -> list[str]:
+    """A text in parts: those of its places that read like one of the tokens letter by letter, the rest whole."""
+    parts = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
+    return [piece for i, part in enumerate(parts) for piece in (part if i % 2 else [part]) if piece]
+
+
+def spans_of(found: Iterable[tuple[int, int, int]]) -> Spans:
+    """Spans of (id, begin, end) triples."""
+    ids, begins, ends = np.array(list(found), np.int64).reshape(-1, 3).T
+    return Spans(ids.astype(np.int32), begins, ends)

@@ -6,8 +6,8 @@ from typing import Any
 
 from etils import epath
 
+from lslm_jax.data.tokenizers.base import SPACE_MARK
 from lslm_jax.data.tokenizers.to_hf import BLANKS, DECODERS, added, frame, merges
-from lslm_jax.data.tokenizers.tokenizer import SPACE_MARK
 from lslm_jax.errors import ConfigError, DataError
 from lslm_jax.runtime import atomic_io
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lslm_jax.data.tokenizers.base import Spans, Tokenizer
+from lslm_jax.data.tokenizers.base import SPACE_MARK, Spans, Tokenizer
 from lslm_jax.data.tokenizers.hf_metadata import named_tokens
-from lslm_jax.data.tokenizers.tokenizer import SPACE_MARK, sentencepiece
+from lslm_jax.data.tokenizers.sentencepiece import sentencepiece
 from lslm_jax.errors import ConfigError, InputMissing
 from lslm_jax.runtime import atomic_io
 

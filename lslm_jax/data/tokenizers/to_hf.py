@@ -11,9 +11,10 @@ from typing import Any
 from etils import epath
 
 from lslm_jax.data.tokenizers import hf_classes
-from lslm_jax.data.tokenizers.base import BYTE_PIECE, Tokenizer
+from lslm_jax.data.tokenizers.base import BYTE_PIECE, SPACE_MARK, Tokenizer
+from lslm_jax.data.tokenizers.bytes import Bytes
 from lslm_jax.data.tokenizers.hf_metadata import CONFIG
-from lslm_jax.data.tokenizers.tokenizer import SPACE_MARK, Bytes, HuggingFace
+from lslm_jax.data.tokenizers.huggingface import HuggingFace
 from lslm_jax.errors import ConfigError
 
 _UNIGRAM, _BPE = 1, 2  # of SentencePiece's model types

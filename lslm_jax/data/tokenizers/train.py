@@ -15,8 +15,10 @@ from lslm_jax.data.prepare import cleaning, long_documents, worker_pool
 from lslm_jax.data.readers import sources
 from lslm_jax.data.readers.example_schema import RecordError
 from lslm_jax.data.readers.sources import Document
-from lslm_jax.data.tokenizers import tokenizer
-from lslm_jax.data.tokenizers.tokenizer import SPACE_MARK, SentencePiece, sentencepiece
+from lslm_jax.data.tokenizers.base import SPACE_MARK, Tokenizer
+from lslm_jax.data.tokenizers.bytes import Bytes
+from lslm_jax.data.tokenizers.loading import load_tokenizer
+from lslm_jax.data.tokenizers.sentencepiece import SentencePiece, sentencepiece
 from lslm_jax.errors import ConfigError, InputMissing
 
 _SENTENCE_CHARS = 4096
@@ -24,7 +26,7 @@ _SAMPLE_SEED = 0
 _GIVEN = {"huggingface": "tokenizer.json", "marian": "source.spm"}  # kinds that are not trained here
 
 
-def choose(config: Config, recipes: Mapping[str, Recipe], log: Callable[[str], None]) -> tokenizer.Tokenizer:
+def choose(config: Config, recipes: Mapping[str, Recipe], log: Callable[[str], None]) -> Tokenizer:
     """The vocabulary that a config asks for: given, or trained on text of all sources.
 
     Args:
@@ -39,9 +41,9 @@ def choose(config: Config, recipes: Mapping[str, Recipe], log: Callable[[str], N
     """
     settings = config.tokenizer
     if settings.kind == "bytes":
-        return tokenizer.Bytes()
+        return Bytes()
     if settings.path:
-        given = tokenizer.load(epath.Path(settings.path).expanduser())
+        given = load_tokenizer(epath.Path(settings.path).expanduser())
         if given.kind != settings.kind:
             raise ConfigError(f"tokenizer.kind={settings.kind}, but {settings.path} is of kind {given.kind}")
         return given

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from lslm_jax.data.tokenizers.base import Tokenizer
-from lslm_jax.data.tokenizers.tokenizer import sentencepiece
+from lslm_jax.data.tokenizers.sentencepiece import sentencepiece
 
 MUCH = 0.01
 """Share of unknown tokens from which a vocabulary does not fit its text."""
