@@ -2,7 +2,7 @@
 
     python benchmarks/compiled.py [--hardware=h200:1] [--write]
 
-Needs them: pip install 'lslm_jax[tpu,plan-gpu]'. Compiles a small model of each kind for each device, and reads the
+Needs them: pip install -e '.[tpu,plan-gpu]'. Compiles a small model of each kind for each device, and reads the
 program: how often a step runs attention's kernels; whether any array has two sides as long as a row, or is as large as
 the float32 logits of all tokens; whether all of the state is reused in place. Exits with 1 where one of these is not as
 it should be. With --write, the table goes into benchmarks/compiled.md, between its marks.

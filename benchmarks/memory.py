@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--only=NAME] [--write]
 
-Needs them: pip install 'lslm_jax[tpu,plan-gpu]'. Every figure is of a plan of the real train step, in a process of its
+Needs them: pip install -e '.[tpu,plan-gpu]'. Every figure is of a plan of the real train step, in a process of its
 own; beside it stands the closed formula of `predicted`. Each case is kept in benchmarks/results/memory.json, and done
 again only where --only names it. With --write, the table goes into benchmarks/compiled.md, between its marks.
 """

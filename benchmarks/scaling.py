@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py [--only=NAME] [--write]
 
-Needs the compilers: pip install 'lslm_jax[tpu,plan-gpu]'. A case takes some minutes of one core, in its own process.
+Needs the compilers: pip install -e '.[tpu,plan-gpu]'. A case takes some minutes of one core, in its own process.
 Each is kept in benchmarks/results/scaling.json, and done again only where --only names it. With --write, the table goes
 into benchmarks/scaling.md, between its two marks.
 """

@@ -21,7 +21,7 @@ from lslm_jax.runtime import lazy_imports
 try:
     from etils import epath
 
-    from lslm_jax.cli import command_flags
+    from lslm_jax.cli import command_flags, summary
     from lslm_jax.config import Config, loading, setting_flags, validation
     from lslm_jax.errors import ConfigError, InputMissing, LslmError, SaveError
     from lslm_jax.parallel import heartbeat
@@ -102,9 +102,8 @@ def _explain(error: Exception) -> tuple[int, str] | None:
 
 
 def _run(argv: Sequence[str]) -> dict[str, Any] | None:
-    if "--config.help" in argv:
-        for entry in loading.describe():
-            print(f"{entry.key} ({entry.type}; {entry.default})\n    {entry.doc}")
+    if asked := [word for word in argv if word.partition("=")[0] == "--config.help"]:
+        print(loading.help_text(asked[-1].partition("=")[2]))
         return None
     settings, rest = setting_flags.split(argv)
     flags = command_flags.parse(rest)
@@ -115,7 +114,7 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         from lslm_jax.cli.verify import verify
 
         setting_flags.require_none(settings, "verify")
-        return verify(epath.Path(_named(flags.workdir)))
+        return _present(verify(epath.Path(_named(flags.workdir))), flags)
     config = _load(flags, setting_flags.assignments(settings))
 
     if flags.verb == "plan":
@@ -139,7 +138,16 @@ def _run(argv: Sequence[str]) -> dict[str, Any] | None:
         provenance.check_processes(config, vars(flags))
     if flags.workdir:
         compile_cache.keep(flags.workdir)
-    return getattr(commands, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
+    result = getattr(commands, flags.verb + "_" * keyword.iskeyword(flags.verb))(config, flags)
+    return result if flags.verb == "plan" else _present(result, flags)  # of a plan stderr has the table
+
+
+def _present(result: dict[str, Any] | None, flags: argparse.Namespace) -> dict[str, Any] | None:
+    """Prints a result as a table where stdout is a terminal; returns it where it is to be printed as JSON."""
+    if result is None or not sys.stdout.isatty():
+        return result
+    print(summary.text(result, flags.verb, flags.workdir))
+    return None
 
 
 def _load(flags: argparse.Namespace, assignments: list[tuple[str, str]]) -> Config:

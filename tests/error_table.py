@@ -147,7 +147,7 @@ FRESH = "--config.data.dir=DIR/fresh"  # data that are yet to be prepared
 
 SETTINGS = [
     Case(
-        "A key that there is not",
+        "An unknown setting",
         2,
         "unknown key --config.train.step; did you mean train.steps?",
         "--config.train.step=3",

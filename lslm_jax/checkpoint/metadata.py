@@ -13,6 +13,7 @@ from lslm_jax.errors import CheckpointRefused, DataError, first_line
 from lslm_jax.runtime import atomic_io
 
 _FACTS = ("labels", "splits", "chat")  # of a data manifest: what changes the meaning of the shards
+_MAX = 1e300  # of numbers in metadata
 _IDS = ("vocab_size", "pad_id", "bos_id", "eos_id", "mask_id", "sentinel_ids")  # of its tokenizer entry
 
 
@@ -51,6 +52,17 @@ def read(directory: epath.Path) -> dict[str, Any]:
             state = "is missing" if value is None else f"is {json.dumps(value)[:60]}"
             raise CheckpointRefused(f"{path} is damaged: {key} {state}")
     return found
+
+
+def numbers(values: Any) -> list[float]:
+    """Returns a list of finite numbers from metadata that may be damaged; ValueError where it is anything else."""
+    if not isinstance(values, list) or not all(map(_is_finite, values)):
+        raise ValueError(f"{json.dumps(values)[:60]} is not a list of numbers")
+    return [float(value) for value in values]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_MAX < value < _MAX
 
 
 def _is_object(value: Any) -> bool:

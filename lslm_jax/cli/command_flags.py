@@ -23,6 +23,44 @@ COMMANDS = {
     "verify": "compare the files of a run, or of a copy of one, with their sha256",
     "plan": "compile the train step for hardware that need not be present; report memory and speed bounds",
 }
+EXAMPLES = {
+    "": (
+        "--config=configs/quickstart.py --workdir=runs/quickstart",
+        'generate --workdir=runs/quickstart --prompt="def main():"',
+        "generate --help",
+    ),
+    "train": (
+        "--config=configs/quickstart.py --workdir=runs/quickstart",
+        "--config=configs/quickstart.py --workdir=runs/fast --config.optimizer.learning_rate=0.003",
+        "--pretrained=hf://ORG/NAME --config=my_config.py --workdir=runs/tuned",
+    ),
+    "prepare": ("prepare --config=configs/quickstart.py --workdir=runs/quickstart",),
+    "evaluate": (
+        "evaluate --workdir=runs/quickstart",
+        "evaluate --workdir=runs/quickstart --files README.md docs/*.md",
+        "evaluate --workdir=runs/quickstart --best --split=test",
+        "evaluate --workdir=runs/quickstart --harness=hellaswag,arc_easy --limit=100",
+    ),
+    "generate": (
+        'generate --workdir=runs/quickstart --prompt="def main():"',
+        "generate --workdir=runs/quickstart --prompts=prompts.txt --json",
+        'generate --pretrained=hf://ORG/NAME --chat --prompt="Who are you?"',
+        "generate --workdir=runs/squad --prompt=Who? --context=text.txt",
+    ),
+    "export": (
+        "export --workdir=runs/quickstart --to=exported",
+        "export --workdir=runs/tuned --adapter --to=adapter",
+    ),
+    "import": ("import --pretrained=DIR --check", "import --pretrained=hf://ORG/NAME --workdir=runs/imported"),
+    "audit": ("audit --workdir=runs/quickstart",),
+    "verify": ("verify --workdir=runs/quickstart",),
+    "plan": (
+        "plan --config=configs/llama_8b.py --topology=v5p:4x4x4 --price=4.2",
+        "plan --config=configs/gpt2_small.py --topology=h200:8 --search",
+    ),
+}
+_ABOUT = "Trains, evaluates and runs language models."
+_SETTINGS = "--config.KEY=VALUE changes a setting; --config.help lists all of them, --config.help=SECTION those of one."
 _ALL = tuple(COMMANDS)
 _READERS = ("evaluate", "generate", "export")
 _IN_PROCESSES = tuple(command for command in COMMANDS if command not in ("verify", "plan"))
@@ -260,17 +298,34 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; --help lists all flags")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all flags except the settings themselves, which are `--config.KEY=VALUE`."""
-    about = "Trains, evaluates and runs language models. --config.KEY=VALUE changes a setting; --config.help lists all."
+def parser(page: str = "") -> argparse.ArgumentParser:
+    """The parser of all flags except the settings themselves, which are `--config.KEY=VALUE`.
+
+    Args:
+      page: command whose flags and examples `--help` shows. Empty: all commands and all flags.
+    """
+    found = _Parser(
+        prog=f"lslm {page}".rstrip(),
+        allow_abbrev=False,
+        description=f"{page}: {COMMANDS[page]}. {_SETTINGS}" if page else f"{_ABOUT} {_SETTINGS}",
+        epilog="examples:\n" + "\n".join(f"  lslm {line}" for line in EXAMPLES[page]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = "; ".join(f"{command}: {help}" for command, help in COMMANDS.items())
-    found = _Parser(prog="lslm", allow_abbrev=False, description=about)
-    found.add_argument("verb", nargs="?", default="train", metavar="COMMAND", help=commands)
+    help = argparse.SUPPRESS if page else f"{commands}; `lslm COMMAND --help` shows one"
+    found.add_argument("verb", nargs="?", default="train", metavar="COMMAND", help=help)
     for title, flags in FLAGS.items():
         group = found.add_argument_group(title) if title else found
         for flag in flags:
-            group.add_argument(f"--{flag.name}", **flag.options)
+            hidden = {"help": argparse.SUPPRESS} if page and page not in flag.commands else {}
+            group.add_argument(f"--{flag.name}", **flag.options | hidden)
     return found
+
+
+def _page(argv: Sequence[str]) -> str:
+    """The command that `--help` is about; "" for none."""
+    asks = {"-h", "--help"} & {*argv}
+    return next((word for word in argv if asks and word in COMMANDS), "")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -279,7 +334,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
       ConfigError: an unknown flag or command, a flag of another command, or flags that exclude each other.
     """
-    flags, rest = parser().parse_known_args(argv)
+    flags, rest = parser(_page(argv)).parse_known_args(argv)
     for word in rest:
         if word.startswith("-"):
             raise ConfigError(_unknown_flag(word.partition("=")[0], flags.verb))

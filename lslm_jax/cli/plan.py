@@ -32,7 +32,8 @@ def plan(config: Config, flags: argparse.Namespace) -> dict[str, Any]:
     found = figures(compiled, place, flags.memory, flags.price)
     say(text_report.text(found))
     if flags.picture:
-        html_report.draw(flags.picture, compiled, found)
+        name = flags.config or flags.pretrained or flags.workdir or "the defaults"
+        html_report.draw(flags.picture, name, compiled, found)
     result = {"topology": flags.topology, **found}
     if found["memory"]["fits"] is not False:
         return json_values(result)

@@ -326,6 +326,32 @@ class Entry(NamedTuple):
     doc: str
 
 
+def help_text(section: str = "") -> str:
+    """Settings with type, default and meaning, under the name of their section.
+
+    Args:
+      section: name of a section or of one setting. Empty: all.
+
+    Raises:
+      ConfigError: there is no such section or setting.
+    """
+    section = section.removeprefix("config.")
+    lines, heading, entries = [], "", list(describe())
+    chosen = [entry for entry in entries if not section or f"{entry.key}.".startswith(f"{section}.")]
+    if not chosen:
+        names = sorted({entry.key.rpartition(".")[0] or entry.key for entry in entries})
+        near = difflib.get_close_matches(section, [*names, *(entry.key for entry in entries)], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(names)}"
+        raise ConfigError(f"--config.help={section}: no such section; {hint}")
+    for entry in chosen:
+        above = entry.key.rpartition(".")[0]
+        if above and above != heading:
+            lines.append(f"\n[{above}]")
+            heading = above
+        lines.append(f"{entry.key} ({entry.type}; {entry.default})\n    {entry.doc}")
+    return "\n".join(lines).lstrip("\n")
+
+
 def describe() -> Iterator[Entry]:
     """Every key with its type, default and documentation, in the order of config.py."""
     docs = _field_docs()

@@ -1,7 +1,6 @@
 """A run's model as a Hugging Face directory that transformers loads with nothing else."""
 
 import fnmatch
-import importlib.metadata
 import json
 import math
 import os
@@ -11,8 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax.config import Config, ModelConfig, loading
-from lslm_jax.convert import generation, hf_hub, peft, safetensors_io, state_dict
+from lslm_jax.config import Config, ModelConfig
+from lslm_jax.convert import generation, hf_hub, model_card, peft, safetensors_io, state_dict
 from lslm_jax.convert import peft_files as adapters
 from lslm_jax.convert.hf_mapping import Family, differences
 from lslm_jax.convert.pretrained import FAMILIES, is_pretrained
@@ -27,7 +26,6 @@ from lslm_jax.parallel import multihost
 from lslm_jax.runtime import atomic_io
 
 _POOLED = ("classification", "regression")  # whose heads read the whole row
-_PACKAGES = ("lslm_jax", "jax", "flax")
 
 
 class Exporter:
@@ -96,8 +94,9 @@ class Exporter:
         with atomic_io.saving(directory):
             directory.mkdir(parents=True, exist_ok=True)
         files = safetensors_io.write_directory(directory, sources)
-        card = _card(self._config, self.model_type, num_parameters(sources), metrics)
-        texts = self._texts | {"README.md": card.encode(), "config.json": self._settings}
+        class_name = self._family.classes[self._config.task.objective]
+        readme = model_card.write(self._config, self.model_type, class_name, num_parameters(sources), metrics)
+        texts = self._texts | {"README.md": readme.encode(), "config.json": self._settings}
         for name, text in texts.items():
             atomic_io.write(directory / name, text)
         return [*files, *texts]
@@ -153,11 +152,12 @@ def export_adapter(directory: epath.Path, model: Any, config: Config) -> dict[st
       `model_type` of that, names of the `files`.
 
     Raises:
-      ConfigError: the run has no adapters, or did not begin with a Hugging Face model.
+      ConfigError: the run has no adapters, or did not begin with a Hugging Face model; `directory` is of a run.
       SaveError: the directory cannot be written.
     """
     if not config.model.lora_rank:
         raise ConfigError("this run has no adapters (model.lora_rank=0): leave out --adapter")
+    require_export_directory(directory)
     objective = config.task.objective
     family = family_of(config.model, objective)
     files = peft.export(directory, model, family, config.model, objective, _base(config.train.init_from))
@@ -201,38 +201,6 @@ def _is_ours(name: str) -> bool:
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _card(config: Config, model_type: str, parameters: int, metrics: Mapping[str, Any]) -> str:
-    """What it is, what it was trained on, how well it does, and what made it."""
-    sources = config.data.mixture or (config.data,)
-    data = [f"- {name}" for source in sources for name in (source.tfds, *source.files) if name]
-    begun = f"the weights of {epath.Path(config.train.init_from).name}" if config.train.init_from else ""
-    if not data and begun:
-        history = f", taken over by lslm_jax ({config.task.objective}) from {begun}."
-    else:
-        history = f", trained with lslm_jax ({config.task.objective})" + f" from {begun}" * bool(begun) + " on"
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
-    scores = [f"| {name} | {value:.6g} |" for name, value in metrics.items() if isinstance(value, int | float)]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "---",
-            "",
-            f"A {model_type} of {parameters:,} parameters{history}",
-            "",
-            *(data or ["- synthetic"] * history.endswith("on")),
-            "",
-            *(["| metric | value |", "| --- | --- |", *scores, ""] if scores else []),
-            f"Made with {', '.join(versions)}. All settings:",
-            "",
-            "```json",
-            loading.to_json(config).strip(),
-            "```",
-            "",
-        ]
-    )
 
 
 def family_of(model: ModelConfig, objective: str) -> Family:

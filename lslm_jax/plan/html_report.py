@@ -2,6 +2,7 @@
 
 import html
 import math
+import time
 from typing import Any
 
 from lslm_jax.errors import ConfigError
@@ -41,15 +42,27 @@ def check(path: str | None) -> None:
         raise ConfigError(f"--picture={path}: a plan is drawn as HTML, which every browser shows: use FILE.html")
 
 
-def draw(path: str, compiled: Compiled, found: dict[str, Any]) -> None:
+def draw(path: str, name: str, compiled: Compiled, found: dict[str, Any]) -> None:
     """Writes the picture.
+
+    Args:
+      path: of the file.
+      name: of the config, for the title.
+      compiled: step.
+      found: figures of the step.
 
     Raises:
       SaveError: it cannot be written.
     """
+    model = compiled.config.model
+    title = html.escape(f"Plan of {name} on {found['devices']} x {found['device']}")
+    about = (
+        f"{model.family}, {model.num_layers} layers, d_model {model.d_model:,}, {found['parameters']['total']:,} "
+        f"parameters; {found['tokens_per_step']:,} tokens per step; planned {time.strftime('%Y-%m-%d')}"
+    )
     page = (
-        f"<!doctype html><meta charset=utf-8><title>plan</title><style>{_STYLE}</style>"
-        f"<h1>{found['devices']} x {html.escape(found['device'])}</h1>"
+        f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
+        f"<h1>{title}</h1><p>{html.escape(about)}</p>"
         f"<h2>Memory of a device</h2>{_bars(found['memory'])}"
         f"<h2>Which axis splits which tensor</h2>{_table(compiled)}"
         f"<h2>In words</h2><pre>{html.escape(text(found))}</pre>"

@@ -47,7 +47,7 @@ def verdict(memory: dict[str, Any]) -> str:
     """Whether it fits, and by how much."""
     needed, limit = memory["needed"], memory["limit"]
     if limit is None:
-        return f"{gib(needed)}; nobody says how much there is (--memory=BYTES)"
+        return f"{gib(needed)}; device memory unknown: give --memory=BYTES"
     if needed is None:
         return f"does not fit into {gib(limit)}"
     word = "fits" if memory["fits"] else "does not fit"
@@ -59,9 +59,10 @@ def _traffic(collectives: list[dict[str, Any]]) -> Iterator[str]:
     for each in collectives:
         over = "between slices or hosts" if each["network"] else "inside a slice or host"
         waits = ", nothing beside it" if each["blocking"] else ""
+        seconds = f"{seconds_text(each['seconds'])}, " if each["seconds"] else ""  # 0: no link speed is known
         yield (
             f"{each['kind']:<19} {each['count']:>6} a step over {'+'.join(each['axes']) or 'nothing'} "
-            f"({each['group']}): {si(each['bytes'])}B, {seconds_text(each['seconds'])}, {over}{waits}"
+            f"({each['group']}): {si(each['bytes'])}B, {seconds}{over}{waits}"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from lslm_jax.errors import ConfigError, first_line
 from lslm_jax.parallel.hardware_specs import DEVICES, Device, find
+from lslm_jax.runtime import lazy_imports
 
 _TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # dimensions of their torus
 _MOST_DEVICES = 1 << 17
@@ -104,9 +105,9 @@ def prepare(text: str | None) -> Topology | None:
         return None
     topology = parse(text)
     if topology.kind in _TPUS and not _installed("libtpu"):
-        raise ConfigError(f"--topology={text} needs the TPU compiler: pip install 'lslm_jax[tpu]'")
+        raise ConfigError(f"--topology={text} needs the TPU compiler: {lazy_imports.extra('tpu')}")
     if topology.kind in _GPUS and not (_installed("jax_plugins.xla_cuda13") or _installed("jax_plugins.xla_cuda12")):
-        raise ConfigError(f"--topology={text} needs the GPU compiler: pip install 'lslm_jax[plan-gpu]'")
+        raise ConfigError(f"--topology={text} needs the GPU compiler: {lazy_imports.extra('plan-gpu')}")
     os.environ["JAX_PLATFORMS"] = "cpu"  # of this machine nothing else is used, whatever it has
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # which would ask a server of the cloud who we are
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # as a search does

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lslm_jax.checkpoint import metadata
 from lslm_jax.config import Config
 from lslm_jax.errors import NumericAbort
 
@@ -35,10 +36,10 @@ class Health:
         return {"skipped": self.skipped, "recent": list(self._recent), "high": self._high, "last": self._last}
 
     def remember(self, memory: Mapping[str, Any]) -> None:
-        """Restores what `memory` returned; nothing where a checkpoint has none."""
-        self.skipped = int(memory.get("skipped", 0))
-        self._recent.extend(map(int, memory.get("recent", ())))
-        self._high, self._last = int(memory.get("high", 0)), int(memory.get("last", 0))
+        """Restores what `memory` returned; nothing where a checkpoint has none; ValueError where it is damaged."""
+        self._recent.extend(map(int, metadata.numbers(memory.get("recent", []))))
+        counts = metadata.numbers([memory.get(name, 0) for name in ("skipped", "high", "last")])
+        self.skipped, self._high, self._last = map(int, counts)
 
     def add(self, step: int, loss: float, skipped_in_a_row: int) -> str:
         """Takes the metrics of a step.

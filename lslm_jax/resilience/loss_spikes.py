@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from lslm_jax.checkpoint import checkpoint, integrity
+from lslm_jax.checkpoint import checkpoint, integrity, metadata
 from lslm_jax.config import Config
 from lslm_jax.data import skipped_batches
 from lslm_jax.errors import NumericAbort
@@ -64,11 +64,11 @@ class Detector:
         return {"usual": list(self._usual), "high_steps": list(self._high)} | best
 
     def remember(self, memory: Mapping[str, Any]) -> None:
-        """Takes up where `memory` was told."""
-        self._usual.extend(map(float, memory.get("usual", ())))
-        self._high.extend(map(int, memory.get("high_steps", ())))
-        self._best = float(memory.get("best", math.inf))
-        self._best_spread = float(memory.get("best_spread", 0.0))
+        """Restores what `memory` returned; ValueError where it is damaged."""
+        self._usual.extend(metadata.numbers(memory.get("usual", [])))
+        self._high.extend(map(int, metadata.numbers(memory.get("high_steps", []))))
+        if "best" in memory:
+            self._best, self._best_spread = metadata.numbers([memory["best"], memory.get("best_spread", 0.0)])
 
     def add(self, step: int, loss: float) -> None:
         """Takes the loss of a step, unless it is not finite; raises Spike where it is the last of one."""

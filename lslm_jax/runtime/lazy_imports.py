@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from lslm_jax.errors import ConfigError
 
+_ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the checkout
+
 
 def import_tensorflow() -> Any:
     """Imports tensorflow without its start-up chatter, without Keras, and without letting it take a GPU from jax.
@@ -59,7 +61,7 @@ def require_google_cloud(address: str) -> None:
         for name in ("google.cloud.storage", "google.cloud.storage_control_v2"):
             importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"{address} needs google-cloud-storage: pip install 'lslm_jax[gcs]'") from error
+        raise ConfigError(f"{address} needs google-cloud-storage: {extra('gcs')}") from error
 
 
 def import_qwix() -> Any:
@@ -71,7 +73,13 @@ def import_qwix() -> Any:
     try:
         return importlib.import_module("qwix")
     except ImportError as error:
-        raise ConfigError("numbers of eight or four bits need qwix: pip install 'lslm_jax[quantize]'") from error
+        raise ConfigError(f"numbers of eight or four bits need qwix: {extra('quantize')}") from error
+
+
+def extra(name: str) -> str:
+    """Returns the command that installs an optional group of packages of pyproject.toml: no index has this project."""
+    root = _ROOT if (_ROOT / "pyproject.toml").exists() else "."
+    return f"{sys.executable} -m pip install -e '{root}[{name}]'"
 
 
 def refuse_missing(error: ModuleNotFoundError) -> NoReturn:
@@ -83,9 +91,8 @@ def refuse_missing(error: ModuleNotFoundError) -> NoReturn:
     name = (error.name or "").partition(".")[0]
     if name in ("", "lslm_jax"):
         raise error
-    root = pathlib.Path(__file__).resolve().parents[2]
-    own = root / ".venv" / "bin" / "python"
-    cure = f"{sys.executable} -m pip install -e {root}"
+    own = _ROOT / ".venv" / "bin" / "python"
+    cure = f"{sys.executable} -m pip install -e {_ROOT}"
     if os.access(own, os.X_OK) and pathlib.Path(sys.prefix).resolve() != own.parent.parent.resolve():
         cure = f"use {own} (or `source {own.parent}/activate`)"
     print(f"lslm: {sys.executable} has no package {name!r}: {cure}", file=sys.stderr)

@@ -21,7 +21,7 @@ class Progress:
     def __init__(self, total: int, *, clock: Callable[[], float] = time.monotonic):
         """Prepares for `total` steps; `clock` tells seconds."""
         self.total = total
-        self._clock = clock
+        self._clock, self._begun = clock, clock()
         self._first: tuple[int, float] | None = None
         self._shown: tuple[int, float] | None = None
         self._figures: dict[str, float] = {}
@@ -37,13 +37,21 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, step: int, *, loss: float | None = None, tokens_per_second: float | None = None) -> None:
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        tokens_per_second: float | None = None,
+        epoch: float | None = None,
+        eval_loss: float | None = None,
+    ) -> None:
         """Shows that `step` steps are done. A figure that is not given stays as it was."""
         now = self._clock()
         self._first = self._first or (step, now)
-        given = {"loss": loss, "tokens_per_second": tokens_per_second}
+        given = {"loss": loss, "tokens_per_second": tokens_per_second, "epoch": epoch, "eval_loss": eval_loss}
         self._figures |= {name: value for name, value in given.items() if value is not None}
-        line = self._line(step, self._seconds_left(step, now, self._first))
+        line = self._line(step, now - self._begun, self._seconds_left(step, now, self._first))
         if self._bar:
             self._bar.update(self._task, completed=step, description=line)
         elif self._due(step, now):
@@ -72,12 +80,17 @@ class Progress:
             return None
         return (now - first_time) / (step - first_step) * (self.total - step)
 
-    def _line(self, step: int, seconds_left: float | None) -> str:
+    def _line(self, step: int, elapsed: float, seconds_left: float | None) -> str:
         parts = [f"step {step}/{self.total}"]
+        if "epoch" in self._figures:
+            parts.append(f"epoch {self._figures['epoch']:.2f}")
         if "loss" in self._figures:
             parts.append(f"loss {self._figures['loss']:.3f}")
+        if "eval_loss" in self._figures:
+            parts.append(f"eval loss {self._figures['eval_loss']:.3f}")
         if "tokens_per_second" in self._figures:
             parts.append(f"{short(self._figures['tokens_per_second'])} tokens/s")
+        parts.append(f"{clock_time(elapsed)} elapsed")
         if seconds_left is not None:
             parts.append(f"{clock_time(seconds_left)} left")
         return "  ".join(parts)
@@ -189,5 +202,5 @@ def _bar() -> Any:
     console = Console(stderr=True)
     if not console.is_interactive:
         return None
-    columns = (progress.BarColumn(bar_width=20), progress.TextColumn("{task.description}", markup=False))
-    return progress.Progress(*columns, console=console, refresh_per_second=4, redirect_stdout=False)
+    columns = (progress.BarColumn(bar_width=None), progress.TextColumn("{task.description}", markup=False))
+    return progress.Progress(*columns, console=console, refresh_per_second=4, redirect_stdout=False, expand=True)

@@ -110,7 +110,11 @@ def _report(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
         progress.message(f"step {step}: loss or gradient is not finite, update skipped ({skipped} in a row)")
     if step % config.log.every == 0 or step == config.train.steps or skipped:
         _record(run, step)
-    progress.update(step, loss=loss, tokens_per_second=run.speeds[-1] if run.speeds else None)
+    epoch = run.inputs.data.epoch(skipped_batches.at(step, run.skipped_batches))
+    speed = run.speeds[-1] if run.speeds else None
+    progress.update(
+        step, loss=loss, tokens_per_second=speed, epoch=epoch or None, eval_loss=run.results.get("eval/loss")
+    )
     if warning := run.health.add(step, loss, skipped):
         progress.message(warning)
     run.spikes.add(step, loss)
@@ -148,8 +152,9 @@ def _evaluate(run: Run, state: State, *, is_recorded: bool = False) -> None:
         run.results = {f"eval/{name}": value for name, value in report.metrics.items()}
         run.facts = {f"eval/{name}": value for name, value in report.facts.items()}
         files = {f"{step}-{name}": text for name, text in report.files.items()}
-        shown = list(run.results.items())[:_SHOWN]
-        run.progress.message(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in shown))
+        shown = [f"{name} {value:.4g}" for name, value in list(run.results.items())[:_SHOWN]]
+        more = [f"and {len(run.results) - _SHOWN} more in metrics.jsonl"] if len(run.results) > _SHOWN else []
+        run.progress.message(f"step {step}: " + "  ".join(shown + more))
     if run.results and not is_recorded:
         run.record.write(step, run.results)
     if inputs.sample and not is_recorded:

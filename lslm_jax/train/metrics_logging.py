@@ -342,5 +342,5 @@ def _step_of(line: bytes) -> float:
     """The step of a line of metrics.jsonl; infinite if the line is torn."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf

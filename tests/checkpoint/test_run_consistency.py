@@ -152,6 +152,15 @@ def test_data_of_another_tokenizer_of_the_same_size_are_rejected(command, made, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("to", ["b", "run", "run/checkpoints/4", "run/data/train"])
+def test_an_export_into_data_or_a_run_is_rejected_and_changes_nothing(to, made, capsys):
+    before = {path: path.read_bytes() for path in sorted((made / to).rglob("*")) if path.is_file()}
+    message = lslm(capsys, "export", f"--workdir={made}/run", f"--to={made}/{to}", code=2)
+    what = "is a run directory" if to == "run" else "holds prepared data or a checkpoint"
+    assert message == f"--to={made}/{to} {what}: choose another for the export"
+    assert before == {path: path.read_bytes() for path in sorted((made / to).rglob("*")) if path.is_file()}
+
+
 def test_labels_of_other_data_are_compared_with_those_of_the_checkpoint(tmp_path):
     config = Config(data=DataConfig(files=("a.csv",)))
     run, other = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "other")

@@ -1,6 +1,7 @@
 """Every flag belongs to some commands and is rejected by all others; misspelled flags and commands name the nearest."""
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 
@@ -106,6 +107,25 @@ def test_a_misspelled_flag_or_command_names_the_nearest(line, message, capsys):
         main(line.split())
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"lslm: {message}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_shows_its_flags_alone_and_examples_that_are_understood(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse([command, "--help"])
+    page = capsys.readouterr().out
+    assert (
+        stop.value.code == 0
+        and page.startswith(f"usage: lslm {command} ")
+        and COMMANDS[command] in page.replace("\n", " ")
+    )
+    shown = {word.strip("[],=") for line in page.partition("examples:")[0].splitlines() for word in line.split()}
+    assert {flag.name for flag in ALL if f"--{flag.name}" in shown} == {f.name for f in ALL if command in f.commands}
+    examples = [line.strip() for line in page.partition("examples:\n")[2].splitlines()]
+    assert examples == [f"lslm {line}" for line in command_flags.EXAMPLES[command]]
+    for line in examples:
+        words = shlex.split(line)[1:]
+        assert parse([word for word in words if not word.startswith("--config.")]).verb == command
 
 
 def test_without_arguments_there_is_help(capsys):

@@ -29,6 +29,23 @@ def test_help_lists_every_setting_with_its_type_default_and_meaning(capsys):
     assert "optimizer.learning_rate (float; 0.0003)\n    Peak learning rate." in output
 
 
+@pytest.mark.parametrize("section", ["optimizer", "config.optimizer", "data.mixture", "seed"])
+def test_help_of_a_section_lists_its_settings_alone(section, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([f"--config.help={section}"])
+    keys = [line.partition(" ")[0] for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()]
+    name = section.removeprefix("config.")
+    assert stop.value.code == 0 and keys and all(key == name or key.startswith(f"{name}.") for key in keys)
+
+
+def test_help_of_a_section_that_does_not_exist_names_the_nearest(capsys):
+    for section, hint in (("optimiser", "did you mean optimizer?"), ("zzzz", "the sections are ")):
+        with pytest.raises(SystemExit) as stop:
+            main([f"--config.help={section}"])
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and line.startswith(f"lslm: --config.help={section}: no such section; {hint}")
+
+
 def test_a_file_that_may_not_be_opened_is_reported_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "c.json").write_text("{}")
 

@@ -103,6 +103,7 @@ REJECTED = [
     ("roberta", {"pad_token_id": None}, "pad_token_id=None must be from 0"),
     ("roberta", {"pad_token_id": 2}, "pad_token_id=2 is the eos_token_id too"),
     ("modernbert", {"classifier_pooling": "max"}, "classifier_pooling=max is not among cls, mean"),
+    ("modernbert", {"classifier_activation": "silu"}, "classifier_activation=silu is not among gelu, relu"),
     ("t5", {"d_kv": 16, "feed_forward_proj": "silu"}, "t5 with feed_forward_proj='silu'"),
     ("t5", {"relative_attention_max_distance": 16}, "relative_attention_max_distance=16 above 16, half of it"),
     ("t5", {"dense_act_fn": "gelu_new"}, "dense_act_fn='gelu_new' beside feed_forward_proj=relu"),
@@ -115,6 +116,14 @@ def test_a_setting_that_would_change_the_model_is_rejected_by_name(kind, changes
     with pytest.raises(ConfigError) as error:
         read(kind, **changes)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("gelu", "gelu_exact"), ("relu", "relu")])
+def test_the_activation_of_a_classifier_is_read_and_written(theirs, ours):
+    model = read("modernbert", classifier_activation=theirs)
+    assert (model.head_activation, model.activation) == (ours, "gelu_exact")
+    assert BY_NAME["modernbert"].write(model)["classifier_activation"] == theirs
+    assert read("modernbert").head_activation == "gelu_exact"
 
 
 def test_missing_keys_have_the_defaults_of_the_class():

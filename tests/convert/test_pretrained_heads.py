@@ -139,6 +139,17 @@ def test_problem_type_is_exported():
     assert write(multi_label=True)["problem_type"] == "multi_label_classification"
 
 
+def test_a_model_that_counts_positions_from_another_padding_token_is_not_exported():
+    sizes = SIZES | {"num_kv_heads": 2, "head_dim": 16, "d_ff": 64, "num_decoder_layers": 3}
+    model = replace(model_configs.BERT, **sizes, position_offset=2, token_types=1)
+    family = export.family_of(model, "masked")
+    assert family.model_type == "roberta"
+    tokens = {"bos": 0, "eos": 2, "pad": 1}
+    assert export.export_settings(family, model, "masked", "float32", tokens)["pad_token_id"] == 1
+    with pytest.raises(ConfigError, match=r"padding token on, which is 0: model.position_offset=2 must be 1"):
+        export.export_settings(family, model, "masked", "float32", tokens | {"pad": 0})
+
+
 def test_two_separators_stand_between_the_texts_of_a_pair(tmp_path):
     writer = ShardWriter(epath.Path(tmp_path / "train"), 300, 1 << 20, 2, 1)
     writer.add([np.array([11, 12], np.int32), np.array([21, 22, 23], np.int32)], 0, 1, (1.0,))

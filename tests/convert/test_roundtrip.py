@@ -13,6 +13,7 @@ from test_import import SIZES, save
 
 from lslm_jax.config import TokenizerConfig
 from lslm_jax.convert import generation, pretrained
+from lslm_jax.data.chat import chat_template
 from lslm_jax.data.tokenizers import hf_metadata, train
 from lslm_jax.data.tokenizers.loading import load_tokenizer
 from lslm_jax.models import model_configs
@@ -172,3 +173,23 @@ def test_a_directory_comes_back_as_it_was(case, tmp_path, command):
     assert old.keys() == new.keys()
     for name, array in old.items():
         np.testing.assert_array_equal(new[name], array, err_msg=name)
+
+
+def test_the_tokenizer_and_the_template_of_an_adapter_come_before_those_of_its_model(tmp_path):
+    base, own = tmp_path / "base", tmp_path / "adapter"
+    for directory in (base, own):
+        directory.mkdir()
+    make(base, "template in a file")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": ["q_proj"]}
+    (own / "adapter_config.json").write_text(json.dumps(settings))
+
+    def chosen():
+        config = pretrained.default_config(pretrained.describe(own))
+        chat = replace(config, data=replace(config.data, example="chat"))
+        words = load_tokenizer(epath.Path(config.tokenizer.path))
+        return config.tokenizer.path, chat_template.choose(chat, words).text
+
+    assert chosen() == (f"{base}/tokenizer.json", TEMPLATE)
+    roles = with_bos(own)
+    (own / "tokenizer_config.json").write_text(json.dumps(roles | {"chat_template": TEMPLATE + "own"}))
+    assert chosen() == (f"{own}/tokenizer.json", TEMPLATE + "own")

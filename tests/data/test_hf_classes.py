@@ -69,6 +69,24 @@ def test_settings_that_contradict_the_file_are_rejected_by_name(key, content, tm
         load(tmp_path, content | changes, {"tokenizer_class": "LlamaTokenizer"} | settings)
 
 
+@pytest.mark.parametrize("key", ["bos_token", "eos_token", "pad_token", "mask_token"])
+@pytest.mark.parametrize("form", ["text", "object"])
+def test_a_special_token_that_the_vocabulary_lacks_is_rejected_by_its_key(key, form, content, tmp_path):
+    token = "<gone>" if form == "text" else {"content": "<gone>", "lstrip": False}
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, content, {"tokenizer_class": "GPT2Tokenizer", key: token})
+    assert f"{key} '<gone>' is not in the vocabulary" in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["cls_token", "sep_token"])
+def test_a_special_token_of_an_encoder_that_the_vocabulary_lacks_is_rejected_by_its_key(key, content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    roles = {"cls_token": "<|end|>", "sep_token": "<|end|>"} | {key: "<gone>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | roles))
+    with pytest.raises(ConfigError, match=rf"{key} '<gone>' is not in the vocabulary"):
+        load_tokenizer(epath.Path(tmp_path / "tokenizer.json"))
+
+
 def test_an_exported_tokenizer_that_transformers_would_build_otherwise_is_reported(capsys):
     words = train.train(iter(["the cat sat on the mat"] * 9), TokenizerConfig(vocab_size=270))
     to_hf.files(words, "decoder", "llama", 64)

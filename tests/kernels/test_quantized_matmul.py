@@ -138,5 +138,5 @@ def losses(dtype, mesh, steps=STEPS):
 
 def test_without_qwix_it_is_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with pytest.raises(ConfigError, match=r"need qwix: pip install 'lslm_jax\[quantize\]'"):
+    with pytest.raises(ConfigError, match=r"need qwix: .* -m pip install -e '.*\[quantize\]'"):
         jax.eval_shape(lambda: build_model(replace(GPT, dtype="float8"), jax.random.key(0)))

@@ -114,5 +114,5 @@ def test_eight_devices_say_what_one_says(kind, sizes):
 
 def test_without_qwix_it_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with pytest.raises(ConfigError, match=r"need qwix: pip install 'lslm_jax\[quantize\]'"):
+    with pytest.raises(ConfigError, match=r"need qwix: .* -m pip install -e '.*\[quantize\]'"):
         quantize(jnp.zeros(()), "int8")

@@ -15,9 +15,9 @@ from lslm_jax.config import loading
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 pytestmark = pytest.mark.slow
-tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu: pip install 'lslm_jax[tpu]'")
+tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu: pip install -e '.[tpu]'")
 gpu = pytest.mark.skipif(
-    not importlib.util.find_spec("jax_cuda13_plugin"), reason="no GPU compiler: pip install 'lslm_jax[plan-gpu]'"
+    not importlib.util.find_spec("jax_cuda13_plugin"), reason="no GPU compiler: pip install -e '.[plan-gpu]'"
 )
 LLAMA = {
     **{"positions": "rotary", "norm": "rmsnorm", "activation": "silu", "gated": "true", "dtype": "bfloat16"},

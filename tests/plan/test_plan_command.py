@@ -43,6 +43,8 @@ def test_a_plan_needs_no_data_no_workdir_and_no_other_package(plan, tmp_path):
     page = (tmp_path / "plan.html").read_text()
     HTMLParser().feed(page)
     assert page.count("<svg") == 1 and "http" not in page
+    assert re.search(r"<title>Plan of \S+/config.json on 8 x cpu</title>", page) and "3 layers, d_model 64" in page
+    assert ", 0 ms" not in report and "inside a slice or host" in report, "no link speed of CPUs is known"
     assert re.search(r"blocks\.mlp\.up\.w<td>3 x 64<span[^>]*>fsdp</span> x 256<", page)
 
 

@@ -26,7 +26,20 @@ def test_names_say_kind_shape_and_slices(text, topology, size):
 
 
 @pytest.mark.parametrize(
-    "text", ["v5p", "v5p:4x4", "v5e:4x4x4", "v5x:4x4", "H200:8", "h200:0", "2xh200:4x8", "cpu:2x4", "v5p:4x4x4x2", ""]
+    "text",
+    [
+        "v5p",
+        "v5p:4x4",
+        "v5e:4x4x4",
+        "v5x:4x4",
+        "H200:8",
+        "h200:0",
+        "2xh200:4x8",
+        "cpu:2x4",
+        "v5p:4x4x4x2",
+        "v5e:4x444444444",
+        "",
+    ],
 )
 def test_what_is_no_name_is_refused_in_one_line_that_shows_some(text):
     with pytest.raises(ConfigError) as refused:
@@ -36,9 +49,15 @@ def test_what_is_no_name_is_refused_in_one_line_that_shows_some(text):
     assert all(name in message for name in ("v5p:4x4x4", "h200:4x8", "cpu:8", "v6e", "b200"))
 
 
+@pytest.mark.parametrize("text", ["v5e:4x444444", "999999xv5e:4x4", "cpu:999999"])
+def test_more_devices_than_anyone_has_are_refused_at_once(text):
+    with pytest.raises(ConfigError, match=f"^--topology={text} has more than 131072 devices$"):
+        parse(text)
+
+
 @pytest.mark.parametrize(
     ("text", "package", "extra"),
-    [("v5p:4x4x4", "libtpu", "lslm_jax[tpu]"), ("h200:8", "jax_cuda13_plugin", "lslm_jax[plan-gpu]")],
+    [("v5p:4x4x4", "libtpu", "[tpu]'"), ("h200:8", "jax_cuda13_plugin", "[plan-gpu]'")],
 )
 def test_a_missing_compiler_is_told_by_what_installs_it(text, package, extra):
     if importlib.util.find_spec(package):

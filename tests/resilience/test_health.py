@@ -1,13 +1,17 @@
 """Numeric health: a budget of skipped updates, in a row and over a window, and a loss that diverges finitely."""
 
 import math
+import types
 from dataclasses import replace
 
 import pytest
 
-from lslm_jax.config import Config, ModelConfig, TaskConfig
-from lslm_jax.errors import NumericAbort
+from lslm_jax.config import Config, LogConfig, ModelConfig, TaskConfig
+from lslm_jax.errors import CheckpointRefused, NumericAbort
 from lslm_jax.resilience.health import DIVERGED_STEPS, Health, uniform_loss
+from lslm_jax.resilience.loss_spikes import Detector
+from lslm_jax.train import setup
+from lslm_jax.train.metrics_logging import Metrics
 
 CONFIG = Config(model=ModelConfig(vocab_size=100))
 
@@ -44,6 +48,36 @@ def test_a_finite_divergence_is_reported_once_and_in_the_result():
     assert health.summary() == {"skipped_steps": 0, "diverged_since": 100}
     health.add(200, 4.0, 0)
     assert health.summary() == {"skipped_steps": 0}
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"usual": 3},
+        {"usual": "123"},
+        {"usual": [None]},
+        {"usual": [1.0, math.nan]},
+        {"high_steps": [1, "x"]},
+        {"high_steps": [math.inf]},
+        {"high_steps": [10**400]},
+        {"best": "low"},
+        {"best": [1.0]},
+        {"best": 1.0, "best_spread": {}},
+        {"health": 3},
+        {"health": {"recent": "01"}},
+        {"health": {"skipped": None}},
+        {"health": {"high": math.inf}},
+        {"health": {"last": True}},
+        {"metrics": 3},
+        {"metrics": {"lines": 3}},
+        {"metrics": {"sha256": "x", "lines": "3", "last": 0}},
+    ],
+)
+def test_damaged_memory_of_the_monitors_is_refused(memory, tmp_path):
+    inputs = types.SimpleNamespace(checkpoints=types.SimpleNamespace(memory=lambda step: memory))
+    record = Metrics(str(tmp_path), LogConfig(tensorboard=False))
+    with pytest.raises(CheckpointRefused, match=r"^the checkpoint of step 4 is damaged: its memory is unreadable: "):
+        setup._remember(inputs, 4, Detector(6.0, 2), Health(CONFIG), record, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("objective", "expected"), [("causal", 100), ("classification", 3), ("regression", None)])

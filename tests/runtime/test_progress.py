@@ -25,14 +25,16 @@ def test_without_a_terminal_there_is_a_line_at_first_at_last_and_every_ten_secon
     with Progress(100, clock=clock) as progress:
         for step in range(1, 101):
             clock.now += 0.25
-            progress.update(step, loss=5 - step / 100, tokens_per_second=12345)
+            evaluation = 5.0 if step == 20 else None
+            figures = {"tokens_per_second": 12345, "epoch": step / 100, "eval_loss": evaluation}
+            progress.update(step, loss=5 - step / 100, **figures)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "step 1/100  loss 4.990  12.3k tokens/s",
-        "step 41/100  loss 4.590  12.3k tokens/s  0:15 left",
-        "step 81/100  loss 4.190  12.3k tokens/s  0:05 left",
-        "step 100/100  loss 4.000  12.3k tokens/s",
+        "step 1/100  epoch 0.01  loss 4.990  12.3k tokens/s  0:00 elapsed",
+        "step 41/100  epoch 0.41  loss 4.590  eval loss 5.000  12.3k tokens/s  0:10 elapsed  0:15 left",
+        "step 81/100  epoch 0.81  loss 4.190  eval loss 5.000  12.3k tokens/s  0:20 elapsed  0:05 left",
+        "step 100/100  epoch 1.00  loss 4.000  eval loss 5.000  12.3k tokens/s  0:25 elapsed",
     ]
 
 
@@ -58,7 +60,7 @@ def test_a_figure_that_is_not_given_stays(capsys):
     with Progress(2) as progress:
         progress.update(1, loss=2.5)
         progress.update(2)
-    assert capsys.readouterr().err == "step 1/2  loss 2.500\nstep 2/2  loss 2.500\n"
+    assert capsys.readouterr().err == "step 1/2  loss 2.500  0:00 elapsed\nstep 2/2  loss 2.500  0:00 elapsed\n"
 
 
 class Closed:
