@@ -318,7 +318,7 @@ def parser(page: str = "") -> argparse.ArgumentParser:
         group = found.add_argument_group(title) if title else found
         for flag in flags:
             hidden = {"help": argparse.SUPPRESS} if page and page not in flag.commands else {}
-            group.add_argument(f"--{flag.name}", **flag.options | hidden)
+            group.add_argument(f"--{flag.name}", **{**flag.options, **hidden})
     return found
 
 

@@ -14,7 +14,9 @@ from lslm_jax.data.tokenizers.bytes import Bytes
 from lslm_jax.data.tokenizers.huggingface import HuggingFace
 from lslm_jax.errors import ConfigError, DataError, LslmError
 
-BY_NAME = {family.model_type: family for family in pretrained.FAMILIES if family is not pretrained.pairs.T5_GATED}
+BY_NAME = {
+    family.model_type: family for family in pretrained.FAMILIES if family is not pretrained.hf_encoder_decoders.T5_GATED
+}
 FAMILY_IDS = [f"{family.model_type}{i}" for i, family in enumerate(pretrained.FAMILIES)]
 
 

@@ -64,7 +64,7 @@ def directory(tmp_path_factory):
     named = {"source_lang": "en", "target_lang": "fr", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(named | {"tokenizer_class": "MarianTokenizer"}))
     size = {"num_layers": 1, "d_model": 32, "num_heads": 2, "max_length": 64, "vocab_size": len(ids)}
-    fixed = pretrained.pairs.MARIAN.fixed | {"activation": "silu", "embed_scale": True}
+    fixed = pretrained.hf_encoder_decoders.MARIAN.fixed | {"activation": "silu", "embed_scale": True}
     config = Config(
         model=fill_sizes(ModelConfig(**size, **fixed)),
         task=TaskConfig(objective="seq2seq"),

@@ -85,8 +85,8 @@ def test_one_row_is_read_twice_on_gpus_and_says_the_same(settings, llama, tokeni
     settings, prompt = replace(WARM, **settings), tokenizer.encode("the")
     alone = generate(llama, tokenizer, [prompt], settings, 5)
     read = []
-    pad = decode.reading.pad
-    monkeypatch.setattr(decode.reading, "pad", lambda rows, *rest: read.append(len(rows)) or pad(rows, *rest))
+    pad = decode.prefill.pad
+    monkeypatch.setattr(decode.prefill, "pad", lambda rows, *rest: read.append(len(rows)) or pad(rows, *rest))
     monkeypatch.setattr(decode, "platform", lambda: "gpu")
     assert generate(llama, tokenizer, [prompt], settings, 5) == alone and read == [2]
     assert "".join(stream(llama, tokenizer, prompt, settings, 5)) == alone[0].text

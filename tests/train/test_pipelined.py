@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_step import FAMILIES, Run, batch_of, changed, distance, host, moments
+from test_train_step import FAMILIES, Run, batch_of, changed, distance, host, moments
 
 STEPS = 8
 LAYERS = {

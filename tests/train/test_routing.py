@@ -5,7 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from test_step import B, batch, batch_of, changed, distance, fresh_run, fresh_state, host
+from test_train_step import B, batch, batch_of, changed, distance, fresh_run, fresh_state, host
 
 from lslm_jax.config.validation import validate
 from lslm_jax.models import attention

@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_step import FAMILIES, batch, batch_of, changed, distance, fresh_run, fresh_state, moments, placed
+from test_train_step import FAMILIES, batch, batch_of, changed, distance, fresh_run, fresh_state, moments, placed
 
 from lslm_jax.data.batch import Batch
 from lslm_jax.models import attention

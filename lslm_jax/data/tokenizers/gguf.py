@@ -54,7 +54,7 @@ def open_file(path: epath.Path) -> tuple[dict[str, Any], list[Any]]:
     except ImportError as error:
         raise ConfigError(f"reading {path} needs the gguf package: pip install gguf") from error
     try:
-        reader = gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)  # pyright: ignore[reportAttributeAccessIssue]
         return {name: field.contents() for name, field in reader.fields.items()}, list(reader.tensors)
     except Exception as error:  # whatever it stumbles over
         reason = next(iter(str(error).splitlines()), type(error).__name__)
