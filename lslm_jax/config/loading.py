@@ -353,7 +353,7 @@ def help_text(section: str = "") -> str:
 
 
 def describe() -> Iterator[Entry]:
-    """Every key with its type, default and documentation, in the order of config.py."""
+    """Every key with its type, default and documentation, in the order of the schema."""
     docs = _field_docs()
     return _describe(Config, "", docs)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lslm_jax.config import Config, loading
+from lslm_jax.convert import hf_hub
 
 _PACKAGES = ("lslm_jax", "jax", "flax")
 _PIPELINES = {
@@ -21,7 +22,6 @@ _PIPELINES = {
     "tagging": "token-classification",
     "qa": "question-answering",
 }
-_HUB = "hf://"
 # Settings that name files or directories, wherever they stand in a config.
 _PATHS = ("files", "valid_files", "test_files", "data_dir", "dir", "path", "init_from", "chat_template")
 
@@ -110,7 +110,7 @@ def _without_directories(value: Any, key: str = "") -> Any:
 
 def _base_name(path: str) -> str:
     """Last part of a path, or the whole address of a model on the Hub."""
-    return path if path.startswith(_HUB) else path.rstrip("/").rpartition("/")[2]
+    return path if path.startswith(hf_hub.SCHEME) else path.rstrip("/").rpartition("/")[2]
 
 
 def _inline(text: str) -> str:

@@ -110,14 +110,22 @@ def _report(run: Run, step: int, metrics: dict[str, jax.Array]) -> None:
         progress.message(f"step {step}: loss or gradient is not finite, update skipped ({skipped} in a row)")
     if step % config.log.every == 0 or step == config.train.steps or skipped:
         _record(run, step)
-    epoch = run.inputs.data.epoch(skipped_batches.at(step, run.skipped_batches))
     speed = run.speeds[-1] if run.speeds else None
     progress.update(
-        step, loss=loss, tokens_per_second=speed, epoch=epoch or None, eval_loss=run.results.get("eval/loss")
+        step,
+        loss=loss,
+        tokens_per_second=speed,
+        epoch=_epoch(run, step) or None,
+        eval_loss=run.results.get("eval/loss"),
     )
     if warning := run.health.add(step, loss, skipped):
         progress.message(warning)
     run.spikes.add(step, loss)
+
+
+def _epoch(run: Run, step: int) -> float:
+    """Passes over the training rows after a step, skipped batches included."""
+    return run.inputs.data.epoch(skipped_batches.at(step, run.skipped_batches))
 
 
 def _record(run: Run, step: int) -> None:
@@ -127,9 +135,7 @@ def _record(run: Run, step: int) -> None:
         run.speeds.append(speed["tokens_per_second"])
         used = _mfu(run, run.speeds[-1])
         speed |= ({} if used is None else {"mfu": used}) | device_memory()
-    run.record.write(
-        step, run.last | {"epoch": run.inputs.data.epoch(skipped_batches.at(step, run.skipped_batches))}, speed
-    )
+    run.record.write(step, run.last | {"epoch": _epoch(run, step)}, speed)
     run.ledger.write()
 
 

@@ -7,20 +7,20 @@ import numpy as np
 
 from lslm_jax.data.tokenizers.base import Spans, Tokenizer
 
-FILE = "bytes.json"
-LAYOUT = {"kind": "bytes", "pad_id": 0, "bos_id": 1, "eos_id": 2, "first_byte": 3}
+BYTES_FILE = "bytes.json"
+BYTES_LAYOUT = {"kind": "bytes", "pad_id": 0, "bos_id": 1, "eos_id": 2, "first_byte": 3}
 
 
 class Bytes(Tokenizer):
     """One token a UTF-8 byte."""
 
     kind = "bytes"
-    _file = FILE
+    _file = BYTES_FILE
 
     def __init__(self):
-        first = LAYOUT["first_byte"]
-        ids = (LAYOUT["pad_id"], LAYOUT["bos_id"], LAYOUT["eos_id"])
-        super().__init__(json.dumps(LAYOUT).encode(), first + 256, *ids)
+        first = BYTES_LAYOUT["first_byte"]
+        ids = (BYTES_LAYOUT["pad_id"], BYTES_LAYOUT["bos_id"], BYTES_LAYOUT["eos_id"])
+        super().__init__(json.dumps(BYTES_LAYOUT).encode(), first + 256, *ids)
         self._first = first
 
     @property

@@ -7,8 +7,9 @@ import json
 
 from etils import epath
 
-from lslm_jax.data.tokenizers import bytes, gguf, hf_classes, marian
+from lslm_jax.data.tokenizers import gguf, hf_classes, marian
 from lslm_jax.data.tokenizers.base import Tokenizer, is_panic, tokenizers, without_panic_text
+from lslm_jax.data.tokenizers.bytes import BYTES_FILE, BYTES_LAYOUT, Bytes
 from lslm_jax.data.tokenizers.hf_metadata import CONFIG, from_word_pieces, with_added
 from lslm_jax.data.tokenizers.hf_metadata import read as read_beside
 from lslm_jax.data.tokenizers.huggingface import HuggingFace
@@ -37,10 +38,10 @@ def load_tokenizer(path: epath.Path | str) -> Tokenizer:
         raise InputMissing(f"tokenizer {path} does not exist")
     if not path.stat().length:
         raise DataError(f"tokenizer {path} is empty")
-    if path.name == bytes.FILE:
-        if atomic_io.read_json(path) != bytes.LAYOUT:
+    if path.name == BYTES_FILE:
+        if atomic_io.read_json(path) != BYTES_LAYOUT:
             raise DataError(f"{path} defines other bytes than this program's")
-        return bytes.Bytes()
+        return Bytes()
     try:
         with without_panic_text():
             return _read(path)
